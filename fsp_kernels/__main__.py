@@ -1,0 +1,75 @@
+"""``python -m fsp_kernels``: what is installed and what works here, for a look or a bug report."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+
+import torch
+
+from fsp_kernels._version import __version__
+from fsp_kernels.backends import registered_backends, requested_backend
+
+
+def environment() -> dict[str, str]:
+    """Versions, devices and backends, in the order in which they are worth reading."""
+    report = {
+        "fsp_kernels": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "triton": _installed("triton"),
+        "cpu": f"{_cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "cpu capability": torch.backends.cpu.get_cpu_capability(),
+        "blas": "MKL" if torch.backends.mkl.is_available() else "not MKL",
+        "float32 matmul precision": torch.get_float32_matmul_precision(),
+        "cuda": torch.version.cuda or "torch is built without it",
+    }
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        memory = properties.total_memory / 2**30
+        report[f"cuda:{i}"] = (
+            f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB"
+        )
+    for name, backend in registered_backends().items():
+        reason = backend.why_unavailable()
+        report[f"backend {name}"] = "works" if reason is None else f"not available: {reason}"
+    report["backend requested"] = requested_backend(None) or "none: the best that works"
+    return report
+
+
+def _installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m fsp_kernels",
+        description="Report what is installed and which backends work on this machine.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    report = environment()
+    if parser.parse_args(arguments).json:
+        print(json.dumps(report, indent=2))
+        return
+    width = max(map(len, report))
+    for key, value in report.items():
+        print(f"{key:<{width}}  {value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Who computes: the protocol every backend follows, the registry, and the choice between them.
+
+Selection, first that says something: the ``backend`` argument, :class:`use_backend`, the variable
+``FSP_KERNELS_BACKEND``, the best that works for the tensors at hand. A backend asked for by name
+that cannot serve is an error that says why.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fsp_kernels.backends.torch_backend import TorchBackend
+from fsp_kernels.plan import LossPlan
+
+
+class Backend(Protocol):
+    """A handful of functions over checked, planned inputs; none of them records autograd."""
+
+    name: str
+
+    def why_unavailable(self) -> str | None:
+        """``None`` if it works on this machine, else what is missing, as a clause."""
+
+    def why_unsupported(self, device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+        """``None`` if it can serve tensors of this device and these dtypes, else why not."""
+
+    def matrix(self, first: Tensor, second: Tensor) -> Tensor:
+        """``(B, m, K), (B, n, K) -> (B, m, n)``, divided by K, in the promoted dtype."""
+
+    def matrix_backward(self, gradient: Tensor, other: Tensor, channels_last: bool) -> Tensor:
+        """``(B, m, n), (B, n, K) -> (B, m, K)``, divided by K, in the promoted dtype.
+
+        The result is contiguous, or with ``channels_last`` its transpose ``(B, K, m)`` is.
+        """
+
+    def loss(
+        self, maps: Sequence[Tensor], plan: LossPlan, weights: Sequence[float]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Loss (0-dim, ``plan.compute_dtype``) and the gradients the plan asks for.
+
+        ``maps`` are the tensors of ``plan.pairs``, flattened: student first, student second,
+        teacher first, teacher second (or the teacher's ready matrix), next pair. Gradients come in
+        that order, each in its ``gradient_dtype`` and with the strides of ``torch.empty_like``.
+        """
+
+    def scale(
+        self,
+        gradients: Sequence[Tensor],
+        dtypes: Sequence[torch.dtype],
+        factor: Tensor,
+        in_place: bool,
+    ) -> list[Tensor]:
+        """``gradients * factor`` in ``dtypes``; only ``in_place`` may overwrite ``gradients``."""
+
+
+# Best first. Adding a backend is a folder and a line here.
+_REGISTRY: dict[str, Backend] = {backend.name: backend for backend in (TorchBackend(),)}
+
+_ENVIRONMENT_VARIABLE = "FSP_KERNELS_BACKEND"
+
+
+def registered_backends() -> dict[str, Backend]:
+    """Every backend by name, best first, whether or not it works here."""
+    return dict(_REGISTRY)
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that work on this machine, best first."""
+    return tuple(name for name, backend in _REGISTRY.items() if backend.why_unavailable() is None)
+
+
+def get_backend(name: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        ValueError: ``name`` is not a backend.
+        RuntimeError: it is one, but it does not work on this machine; the message says why.
+    """
+    if name not in _REGISTRY:
+        known = ", ".join(map(repr, _REGISTRY))
+        raise ValueError(f"backend: got {name!r}, expected one of {known}")
+    backend = _REGISTRY[name]
+    reason = backend.why_unavailable()
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} is not available on this machine: {reason}")
+    return backend
+
+
+class use_backend:  # noqa: N801  (reads as a function, like torch.no_grad)
+    """Make ``name`` the default backend of this process, for good or for a ``with`` block.
+
+    >>> use_backend("torch")            # from here on
+    >>> with use_backend("torch"): ...  # here only
+
+    ``None`` restores the automatic choice. Raises as :func:`fsp_kernels.backends.get_backend`.
+    """
+
+    _default: str | None = None
+
+    def __init__(self, name: str | None):
+        if name is not None:
+            get_backend(name)
+        self._previous = use_backend._default
+        use_backend._default = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        use_backend._default = self._previous
+
+    def __repr__(self) -> str:
+        return f"use_backend({use_backend._default!r})"
+
+
+def requested_backend(argument: str | None) -> str | None:
+    """What the user asked for, if anything: argument, :class:`use_backend`, environment."""
+    if argument is not None:
+        return argument
+    return use_backend._default or os.environ.get(_ENVIRONMENT_VARIABLE) or None
+
+
+def select_backend(
+    requested: str | None, device: torch.device, dtypes: tuple[torch.dtype, ...]
+) -> Backend:
+    """The backend that serves these tensors.
+
+    Raises:
+        ValueError: an unknown name, or a backend that cannot serve such tensors.
+        RuntimeError: a backend that does not work on this machine.
+    """
+    if requested is not None:
+        backend = get_backend(requested)
+        reason = backend.why_unsupported(device, dtypes)
+        if reason is not None:
+            raise ValueError(f"backend {requested!r} cannot serve these tensors: {reason}")
+        return backend
+    return next(
+        backend
+        for backend in _REGISTRY.values()
+        if backend.why_unavailable() is None and backend.why_unsupported(device, dtypes) is None
+    )

@@ -1,0 +1,244 @@
+"""The backend for any device PyTorch has: BLAS products over chunks that stay in cache.
+
+Per sample, student ``a (m, K)``, ``b (n, K)``, teacher ``c``, ``d``; differences ``p = a - c``,
+``q = b - d``; residual ``D (m, n)``. A chunk of samples is read once for the residual (or the Gram
+blocks) and, still in cache, again for the gradients, which BLAS writes to their final place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fsp_kernels.plan import LossPlan, MapPlan, PairPlan, accumulation_dtype
+from fsp_kernels.pooling import pool, unpool
+
+# What a gradient is a sum of: alpha * x @ y, batched; y = None stands for the identity.
+Term = tuple[float, Tensor, Tensor | None]
+
+
+class TorchBackend:
+    """See :class:`fsp_kernels.backends.Backend` for what each method promises."""
+
+    name = "torch"
+
+    def why_unavailable(self) -> str | None:
+        return None
+
+    def why_unsupported(
+        self,
+        device: torch.device,  # noqa: ARG002
+        dtypes: Sequence[torch.dtype],  # noqa: ARG002
+    ) -> str | None:
+        return None
+
+    def matrix(self, first: Tensor, second: Tensor) -> Tensor:
+        return _scaled_product(first, second.mT, first.shape[2])
+
+    def matrix_backward(self, gradient: Tensor, other: Tensor, channels_last: bool) -> Tensor:
+        positions = other.shape[2]
+        if channels_last:
+            return _scaled_product(other.mT, gradient.mT, positions).mT
+        return _scaled_product(gradient, other, positions)
+
+    def loss(
+        self, maps: Sequence[Tensor], plan: LossPlan, weights: Sequence[float]
+    ) -> tuple[Tensor, list[Tensor]]:
+        remaining = iter(maps)
+        losses: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for pair, weight in zip(plan.pairs, weights, strict=True):
+            members = [next(remaining) for _ in pair.maps]
+            loss, pair_gradients = _pair_loss(members, pair, plan, weight)
+            losses.append(loss)
+            gradients += pair_gradients
+        return torch.stack(losses).sum(), gradients
+
+    def scale(
+        self,
+        gradients: Sequence[Tensor],
+        dtypes: Sequence[torch.dtype],
+        factor: Tensor,
+        in_place: bool,
+    ) -> list[Tensor]:
+        # Reading the factor is free on a CPU and a stall on a device.
+        if factor.device.type != "cpu" or factor.item() != 1:
+            gradients = [g.mul_(factor) if in_place else g * factor for g in gradients]
+        return [g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
+
+
+def _scaled_product(x: Tensor, y: Tensor, positions: int) -> Tensor:
+    """``x @ y / K``, batched; half-precision operands are widened, so accumulation is fp32."""
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    wide = accumulation_dtype(dtype)
+    return torch.bmm(x.to(wide), y.to(wide)).div_(positions).to(dtype)
+
+
+def _pair_loss(
+    maps: Sequence[Tensor], pair: PairPlan, plan: LossPlan, weight: float
+) -> tuple[Tensor, list[Tensor]]:
+    """The weighted loss of one pair and the gradients it is asked for."""
+    gradients = [
+        None if m.gradient_dtype is None else torch.empty_like(x, dtype=m.gradient_dtype)
+        for x, m in zip(maps, pair.maps, strict=True)
+    ]
+    factor = weight / pair.batch
+    if plan.norm == "mse":
+        factor /= math.prod(pair.channels)
+    chunks = zip(
+        *(x.split(pair.samples) for x in maps),
+        *(_split_or_none(g, pair) for g in gradients),
+        strict=True,
+    )
+    losses = [_chunk_loss(c[: len(maps)], c[len(maps) :], pair, plan, factor) for c in chunks]
+    total = torch.cat(losses).sum() * factor
+    return total, [g for g in gradients if g is not None]
+
+
+def _split_or_none(x: Tensor | None, pair: PairPlan) -> Sequence[Tensor | None]:
+    chunks = math.ceil(pair.batch / pair.samples)
+    return (None,) * chunks if x is None else x.split(pair.samples)
+
+
+def _chunk_loss(
+    maps: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    pair: PairPlan,
+    plan: LossPlan,
+    factor: float,
+) -> Tensor:
+    """The loss ``(s,)`` of each sample of a chunk, unweighted; fills the chunk's gradients."""
+    sources = [_Chunk(x, g, m, plan) for x, g, m in zip(maps, gradients, pair.maps, strict=True)]
+    sweep = _gram_sweep if pair.form == "gram" else _matrix_sweep
+    loss, terms = sweep(sources, pair, plan.norm)
+    for source, products in zip(sources, terms, strict=True):
+        source.write_gradient(products, factor)
+    return loss
+
+
+class _Chunk:
+    """A chunk of one map and of its gradient.
+
+    The map is read as ``flat (s, C, K)``, pooled and widened as the plan says. ``reachable`` is the
+    gradient in the same form, where strides and dtype let BLAS write to it.
+    """
+
+    def __init__(self, x: Tensor, gradient: Tensor | None, map_plan: MapPlan, plan: LossPlan):
+        self._size, self._mode, self._indices = map_plan.pooled_size, plan.pool, None
+        self._gradient = gradient
+        if x.dtype != plan.compute_dtype:
+            x = x.to(plan.compute_dtype)
+        if self._size is not None:
+            x, self._indices = pool(x, self._size, self._mode, indexed=gradient is not None)
+        self.flat = x.flatten(2)
+        self.reachable: Tensor | None = None
+        if gradient is not None and self._size is None and gradient.dtype == x.dtype:
+            flat = gradient.flatten(2)
+            self.reachable = flat if flat.data_ptr() == gradient.data_ptr() else None
+
+    def minus(self, other: _Chunk) -> Tensor:
+        """The difference of two maps, held where this one's gradient is going to be, if it can."""
+        if self.reachable is None:
+            return self.flat - other.flat
+        return torch.sub(self.flat, other.flat, out=self.reachable)
+
+    def write_gradient(self, terms: Sequence[Term], factor: float) -> None:
+        if self._gradient is None:
+            return
+        if self.reachable is not None:
+            _accumulate(self.reachable, terms, factor)
+            return
+        result = torch.empty_like(self.flat)
+        _accumulate(result, terms, factor)
+        if self._size is None:
+            self._gradient.copy_(result.view(self._gradient.shape))
+        else:
+            unpool(result, self._gradient, self._size, self._mode, self._indices)
+
+
+def _matrix_sweep(
+    chunks: Sequence[_Chunk], pair: PairPlan, norm: str
+) -> tuple[Tensor, list[list[Term]]]:
+    """Per-sample losses ``(s,)`` and gradients by way of the residual itself."""
+    residual = _residual(chunks, pair)
+    if norm == "column":
+        column_norms = torch.linalg.vector_norm(residual, dim=1, keepdim=True)  # (s, 1, n)
+        loss = column_norms.sum(dim=(1, 2))
+        # The subgradient of a zero column is zero, as PyTorch has it.
+        slope, power = residual.div_(column_norms.masked_fill_(column_norms == 0, math.inf)), 1
+    else:
+        # Row by row: one reduction over all of m n would lose two digits in fp32.
+        loss = torch.linalg.vector_norm(residual, dim=2).square_().sum(dim=1)
+        slope, power = residual, 2
+    scale = power / pair.positions
+    a, b, *teacher = (chunk.flat for chunk in chunks)
+    terms: list[list[Term]] = [[(scale, slope, b)], [(scale, slope.mT, a)]]
+    if len(teacher) == 1:
+        return loss, [*terms, [(-power, slope, None)]]
+    c, d = teacher
+    scale = -power / c.shape[2]
+    return loss, [*terms, [(scale, slope, d)], [(scale, slope.mT, c)]]
+
+
+def _residual(chunks: Sequence[_Chunk], pair: PairPlan) -> Tensor:
+    """``D / K = G^S - G^T`` of a chunk, ``(s, m, n)``."""
+    a, b, *teacher = (chunk.flat for chunk in chunks)
+    out = a.new_empty(a.shape[0], *pair.channels)
+    scale = 1 / pair.positions
+    if pair.residual == "difference":
+        _bmm(out, chunks[0].minus(chunks[2]), b.mT, scale)
+        return _bmm(out, teacher[0], chunks[1].minus(chunks[3]).mT, scale, keep=True)
+    _bmm(out, a, b.mT, scale)
+    if len(teacher) == 1:
+        return out.sub_(teacher[0])
+    c, d = teacher
+    return _bmm(out, c, d.mT, -1 / c.shape[2], keep=True)
+
+
+def _gram_sweep(
+    chunks: Sequence[_Chunk],
+    pair: PairPlan,
+    norm: str,  # noqa: ARG001  (both norms of this form are sums of squares)
+) -> tuple[Tensor, list[list[Term]]]:
+    """Per-sample losses ``(s,)`` and gradients by way of ``K x K`` blocks; no ``m x n`` object."""
+    a, b, c, d = (chunk.flat for chunk in chunks)
+    p, q = a - c, b - d
+    pp, cp, cc = p.mT @ p, c.mT @ p, c.mT @ c  # (s, K, K) each
+    bb, qb, qq = b.mT @ b, q.mT @ b, q.mT @ q
+    scale = 1 / pair.positions**2
+    loss = (pp * bb).add_(cc * qq).add_(cp * qb, alpha=2).sum(dim=(1, 2)).mul_(scale)
+    # D b = p bb + c qb and D^T a = b (pp + cp^T) + q (cp + cc), with a = p + c; likewise d = b - q.
+    first, second, teacher_first, teacher_second = (m.gradient_dtype is not None for m in pair.maps)
+    scale *= 2
+    terms: list[list[Term]] = [[], [], [], []]
+    if first:
+        terms[0] = [(scale, p, bb), (scale, c, qb)]
+    if second:
+        terms[1] = [(scale, b, pp + cp.mT), (scale, q, cp + cc)]
+    if teacher_first:
+        terms[2] = [(-scale, p, bb - qb.mT), (-scale, c, qb - qq)]
+    if teacher_second:
+        terms[3] = [(-scale, b, cp.mT), (-scale, q, cc)]
+    return loss, terms
+
+
+def _accumulate(out: Tensor, terms: Sequence[Term], factor: float) -> None:
+    for i, (alpha, x, y) in enumerate(terms):
+        if y is None:
+            torch.mul(x, alpha * factor, out=out)
+        else:
+            _bmm(out, x, y, alpha * factor, keep=i > 0)
+
+
+def _bmm(out: Tensor, x: Tensor, y: Tensor, alpha: float, keep: bool = False) -> Tensor:
+    """``out = alpha * x @ y``, added to what ``out`` holds if ``keep``; one BLAS call per batch.
+
+    A channels-last ``out`` is a transposed one: BLAS then computes ``y^T x^T`` into ``out^T``.
+    """
+    if not out.is_contiguous() and out.mT.is_contiguous():
+        out, x, y = out.mT, y.mT, x.mT
+        return torch.baddbmm(out, x, y, beta=int(keep), alpha=alpha, out=out).mT
+    return torch.baddbmm(out, x, y, beta=int(keep), alpha=alpha, out=out)

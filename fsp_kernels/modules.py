@@ -1,0 +1,57 @@
+"""``nn.Module`` over :mod:`fsp_kernels.functional`, and the usual way to form pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from fsp_kernels import checks
+from fsp_kernels.functional import Pair, fsp_loss
+
+
+class FSPLoss(nn.Module):
+    """:func:`fsp_kernels.fsp_loss` with its options fixed.
+
+    Args:
+        weights: ``lambda_i >= 0`` for each pair, or ``None`` for ones.
+        pool: ``"max"`` or ``"avg"``.
+        norm: ``"frobenius"``, ``"mse"`` or ``"column"``.
+
+    Raises:
+        TypeError, ValueError: as :func:`fsp_kernels.fsp_loss`, here and not at the first batch.
+    """
+
+    def __init__(
+        self, weights: Sequence[float] | None = None, pool: str = "max", norm: str = "frobenius"
+    ):
+        super().__init__()
+        checks.check_choice("pool", pool, checks.POOLS)
+        checks.check_choice("norm", norm, checks.NORMS)
+        self.weights = None if weights is None else checks.check_weights(weights, None)
+        self.pool = pool
+        self.norm = norm
+
+    def forward(self, student: Sequence[Pair], teacher: Sequence[Pair | Tensor]) -> Tensor:
+        """Pairs of maps ``(B, C, *spatial)`` of both networks to a scalar loss."""
+        return fsp_loss(student, teacher, weights=self.weights, pool=self.pool, norm=self.norm)
+
+    def extra_repr(self) -> str:
+        return f"weights={self.weights}, pool={self.pool!r}, norm={self.norm!r}"
+
+
+def pairs_of(features: Sequence[Tensor]) -> list[Pair]:
+    """Consecutive layers as pairs: ``[f0, f1, f2] -> [(f0, f1), (f1, f2)]``.
+
+    Args:
+        features: feature maps ``(B, C, *spatial)`` in the order of the network's layers.
+
+    Raises:
+        ValueError: fewer than two maps, so no pair.
+    """
+    if len(features) < 2:
+        raise ValueError(
+            f"features: got {len(features)}, expected at least two maps to form a pair"
+        )
+    return list(pairwise(features))

@@ -1,0 +1,81 @@
+"""Pooling one map of a pair to the other's size, and back: PyTorch's adaptive windows, exactly.
+
+The kernels are PyTorch's, and with them the choice among ties and the treatment of NaN. On a CPU
+they walk the windows of a contiguous map one by one; the same result comes several times sooner
+from a channels-last copy or, for integer ratios, from whole-tensor operations on strided slices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def pool(x: Tensor, size: Sequence[int], mode: str, indexed: bool) -> tuple[Tensor, Tensor | None]:
+    """Pool ``x (B, C, *spatial)`` to ``(B, C, *size)``.
+
+    Returns the pooled map and, if ``indexed`` and ``mode`` is ``"max"``, the flat index of each
+    maximum within its spatial plane, which :func:`unpool` needs.
+    """
+    contiguous_on_cpu = x.device.type == "cpu" and x.stride(1) != 1
+    window = _integer_window(x, size) if contiguous_on_cpu else None
+    if mode == "avg":
+        if window is not None:
+            return _reduce_slices(x, window, torch.add).div_(math.prod(window)), None
+        x, planar_size = _planar(x, size)
+        average = aten._adaptive_avg_pool2d if x.ndim == 4 else aten._adaptive_avg_pool3d
+        return average(x, planar_size), None
+    if window is not None and not indexed:
+        return _reduce_slices(x, window, torch.maximum), None
+    if contiguous_on_cpu:
+        x = x.flatten(2).mT.contiguous().mT.view(x.shape)
+    x, planar_size = _planar(x, size)
+    maximum = aten.adaptive_max_pool2d if x.ndim == 4 else aten.adaptive_max_pool3d
+    return maximum(x, planar_size)
+
+
+def unpool(
+    gradient: Tensor, out: Tensor, size: Sequence[int], mode: str, indices: Tensor | None
+) -> None:
+    """Fill ``out (B, C, *spatial)`` from the gradient ``(B, C, prod(size))`` of what was pooled."""
+    if mode == "max" and indices is not None:
+        flat = out.zero_().flatten(2)  # where strides forbid, a copy
+        flat.scatter_add_(2, indices.flatten(2), gradient.to(out.dtype))
+        if flat.data_ptr() != out.data_ptr():
+            out.copy_(flat.view(out.shape))
+        return
+    x, planar_size = _planar(out, size)
+    backward = (
+        aten._adaptive_avg_pool2d_backward if x.ndim == 4 else aten._adaptive_avg_pool3d_backward
+    )
+    gradient = gradient.reshape(*x.shape[:2], *planar_size)
+    out.copy_(backward(gradient, x.to(gradient.dtype)).reshape(out.shape))
+
+
+def _reduce_slices(
+    x: Tensor, window: Sequence[int], operation: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Combine the elements of each window, axis by axis, the contiguous one last."""
+    for axis, w in enumerate(window, start=2):
+        total, *rest = x.unflatten(axis, (-1, w)).unbind(axis + 1)
+        for part in rest:
+            total = operation(total, part)
+        x = total
+    return x
+
+
+def _planar(x: Tensor, size: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """One spatial axis as two: PyTorch's one-dimensional pooling has no kernels of its own."""
+    return (x.unsqueeze(2), [1, *size]) if len(size) == 1 else (x, list(size))
+
+
+def _integer_window(x: Tensor, size: Sequence[int]) -> list[int] | None:
+    """The window of a plain pooling that equals the adaptive one, if the ratios are integers."""
+    if any(full % part for full, part in zip(x.shape[2:], size, strict=True)):
+        return None
+    return [full // part for full, part in zip(x.shape[2:], size, strict=True)]
