@@ -1,0 +1,18 @@
+"""Drop-in replacements for the FSP losses of other libraries: change one import, keep the rest.
+
+| from | here |
+|---|---|
+| RepDistiller, ``distiller_zoo/FSP.py`` | `fsp_kernels.compat.repdistiller.FSP` |
+| Knowledge-Distillation-Zoo, ``kd_losses/fsp.py`` | `fsp_kernels.compat.kd_zoo.FSP` |
+| torchdistill, ``torchdistill/losses/mid_level.py`` | `fsp_kernels.compat.torchdistill.FSPLoss` |
+
+Each has the constructor, call signature and value of the class it replaces, and like it passes
+gradients to the teacher's maps too unless you detach them. What differs is the same for all three:
+maps of any strides are accepted (the first two libraries fail on crops such as ``x[..., 1:-1]``),
+the loss of half-precision maps is fp32, and it is once differentiable, as `fsp_kernels.fsp_loss`
+is. None of the three libraries is imported here.
+"""
+
+from fsp_kernels.compat import kd_zoo, repdistiller, torchdistill
+
+__all__ = ["kd_zoo", "repdistiller", "torchdistill"]

@@ -1,0 +1,28 @@
+"""The FSP loss of Knowledge-Distillation-Zoo (AberHu/Knowledge-Distillation-Zoo)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+import fsp_kernels as fsp
+
+
+class FSP(nn.Module):
+    """Replaces ``FSP`` of AberHu/Knowledge-Distillation-Zoo, ``kd_losses/fsp.py``::
+
+        from kd_losses import FSP                  # before
+        from fsp_kernels.compat.kd_zoo import FSP  # after
+
+    Average pooling to the smaller size, then the mean of the squared residual over batch and matrix
+    entries. It differs only where the original fails or is ill-defined: whichever map is larger is
+    pooled, axis by axis (the original pools the first alone, by comparing heights alone, and
+    stretches a first map that is higher but narrower).
+
+    Raises:
+        ValueError: the student's and the teacher's matrices differ in shape (the original warns and
+            broadcasts where it can).
+    """
+
+    def forward(self, fm_s1: Tensor, fm_s2: Tensor, fm_t1: Tensor, fm_t2: Tensor) -> Tensor:
+        """The loss, a scalar, of maps ``(B, m, H, W)`` and ``(B, n, H, W)`` of each network."""
+        return fsp.fsp_loss([(fm_s1, fm_s2)], [(fm_t1, fm_t2)], pool="avg", norm="mse")

@@ -1,0 +1,61 @@
+"""The FSP loss of RepDistiller (HobbitLong/RepDistiller)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+import fsp_kernels as fsp
+
+
+class FSP(nn.Module):
+    """Replaces ``FSP`` of HobbitLong/RepDistiller, ``distiller_zoo/FSP.py``::
+
+        from distiller_zoo import FSP                    # before
+        from fsp_kernels.compat.repdistiller import FSP  # after
+
+    One loss for each two consecutive maps: average pooling to the smaller size, then the mean of
+    the squared residual over batch and matrix entries. It differs only where the original fails or
+    is ill-defined: sizes are matched axis by axis (the original compares heights alone and pools to
+    a square, so it fails unless the smaller map is square, and stretches a narrow larger one).
+
+    Args:
+        s_shapes: the shapes of the student's maps, each ``(B, C, H, W)``.
+        t_shapes: those of the teacher's maps, as many and with the same channels.
+
+    Raises:
+        ValueError: the numbers of maps differ (an ``AssertionError`` in the original), or the
+            channels of two maps do.
+    """
+
+    def __init__(self, s_shapes: Sequence[Sequence[int]], t_shapes: Sequence[Sequence[int]]):
+        super().__init__()
+        _check_same_number(s_shapes, t_shapes)
+        s_channels, t_channels = [s[1] for s in s_shapes], [t[1] for t in t_shapes]
+        if s_channels != t_channels:
+            raise ValueError(
+                f"student and teacher must have the same channels, map by map: "
+                f"the student has {s_channels}, the teacher {t_channels}"
+            )
+
+    def forward(self, g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> list[Tensor]:
+        """The losses, scalars, of each two consecutive maps: one fewer than there are maps.
+
+        Raises:
+            ValueError: the numbers of maps differ (the original drops the extra ones).
+        """
+        _check_same_number(g_s, g_t)
+        return [
+            fsp.fsp_loss([student], [teacher], pool="avg", norm="mse")
+            for student, teacher in zip(pairwise(g_s), pairwise(g_t), strict=True)
+        ]
+
+
+def _check_same_number(student: Sequence[object], teacher: Sequence[object]) -> None:
+    if len(student) != len(teacher):
+        raise ValueError(
+            f"student and teacher must have the same number of maps: "
+            f"the student has {len(student)}, the teacher {len(teacher)}"
+        )
