@@ -1,0 +1,1 @@
+"""The reference trainer: FSP distillation end to end (extra ``train``, script ``fsp-distill``)."""
