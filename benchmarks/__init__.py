@@ -1,0 +1,6 @@
+"""Speed, memory and accuracy of the FSP loss beside the ways people write it today.
+
+``python -m benchmarks`` times every contender of ``contenders.py`` on every workload of
+``workloads.py``; ``python -m benchmarks.accuracy`` measures gradients near convergence.
+``results/README.md`` lists the published runs and the commands that made them.
+"""

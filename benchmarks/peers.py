@@ -1,0 +1,76 @@
+"""The loss as others write it: the same number from the same tensors, the usual ways.
+
+Each builds both FSP matrices and subtracts them. They differ in how the matrix is built; pooling
+(max), the Frobenius norm and the sum over pairs are shared, so that only the matrix is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.workloads import Pairs, Workload
+
+Matrix = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Pairs, Pairs], Tensor]
+
+# The broadcast product holds (B, m, n, K) tensors, three at its peak in backward. Where one takes
+# more bytes than this it is not run: it would need gigabytes and minutes to say what is known.
+BROADCAST_LIMIT = 1 << 30
+
+
+def flattened(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Pool the larger map to the smaller and flatten: ``(B, m, K)`` and ``(B, n, K)``."""
+    if first.dim() == 4 and first.shape[2:] != second.shape[2:]:
+        size = [min(p, q) for p, q in zip(first.shape[2:], second.shape[2:], strict=True)]
+        first, second = F.adaptive_max_pool2d(first, size), F.adaptive_max_pool2d(second, size)
+    return first.flatten(2), second.flatten(2)
+
+
+def einsum_matrix(first: Tensor, second: Tensor) -> Tensor:
+    """The naive op: one einsum over positions."""
+    f1, f2 = flattened(first, second)
+    return torch.einsum("bmk,bnk->bmn", f1, f2) / f1.shape[2]
+
+
+def bmm_matrix(first: Tensor, second: Tensor) -> Tensor:
+    """A batched matrix product, as in Knowledge-Distillation-Zoo."""
+    f1, f2 = flattened(first, second)
+    return torch.bmm(f1, f2.transpose(1, 2)) / f1.shape[2]
+
+
+def broadcast_matrix(first: Tensor, second: Tensor) -> Tensor:
+    """Every product of two channels at every position, then the mean, as in RepDistiller."""
+    f1, f2 = flattened(first, second)
+    return (f1.unsqueeze(2) * f2.unsqueeze(1)).mean(dim=3)  # (B, m, n, K) -> (B, m, n)
+
+
+def broadcast_bytes(workload: Workload, batch: int) -> int:
+    """Size of the largest fp32 ``(B, m, n, K)`` tensor the broadcast product would hold."""
+    return max(4 * batch * p[0][0] * p[1][0] * workload.positions(p) for p in workload.layers)
+
+
+def loss_over(matrix: Matrix) -> Loss:
+    """The Frobenius loss of the paper on top of any way to build the matrix."""
+
+    def loss(student: Pairs, teacher: Pairs) -> Tensor:
+        terms = [
+            (matrix(*s) - matrix(*t)).pow(2).sum(dim=(1, 2)).mean()
+            for s, t in zip(student, teacher, strict=True)
+        ]
+        return torch.stack(terms).sum()
+
+    return loss
+
+
+def compiled_einsum() -> Loss:
+    """``torch.compile`` of the naive op, for the shapes of its first call.
+
+    Starting afresh keeps the shapes of earlier workloads from making it generalise, or give up:
+    with ``fullgraph`` it raises where it would otherwise fall back to eager unseen.
+    """
+    torch.compiler.reset()
+    return torch.compile(loss_over(einsum_matrix), fullgraph=True, dynamic=False)

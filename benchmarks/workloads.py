@@ -1,0 +1,121 @@
+"""The shapes every benchmark and every claim is about, one literal table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Layer = tuple[int, int]  # channels and side of the square map; for tokens, channels and tokens
+Pairs = Sequence[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Feature maps of one distillation step: ``batch`` is the GPU's, see ``cpu_batch``."""
+
+    name: str
+    batch: int
+    layers: tuple[tuple[Layer, Layer], ...]
+    tokens: bool = False
+
+    @property
+    def cpu_batch(self) -> int:
+        """An eighth of the batch, and at least 4: seconds a round are enough on a CPU."""
+        return max(4, self.batch // 8)
+
+    def shape(self, layer: Layer, batch: int) -> tuple[int, ...]:
+        """``(B, C, H, W)``, or ``(B, C, tokens)`` for a transformer's layer."""
+        channels, size = layer
+        return (batch, channels, size) if self.tokens else (batch, channels, size, size)
+
+    def positions(self, pair: tuple[Layer, Layer]) -> int:
+        """K of a pair: the larger map is pooled to the smaller one."""
+        size = min(pair[0][1], pair[1][1])
+        return size if self.tokens else size * size
+
+
+WORKLOADS = (
+    Workload(
+        "cifar-resnet",
+        256,
+        (((16, 32), (16, 32)), ((32, 16), (32, 16)), ((64, 8), (64, 8))),
+    ),
+    Workload(
+        "cifar-resnet-x4",
+        64,
+        (((32, 32), (64, 32)), ((64, 32), (128, 16)), ((128, 16), (256, 8))),
+    ),
+    Workload(
+        "imagenet-resnet18",
+        64,
+        (
+            ((64, 56), (64, 56)),
+            ((128, 28), (128, 28)),
+            ((256, 14), (256, 14)),
+            ((512, 7), (512, 7)),
+        ),
+    ),
+    Workload(
+        "imagenet-resnet50",
+        32,
+        (
+            ((256, 56), (256, 56)),
+            ((512, 28), (512, 28)),
+            ((1024, 14), (1024, 14)),
+            ((2048, 7), (2048, 7)),
+        ),
+    ),
+    Workload(
+        "torchdistill-resnet34-18",
+        32,
+        (
+            ((64, 56), (64, 56)),
+            ((128, 28), (128, 28)),
+            ((256, 14), (256, 14)),
+            ((512, 7), (512, 7)),
+        ),
+    ),
+    Workload("wide-late-512", 32, (((512, 7), (512, 7)),)),
+    Workload("wide-late-2048", 32, (((2048, 7), (2048, 7)),)),
+    Workload("tokens-vit-b", 64, (((768, 196), (768, 196)),), tokens=True),
+    Workload("segmentation", 4, (((256, 128), (256, 128)),)),
+)
+BY_NAME = {workload.name: workload for workload in WORKLOADS}
+# Seconds each, and one of every kind: few channels, pooled, few positions.
+QUICK = ("cifar-resnet", "cifar-resnet-x4", "wide-late-512")
+
+
+def feature_map(
+    workload: Workload, layer: Layer, batch: int, dtype: torch.dtype, generator: torch.Generator
+) -> Tensor:
+    """What a ReLU leaves of normal noise: half zeros, as late layers of a CNN are."""
+    shape = workload.shape(layer, batch)
+    if not workload.tokens:
+        return torch.randn(shape, dtype=dtype, generator=generator).relu_()
+    rows = (shape[0], shape[2], shape[1])  # (B, tokens, channels), the layout transformers keep
+    return torch.randn(rows, dtype=dtype, generator=generator).relu_().transpose(1, 2)
+
+
+def feature_maps(
+    workload: Workload, batch: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Pairs, Pairs]:
+    """``(student, teacher)``: different maps of equal shapes, the student's as leaves."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def network() -> list[tuple[Tensor, Tensor]]:
+        return [
+            (
+                feature_map(workload, first, batch, dtype, generator),
+                feature_map(workload, second, batch, dtype, generator),
+            )
+            for first, second in workload.layers
+        ]
+
+    student, teacher = network(), network()
+    for pair in student:
+        for x in pair:
+            x.requires_grad_()  # a view's base needs none, so the view itself is the leaf
+    return student, teacher

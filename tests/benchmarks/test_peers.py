@@ -1,0 +1,59 @@
+"""Every peer computes the loss of the definition, value and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import contenders, peers
+from benchmarks.measure import evaluate
+from benchmarks.workloads import BY_NAME, Workload, feature_maps
+from fsp_kernels import reference
+
+# One pair of each kind: equal sizes, the first map pooled, the second map pooled, tokens.
+SMALL = (
+    Workload("plain", 16, (((6, 4), (5, 4)), ((3, 2), (4, 2)))),
+    Workload("first-pooled", 16, (((6, 8), (5, 4)),)),
+    Workload("second-pooled", 16, (((6, 3), (5, 7)),)),
+    Workload("tokens", 16, (((6, 10), (5, 10)),), tokens=True),
+)
+MATRICES = (peers.einsum_matrix, peers.bmm_matrix, peers.broadcast_matrix)
+
+
+def assert_is_the_loss(loss: peers.Loss, workload: Workload) -> None:
+    student, teacher = feature_maps(workload, batch=3, dtype=torch.float64)
+    value, gradients = evaluate(loss, student, teacher)
+    true_value, true_gradients = evaluate(reference.fsp_loss, student, teacher)
+    torch.testing.assert_close(value, true_value)
+    torch.testing.assert_close(gradients, true_gradients)
+
+
+@pytest.mark.parametrize("workload", SMALL, ids=lambda w: w.name)
+@pytest.mark.parametrize("matrix", MATRICES, ids=lambda f: f.__name__)
+def test_eager_peers(matrix: peers.Matrix, workload: Workload) -> None:
+    assert_is_the_loss(peers.loss_over(matrix), workload)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workload", [SMALL[1], SMALL[3]], ids=lambda w: w.name)
+def test_compiled_peer(workload: Workload) -> None:
+    assert_is_the_loss(peers.compiled_einsum(), workload)
+
+
+def test_all_contenders_are_listed_ours_first() -> None:
+    names = list(contenders.BY_NAME)
+    assert names == [contenders.OURS, "einsum", "bmm", "broadcast", "torch.compile"]
+
+
+def test_the_broadcast_product_is_sized_by_its_largest_pair() -> None:
+    assert peers.broadcast_bytes(SMALL[0], batch=3) == 4 * 3 * 6 * 5 * 16
+
+
+@pytest.mark.parametrize(
+    ("name", "fits"), [("cifar-resnet", True), ("wide-late-512", True), ("segmentation", False)]
+)
+def test_only_the_broadcast_product_is_left_out(name: str, fits: bool) -> None:
+    workload = BY_NAME[name]
+    fitting = {c.name: c.fits(workload, workload.cpu_batch) for c in contenders.CONTENDERS}
+    assert fitting.pop("broadcast") is fits
+    assert all(fitting.values())
