@@ -48,13 +48,16 @@ class TorchBackend:
         self, maps: Sequence[Tensor], plan: LossPlan, weights: Sequence[float]
     ) -> tuple[Tensor, list[Tensor]]:
         remaining = iter(maps)
-        losses: list[Tensor] = []
+        losses: list[Tensor] = []  # one for each chunk
         gradients: list[Tensor] = []
         for pair, weight in zip(plan.pairs, weights, strict=True):
             members = [next(remaining) for _ in pair.maps]
-            loss, pair_gradients = _pair_loss(members, pair, plan, weight)
-            losses.append(loss)
-            gradients += pair_gradients
+            held = [
+                None if m.gradient_dtype is None else torch.empty_like(x, dtype=m.gradient_dtype)
+                for x, m in zip(members, pair.maps, strict=True)
+            ]
+            losses += _pair_losses(members, held, pair, plan, weight)
+            gradients += [g for g in held if g is not None]
         return torch.stack(losses).sum(), gradients
 
     def scale(
@@ -77,30 +80,25 @@ def _scaled_product(x: Tensor, y: Tensor, positions: int) -> Tensor:
     return torch.bmm(x.to(wide), y.to(wide)).div_(positions).to(dtype)
 
 
-def _pair_loss(
-    maps: Sequence[Tensor], pair: PairPlan, plan: LossPlan, weight: float
-) -> tuple[Tensor, list[Tensor]]:
-    """The weighted loss of one pair and the gradients it is asked for."""
-    gradients = [
-        None if m.gradient_dtype is None else torch.empty_like(x, dtype=m.gradient_dtype)
-        for x, m in zip(maps, pair.maps, strict=True)
-    ]
+def _pair_losses(
+    maps: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    pair: PairPlan,
+    plan: LossPlan,
+    weight: float,
+) -> list[Tensor]:
+    """The weighted loss of each chunk of a pair, 0-dim; fills ``gradients``."""
     factor = weight / pair.batch
     if plan.norm == "mse":
         factor /= math.prod(pair.channels)
-    chunks = zip(
-        *(x.split(pair.samples) for x in maps),
-        *(_split_or_none(g, pair) for g in gradients),
-        strict=True,
-    )
-    losses = [_chunk_loss(c[: len(maps)], c[len(maps) :], pair, plan, factor) for c in chunks]
-    total = torch.cat(losses).sum() * factor
-    return total, [g for g in gradients if g is not None]
-
-
-def _split_or_none(x: Tensor | None, pair: PairPlan) -> Sequence[Tensor | None]:
-    chunks = math.ceil(pair.batch / pair.samples)
-    return (None,) * chunks if x is None else x.split(pair.samples)
+    if pair.samples == pair.batch:
+        return [_chunk_loss(maps, gradients, pair, plan, factor)]
+    losses = []
+    for start in range(0, pair.batch, pair.samples):
+        chunk = slice(start, start + pair.samples)
+        parts = [x[chunk] for x in maps], [None if g is None else g[chunk] for g in gradients]
+        losses.append(_chunk_loss(*parts, pair, plan, factor))
+    return losses
 
 
 def _chunk_loss(
@@ -110,13 +108,13 @@ def _chunk_loss(
     plan: LossPlan,
     factor: float,
 ) -> Tensor:
-    """The loss ``(s,)`` of each sample of a chunk, unweighted; fills the chunk's gradients."""
-    sources = [_Chunk(x, g, m, plan) for x, g, m in zip(maps, gradients, pair.maps, strict=True)]
+    """``factor`` times the loss of a chunk, summed over its samples; fills its gradients."""
+    chunks = [_Chunk(x, g, m, plan) for x, g, m in zip(maps, gradients, pair.maps, strict=True)]
     sweep = _gram_sweep if pair.form == "gram" else _matrix_sweep
-    loss, terms = sweep(sources, pair, plan.norm)
-    for source, products in zip(sources, terms, strict=True):
-        source.write_gradient(products, factor)
-    return loss
+    loss, terms = sweep(chunks, pair, plan.norm)
+    for chunk, products in zip(chunks, terms, strict=True):
+        chunk.write_gradient(products, factor)
+    return loss.mul_(factor)
 
 
 class _Chunk:
@@ -162,16 +160,17 @@ class _Chunk:
 def _matrix_sweep(
     chunks: Sequence[_Chunk], pair: PairPlan, norm: str
 ) -> tuple[Tensor, list[list[Term]]]:
-    """Per-sample losses ``(s,)`` and gradients by way of the residual itself."""
+    """Loss, summed over the samples, and gradients by way of the residual itself."""
     residual = _residual(chunks, pair)
     if norm == "column":
         column_norms = torch.linalg.vector_norm(residual, dim=1, keepdim=True)  # (s, 1, n)
-        loss = column_norms.sum(dim=(1, 2))
+        loss = column_norms.sum()
         # The subgradient of a zero column is zero, as PyTorch has it.
         slope, power = residual.div_(column_norms.masked_fill_(column_norms == 0, math.inf)), 1
     else:
-        # Row by row: one reduction over all of m n would lose two digits in fp32.
-        loss = torch.linalg.vector_norm(residual, dim=2).square_().sum(dim=1)
+        # Row by row first: one sum over all of m n would lose two digits in fp32.
+        rows = torch.linalg.vector_norm(residual, dim=2).view(-1)
+        loss = torch.dot(rows, rows)
         slope, power = residual, 2
     scale = power / pair.positions
     a, b, *teacher = (chunk.flat for chunk in chunks)
@@ -203,13 +202,13 @@ def _gram_sweep(
     pair: PairPlan,
     norm: str,  # noqa: ARG001  (both norms of this form are sums of squares)
 ) -> tuple[Tensor, list[list[Term]]]:
-    """Per-sample losses ``(s,)`` and gradients by way of ``K x K`` blocks; no ``m x n`` object."""
+    """Loss, summed over the samples, and gradients by way of ``K x K`` blocks."""
     a, b, c, d = (chunk.flat for chunk in chunks)
     p, q = a - c, b - d
-    pp, cp, cc = p.mT @ p, c.mT @ p, c.mT @ c  # (s, K, K) each
-    bb, qb, qq = b.mT @ b, q.mT @ b, q.mT @ q
+    pp, cp, cc = torch.bmm(p.mT, p), torch.bmm(c.mT, p), torch.bmm(c.mT, c)  # (s, K, K) each
+    bb, qb, qq = torch.bmm(b.mT, b), torch.bmm(q.mT, b), torch.bmm(q.mT, q)
     scale = 1 / pair.positions**2
-    loss = (pp * bb).add_(cc * qq).add_(cp * qb, alpha=2).sum(dim=(1, 2)).mul_(scale)
+    loss = (pp * bb).add_(cc * qq).add_(cp * qb, alpha=2).sum().mul_(scale)
     # D b = p bb + c qb and D^T a = b (pp + cp^T) + q (cp + cc), with a = p + c; likewise d = b - q.
     first, second, teacher_first, teacher_second = (m.gradient_dtype is not None for m in pair.maps)
     scale *= 2
