@@ -6,7 +6,7 @@ Checks look at metadata only, never at values: NaN and Inf in the data propagate
 from __future__ import annotations
 
 import difflib
-import math
+import sys
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any, NoReturn
@@ -31,8 +31,9 @@ def flatten_pairs(
         TypeError: an argument is not a sequence of pairs of dense tensors.
         ValueError: there are no pairs, or not as many for the teacher as for the student.
     """
-    _require_sequence("student", student)
-    _require_sequence("teacher", teacher)
+    expected = "a list or tuple of (first, second) pairs; for one pair write [(first, second)]"
+    _require_sequence("student", student, expected)
+    _require_sequence("teacher", teacher, expected)
     if len(student) != len(teacher):
         raise ValueError(
             f"teacher: got {len(teacher)} entries for {len(student)} student pairs, expected as "
@@ -57,12 +58,8 @@ def flatten_pairs(
     return ordered, student_specs, tuple(teacher_specs)
 
 
-def check_loss(
-    student: Sequence[PairSpec], teacher: Sequence[TeacherSpec], pool: str, norm: str
-) -> None:
+def check_loss(student: Sequence[PairSpec], teacher: Sequence[TeacherSpec]) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless the loss of these maps is defined."""
-    check_choice("pool", pool, POOLS)
-    check_choice("norm", norm, NORMS)
     device = student[0][0].device
     for i, (pair, entry) in enumerate(zip(student, teacher, strict=True)):
         check_pair(f"student[{i}]", *pair)
@@ -76,6 +73,21 @@ def check_loss(
                 raise ValueError(
                     f"{name}: is on {spec.device}, expected {device}, where student[0][0] is"
                 )
+
+
+def check_options(pool: Any, norm: Any) -> None:
+    """Raise ``ValueError`` unless both are among the known."""
+    check_choice("pool", pool, POOLS)
+    check_choice("norm", norm, NORMS)
+
+
+def check_features(features: Any) -> None:
+    """Raise unless ``features`` is a sequence of at least two things."""
+    _require_sequence("features", features, "a list or tuple of feature maps")
+    if len(features) < 2:
+        raise ValueError(
+            f"features: got {len(features)}, expected at least two maps to form a pair"
+        )
 
 
 def check_pair(name: str | None, first: MapSpec, second: MapSpec) -> None:
@@ -120,7 +132,7 @@ def check_weights(weights: Any, pairs: int | None) -> tuple[float, ...]:
     for i, weight in enumerate(weights):
         if not isinstance(weight, Real) or isinstance(weight, bool):
             raise TypeError(f"weights[{i}]: got {weight!r}, expected a real number")
-        if not math.isfinite(weight) or weight < 0:
+        if not _is_nonnegative_float(weight):
             raise ValueError(f"weights[{i}]: got {weight!r}, expected a finite number >= 0")
     return tuple(float(weight) for weight in weights)
 
@@ -141,21 +153,15 @@ def spec_of(name: str, value: Any) -> MapSpec:
     return _spec(name, value)
 
 
-def _require_sequence(name: str, value: Any) -> None:
-    if isinstance(value, Tensor):
-        raise TypeError(
-            f"{name}: got a tensor of shape {tuple(value.shape)}, expected a sequence of "
-            "(first, second) pairs; for a single pair write [(first, second)]"
-        )
+def _require_sequence(name: str, value: Any, expected: str) -> None:
+    # A tensor has a length and would unpack along its batch without complaint.
     if not isinstance(value, (list, tuple)):
-        raise TypeError(f"{name}: got {_kind(value)}, expected a list or tuple of pairs of maps")
+        raise TypeError(f"{name}: got {_kind(value)}, expected {expected}")
 
 
 def _read_pair(name: str, pair: Any, maps: list[Tensor]) -> PairSpec:
     # A tensor would unpack along its batch without complaint, so the type matters here.
     if not isinstance(pair, (tuple, list)):
-        if isinstance(pair, Tensor):
-            _fail_pair(name, f"a tensor of shape {tuple(pair.shape)}")
         _fail_pair(name, _kind(pair))
     if len(pair) != 2:
         _fail_pair(name, f"{len(pair)} items")
@@ -227,7 +233,7 @@ def _check_same_network_shape(index: int, student: PairSpec, teacher: PairSpec) 
                 f"pair {index}: student[{index}][{side}] has {s.shape[1]} channels and {name} has "
                 f"{t.shape[1]}, but FSP compares matrices of equal size, so it needs equal channel "
                 f"counts; project the student's map with a 1x1 convolution, e.g. "
-                f"torch.nn.Conv2d({s.shape[1]}, {t.shape[1]}, kernel_size=1)"
+                f"torch.nn.Conv{len(s.shape) - 2}d({s.shape[1]}, {t.shape[1]}, kernel_size=1)"
             )
 
 
@@ -242,5 +248,11 @@ def _shape(spec: MapSpec) -> tuple[int, ...]:
     return tuple(spec.shape)
 
 
+def _is_nonnegative_float(number: Any) -> bool:
+    return bool(0 <= number <= sys.float_info.max)
+
+
 def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "a nested tensor" if value.is_nested else f"a tensor of shape {tuple(value.shape)}"
     return "None" if value is None else f"{type(value).__module__}.{type(value).__qualname__}"

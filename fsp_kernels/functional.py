@@ -60,7 +60,7 @@ def fsp_matrix(
     specs = checks.spec_of("first", first), checks.spec_of("second", second)
     checks.check_pair(None, *specs)
     checks.check_choice("pool", pool, checks.POOLS)
-    name = _backend_name(backend, specs)
+    name = _select(requested_backend(backend), specs)
     if specs[0].shape[2:] != specs[1].shape[2:]:
         first, second = match_spatial(first, second, pool)
     return matrix(first.flatten(2), second.flatten(2), name)
@@ -106,17 +106,13 @@ def fsp_loss(
     maps, student_specs, teacher_specs = checks.flatten_pairs(student, teacher)
     pairs = len(student_specs)
     lambdas = (1.0,) * pairs if weights is None else checks.check_weights(weights, pairs)
+    checks.check_options(pool, norm)
     requested = requested_backend(backend)
     if wants_operator(maps):
-        checks.check_loss(student_specs, teacher_specs, pool, norm)
+        checks.check_loss(student_specs, teacher_specs)
         return _loss_operator(maps, student_specs, teacher_specs, lambdas, pool, norm, requested)
-    # Inside a functorch transform a tensor does not tell whether an outer level wants its gradient.
-    transformed = torch._C._are_functorch_transforms_active()
-    if transformed or not torch.is_grad_enabled():
-        wanted = transformed and torch.is_grad_enabled()
-        student_specs, teacher_specs = _want(student_specs, wanted), _want(teacher_specs, wanted)
-    plan = _checked_plan(student_specs, teacher_specs, pool, norm, requested)
-    if transformed:
+    plan = _plan_here(student_specs, teacher_specs, pool, norm, requested)
+    if torch._C._are_functorch_transforms_active():
         return _TransformedLoss.apply(plan, lambdas, *maps)[0]
     return _Loss.apply(plan, lambdas, *maps)
 
@@ -132,10 +128,28 @@ def explain(
     """How :func:`fsp_loss` would evaluate these arguments, without computing anything.
 
     The plan prints as a table of evaluation, chunking, flops, bytes and extra memory; the same are
-    its attributes. Raises as :func:`fsp_loss`.
+    its attributes. As in the loss itself, gradients count where maps require them and grad mode is
+    on. Raises as :func:`fsp_loss`.
     """
     _, student_specs, teacher_specs = checks.flatten_pairs(student, teacher)
-    return _checked_plan(student_specs, teacher_specs, pool, norm, requested_backend(backend))
+    checks.check_options(pool, norm)
+    return _plan_here(student_specs, teacher_specs, pool, norm, requested_backend(backend))
+
+
+def _plan_here(
+    student: tuple[PairSpec, ...],
+    teacher: tuple[TeacherSpec, ...],
+    pool: str,
+    norm: str,
+    requested: str | None,
+) -> LossPlan:
+    """The plan under the grad mode and the transforms in force."""
+    # Inside a functorch transform a tensor does not tell whether an outer level wants its gradient.
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed or not torch.is_grad_enabled():
+        wanted = transformed and torch.is_grad_enabled()
+        student, teacher = _want(student, wanted), _want(teacher, wanted)
+    return _checked_plan(student, teacher, pool, norm, requested)
 
 
 @lru_cache(maxsize=1024)
@@ -147,13 +161,9 @@ def _checked_plan(
     requested: str | None,
 ) -> LossPlan:
     """Checks and plan of a signature; a hit skips both, and failures are not remembered."""
-    checks.check_loss(student, teacher, pool, norm)
+    checks.check_loss(student, teacher)
     specs = [spec for entry in (*student, *teacher) for spec in entry]
     return plan_loss(student, teacher, pool, norm, _select(requested, specs))
-
-
-def _backend_name(argument: str | None, specs: Sequence[MapSpec]) -> str:
-    return _select(requested_backend(argument), specs)
 
 
 def _select(requested: str | None, specs: Sequence[MapSpec]) -> str:
@@ -203,7 +213,7 @@ def run_loss(
 
 def outside_autocast(device: str) -> AbstractContextManager[Any]:
     """Autocast would round the products' fp32 operands, which accumulation is there to avoid."""
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 
@@ -213,10 +223,8 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, plan: LossPlan, weights: tuple[float, ...], *maps: Tensor) -> Tensor:
         loss, gradients = run_loss(maps, plan, weights)
         ctx.plan, ctx.gradients = plan, gradients
-        # Only to tell a second derivative that it leads here; see forbid_second_derivative.
-        ctx.save_for_backward(
-            *(x for x, m in zip(maps, plan.maps, strict=True) if m.gradient_dtype)
-        )
+        # Not saved: only their identity matters, and only to a second derivative.
+        ctx.wanted = [x for x, m in zip(maps, plan.maps, strict=True) if m.gradient_dtype]
         return loss
 
     @staticmethod
@@ -235,10 +243,10 @@ class _Loss(torch.autograd.Function):
             scaled = get_backend(plan.backend).scale(
                 ctx.gradients, plan.wanted_dtypes, incoming, in_place=not keep
             )
-        if not keep:
-            ctx.gradients = None
         if torch.is_grad_enabled():
-            scaled = forbid_second_derivative(scaled, ctx.saved_tensors)
+            scaled = forbid_second_derivative(scaled, ctx.wanted)
+        if not keep:
+            ctx.gradients = ctx.wanted = None
         return None, None, *plan.spread(scaled)
 
 

@@ -27,8 +27,7 @@ class FSPLoss(nn.Module):
         self, weights: Sequence[float] | None = None, pool: str = "max", norm: str = "frobenius"
     ):
         super().__init__()
-        checks.check_choice("pool", pool, checks.POOLS)
-        checks.check_choice("norm", norm, checks.NORMS)
+        checks.check_options(pool, norm)
         self.weights = None if weights is None else checks.check_weights(weights, None)
         self.pool = pool
         self.norm = norm
@@ -48,10 +47,8 @@ def pairs_of(features: Sequence[Tensor]) -> list[Pair]:
         features: feature maps ``(B, C, *spatial)`` in the order of the network's layers.
 
     Raises:
+        TypeError: not a list or tuple (a tensor would be taken apart along its batch).
         ValueError: fewer than two maps, so no pair.
     """
-    if len(features) < 2:
-        raise ValueError(
-            f"features: got {len(features)}, expected at least two maps to form a pair"
-        )
+    checks.check_features(features)
     return list(pairwise(features))

@@ -125,15 +125,15 @@ def _loss_setup_context(
     ctx.dtypes = [x.dtype for x in maps]
     gradients = output[1]
     ctx.mark_non_differentiable(*gradients)
-    ctx.save_for_backward(*gradients, *(x for x, need in zip(maps, ctx.needs, strict=True) if need))
+    ctx.save_for_backward(*gradients)
+    # Not saved: only their identity matters, and only to a second derivative.
+    ctx.wanted = [x for x, need in zip(maps, ctx.needs, strict=True) if need]
 
 
 def _loss_backward(ctx: Any, incoming: Tensor, _: Any) -> tuple[Any, ...]:
-    count = len(ctx.saved_tensors) // 2
-    gradients, maps = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-    scaled: Sequence[Tensor] = [g * incoming for g in gradients]
+    scaled: Sequence[Tensor] = [g * incoming for g in ctx.saved_tensors]
     if torch.is_grad_enabled():
-        scaled = forbid_second_derivative(scaled, maps)
+        scaled = forbid_second_derivative(scaled, ctx.wanted)
     given = iter(scaled)
     spread = [
         next(given).to(dtype) if need else None

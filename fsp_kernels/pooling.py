@@ -44,8 +44,10 @@ def unpool(
 ) -> None:
     """Fill ``out (B, C, *spatial)`` from the gradient ``(B, C, prod(size))`` of what was pooled."""
     if mode == "max" and indices is not None:
-        flat = out.zero_().flatten(2)  # where strides forbid, a copy
-        flat.scatter_add_(2, indices.flatten(2), gradient.to(out.dtype))
+        # Windows may overlap, so sums are formed in the gradient's dtype, which may be wider.
+        flat = out if out.dtype == gradient.dtype else torch.empty_like(out, dtype=gradient.dtype)
+        flat = flat.zero_().flatten(2)  # where strides forbid, a copy
+        flat.scatter_add_(2, indices.flatten(2), gradient)
         if flat.data_ptr() != out.data_ptr():
             out.copy_(flat.view(out.shape))
         return

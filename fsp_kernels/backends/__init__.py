@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fsp_kernels.backends.torch_backend import TorchBackend
+from fsp_kernels.checks import check_choice
 from fsp_kernels.plan import LossPlan
 
 
@@ -82,9 +83,7 @@ def get_backend(name: str) -> Backend:
         ValueError: ``name`` is not a backend.
         RuntimeError: it is one, but it does not work on this machine; the message says why.
     """
-    if name not in _REGISTRY:
-        known = ", ".join(map(repr, _REGISTRY))
-        raise ValueError(f"backend: got {name!r}, expected one of {known}")
+    check_choice("backend", name, tuple(_REGISTRY))
     backend = _REGISTRY[name]
     reason = backend.why_unavailable()
     if reason is not None:
@@ -106,11 +105,12 @@ class use_backend:  # noqa: N801  (reads as a function, like torch.no_grad)
     def __init__(self, name: str | None):
         if name is not None:
             get_backend(name)
+        self._name = name
         self._previous = use_backend._default
         use_backend._default = name
 
     def __enter__(self) -> None:
-        pass
+        use_backend._default = self._name
 
     def __exit__(
         self,
@@ -127,8 +127,14 @@ class use_backend:  # noqa: N801  (reads as a function, like torch.no_grad)
 def requested_backend(argument: str | None) -> str | None:
     """What the user asked for, if anything: argument, :class:`use_backend`, environment."""
     if argument is not None:
+        check_choice("backend", argument, tuple(_REGISTRY))
         return argument
-    return use_backend._default or os.environ.get(_ENVIRONMENT_VARIABLE) or None
+    if use_backend._default is not None:
+        return use_backend._default
+    name = os.environ.get(_ENVIRONMENT_VARIABLE)
+    if name:
+        check_choice(_ENVIRONMENT_VARIABLE, name, tuple(_REGISTRY))
+    return name or None
 
 
 def select_backend(
@@ -146,8 +152,7 @@ def select_backend(
         if reason is not None:
             raise ValueError(f"backend {requested!r} cannot serve these tensors: {reason}")
         return backend
-    return next(
-        backend
-        for backend in _REGISTRY.values()
-        if backend.why_unavailable() is None and backend.why_unsupported(device, dtypes) is None
-    )
+    for backend in _REGISTRY.values():
+        if backend.why_unavailable() is None and backend.why_unsupported(device, dtypes) is None:
+            return backend
+    raise AssertionError("the torch backend serves every device and dtype")

@@ -67,9 +67,10 @@ class TorchBackend:
         factor: Tensor,
         in_place: bool,
     ) -> list[Tensor]:
-        # Reading the factor is free on a CPU and a stall on a device.
-        if factor.device.type != "cpu" or factor.item() != 1:
-            gradients = [g.mul_(factor) if in_place else g * factor for g in gradients]
+        if not in_place:
+            gradients = [g * factor for g in gradients]
+        elif factor.device.type != "cpu" or factor.item() != 1:  # reading it would stall a device
+            gradients = [g.mul_(factor) for g in gradients]
         return [g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
 
 

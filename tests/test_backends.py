@@ -1,0 +1,348 @@
+"""Who computes: argument, then ``use_backend``, then the environment, then the best that works."""
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+
+import fsp_kernels as fsp
+from fsp_kernels import backends, functional
+from fsp_kernels.backends.torch_backend import TorchBackend
+
+
+class FakeBackend(TorchBackend):
+    """Computes like the torch backend and remembers that it was asked to."""
+
+    def __init__(self, name: str, unavailable: str | None = None, refuses: Sequence = ()):
+        self.name = name
+        self._unavailable = unavailable
+        self._refuses = refuses
+        self.calls: list[str] = []
+
+    def why_unavailable(self) -> str | None:
+        return self._unavailable
+
+    def why_unsupported(self, device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+        for what in (device.type, *dtypes):
+            if what in self._refuses:
+                return f"it has no kernels for {what}"
+        return None
+
+    def loss(self, *args):
+        self.calls.append("loss")
+        return super().loss(*args)
+
+    def matrix(self, *args):
+        self.calls.append("matrix")
+        return super().matrix(*args)
+
+
+@pytest.fixture(autouse=True)
+def _untouched_selection(monkeypatch) -> Iterator[None]:
+    """Each test starts from the automatic choice and leaves the process as it found it.
+
+    Plans remember the backend chosen for a signature, and no user changes the registry, so here
+    they have to be forgotten.
+    """
+    monkeypatch.setattr(fsp.use_backend, "_default", None)
+    monkeypatch.delenv("FSP_KERNELS_BACKEND", raising=False)
+    functional._checked_plan.cache_clear()
+    yield
+    functional._checked_plan.cache_clear()
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """Register fakes, the best first, ahead of the torch backend."""
+
+    def _register(*fakes: FakeBackend) -> None:
+        registry = {fake.name: fake for fake in (*fakes, TorchBackend())}
+        monkeypatch.setattr(backends, "_REGISTRY", registry)
+
+    return _register
+
+
+@pytest.fixture
+def named(register) -> dict[str, FakeBackend]:
+    """Three backends that work but are not the best."""
+    fakes = [FakeBackend(name) for name in ("best", "argument", "default", "environment")]
+    register(*fakes)
+    return {fake.name: fake for fake in fakes}
+
+
+def maps(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(2, 3, 4, 4).to(dtype), torch.randn(2, 5, 4, 4).to(dtype)
+
+
+def chosen(dtype: torch.dtype = torch.float32, backend: str | None = None) -> str:
+    return fsp.explain([maps(dtype)], [maps(dtype)], backend=backend).backend
+
+
+# --- the order of selection -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        (),
+        ("environment",),
+        ("default",),
+        ("argument",),
+        ("default", "environment"),
+        ("argument", "environment"),
+        ("argument", "default"),
+        ("argument", "default", "environment"),
+    ],
+    ids=" over ".join,
+)
+def test_the_first_that_says_something_decides(named, monkeypatch, says):
+    if "environment" in says:
+        monkeypatch.setenv("FSP_KERNELS_BACKEND", "environment")
+    if "default" in says:
+        fsp.use_backend("default")
+    argument = "argument" if "argument" in says else None
+    wanted = says[0] if says else "best"
+
+    assert chosen(backend=argument) == wanted
+    fsp.fsp_loss([maps()], [maps()], backend=argument)
+    fsp.fsp_matrix(*maps(), backend=argument)
+    assert named.pop(wanted).calls == ["loss", "matrix"]
+    assert not any(fake.calls for fake in named.values())
+
+
+def test_a_module_follows_use_backend(named):
+    with fsp.use_backend("default"):
+        fsp.FSPLoss()([maps()], [maps()])
+    assert named["default"].calls == ["loss"]
+
+
+def test_a_later_choice_reaches_a_signature_seen_before(named, monkeypatch):
+    for wanted in ("best", "environment", "default"):
+        if wanted == "environment":
+            monkeypatch.setenv("FSP_KERNELS_BACKEND", wanted)
+        if wanted == "default":
+            fsp.use_backend(wanted)
+        fsp.fsp_loss([maps()], [maps()])
+        assert named[wanted].calls == ["loss"]
+
+
+def test_an_empty_environment_variable_says_nothing(named, monkeypatch):  # noqa: ARG001
+    monkeypatch.setenv("FSP_KERNELS_BACKEND", "")
+    assert chosen() == "best"
+
+
+def test_backward_runs_on_the_backend_of_forward(named, monkeypatch):
+    def scale(*args, **kwargs):
+        named["argument"].calls.append("scale")
+        return TorchBackend.scale(named["argument"], *args, **kwargs)
+
+    monkeypatch.setattr(named["argument"], "scale", scale)
+    student = [x.requires_grad_() for x in maps()]
+    loss = fsp.fsp_loss([tuple(student)], [maps()], backend="argument")
+    with fsp.use_backend("default"):
+        loss.backward()
+    assert named["argument"].calls == ["loss", "scale"]
+    assert all(x.grad is not None for x in student)
+
+
+def test_the_torch_backend_is_there_and_serves_a_cpu():
+    assert "torch" in fsp.available_backends()
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        assert chosen(dtype, backend="torch") == "torch"
+
+
+# --- use_backend ----------------------------------------------------------------------------------
+
+
+def test_use_backend_lasts(named):  # noqa: ARG001
+    fsp.use_backend("default")
+    assert chosen() == "default"
+    assert chosen() == "default"
+
+
+def test_use_backend_ends_with_its_block(named):  # noqa: ARG001
+    with fsp.use_backend("default"):
+        assert chosen() == "default"
+    assert chosen() == "best"
+
+
+def test_use_backend_ends_with_its_block_on_an_exception(named):  # noqa: ARG001
+    with pytest.raises(KeyError), fsp.use_backend("default"):
+        raise KeyError
+    assert chosen() == "best"
+
+
+def test_use_backend_nests(named):  # noqa: ARG001
+    with fsp.use_backend("default"):
+        with fsp.use_backend("argument"):
+            assert chosen() == "argument"
+            with fsp.use_backend(None):
+                assert chosen() == "best"
+            assert chosen() == "argument"
+        assert chosen() == "default"
+    assert chosen() == "best"
+
+
+def test_a_block_restores_what_use_backend_set_for_good(named):  # noqa: ARG001
+    fsp.use_backend("default")
+    with fsp.use_backend("argument"):
+        pass
+    assert chosen() == "default"
+
+
+def test_use_backend_none_restores_the_automatic_choice(named):  # noqa: ARG001
+    fsp.use_backend("default")
+    fsp.use_backend(None)
+    assert chosen() == "best"
+
+
+def test_use_backend_refuses_an_unknown_name():
+    with pytest.raises(ValueError, match=r"^backend: got 'tritn', expected one of 'torch'"):
+        fsp.use_backend("tritn")
+
+
+def test_use_backend_refuses_one_that_is_not_available(register):
+    register(FakeBackend("fast", unavailable="no GPU was found"))
+    with pytest.raises(RuntimeError, match=r"'fast' is not available .*: no GPU was found"):
+        fsp.use_backend("fast")
+
+
+def test_a_refused_block_is_not_entered_and_changes_nothing(named):  # noqa: ARG001
+    fsp.use_backend("default")
+    with pytest.raises(ValueError, match="unknown"), fsp.use_backend("unknown"):
+        pytest.fail("entered")
+    assert chosen() == "default"
+
+
+def test_repr_shows_the_backend_in_use():
+    assert repr(fsp.use_backend("torch")) == "use_backend('torch')"
+
+
+# --- a backend that cannot serve ------------------------------------------------------------------
+
+
+@pytest.fixture(params=["argument", "use_backend", "environment"])
+def ask_for(request, monkeypatch):
+    """The ways to ask for a backend by name; yields the ``backend`` argument that goes with it."""
+
+    def _ask_for(name: str) -> str | None:
+        if request.param == "argument":
+            return name
+        if request.param == "environment":
+            monkeypatch.setenv("FSP_KERNELS_BACKEND", name)
+        else:
+            fsp.use_backend(name)
+        return None
+
+    return _ask_for
+
+
+CALLS = {
+    "fsp_loss": lambda x, backend: fsp.fsp_loss([x], [x], backend=backend),
+    "explain": lambda x, backend: fsp.explain([x], [x], backend=backend),
+    "fsp_matrix": lambda x, backend: fsp.fsp_matrix(*x, backend=backend),
+}
+every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+@every_call
+def test_an_unavailable_backend_asked_for_by_name_says_why(register, ask_for, call):
+    fake = FakeBackend("fast")
+    register(fake)
+    argument = ask_for("fast")
+    fake._unavailable = "no GPU was found"
+    with pytest.raises(
+        RuntimeError, match=r"^backend 'fast' is not available on this machine: no GPU was found$"
+    ):
+        call(maps(), argument)
+
+
+@every_call
+@pytest.mark.parametrize("unserved", ["cpu", torch.bfloat16], ids=["device", "dtype"])
+def test_an_unsupporting_backend_asked_for_by_name_says_why(register, ask_for, call, unserved):
+    register(FakeBackend("fast", refuses=[unserved]))
+    argument = ask_for("fast")
+    with pytest.raises(
+        ValueError,
+        match=rf"^backend 'fast' cannot serve these tensors: it has no kernels for {unserved}$",
+    ):
+        call(maps(torch.bfloat16), argument)
+
+
+@every_call
+def test_an_unsupporting_backend_serves_other_tensors(register, ask_for, call):
+    fake = FakeBackend("fast", refuses=[torch.bfloat16])
+    register(fake)
+    call(maps(torch.float32), ask_for("fast"))
+    assert fake.calls != [] or call is CALLS["explain"]
+
+
+@every_call
+def test_an_unknown_backend_lists_the_known_ones(register, call):
+    register(FakeBackend("fast"))
+    with pytest.raises(ValueError, match=r"^backend: got 'fats', expected one of 'fast', 'torch'"):
+        call(maps(), "fats")
+
+
+@every_call
+def test_an_unknown_name_in_the_environment_is_an_error(monkeypatch, call):
+    monkeypatch.setenv("FSP_KERNELS_BACKEND", "fats")
+    with pytest.raises(ValueError, match=r"got 'fats', expected one of 'torch'"):
+        call(maps(), None)
+
+
+@every_call
+@pytest.mark.parametrize(
+    "fake",
+    [
+        FakeBackend("fast", unavailable="no GPU was found"),
+        FakeBackend("fast", refuses=["cpu"]),
+        FakeBackend("fast", refuses=[torch.float32]),
+    ],
+    ids=["unavailable", "device", "dtype"],
+)
+def test_the_automatic_choice_passes_over_what_cannot_serve(register, call, fake):
+    register(fake)
+    call(maps(), None)
+    assert fake.calls == []
+    assert chosen() == "torch"
+
+
+def test_the_automatic_choice_is_made_for_the_tensors_at_hand(register):
+    register(FakeBackend("fast", refuses=[torch.float64]))
+    assert chosen(torch.float32) == "fast"
+    assert chosen(torch.float64) == "torch"
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_every_map_counts(register, place):
+    register(FakeBackend("fast", refuses=[torch.float64]))
+    four = [*maps(), *maps()]
+    assert fsp.explain([tuple(four[:2])], [tuple(four[2:])]).backend == "fast"
+    four[place] = four[place].double()
+    assert fsp.explain([tuple(four[:2])], [tuple(four[2:])]).backend == "torch"
+
+
+# --- what there is --------------------------------------------------------------------------------
+
+
+def test_available_backends_are_those_that_work_best_first(register):
+    register(
+        FakeBackend("fastest"), FakeBackend("broken", unavailable="so it is"), FakeBackend("fast")
+    )
+    assert fsp.available_backends() == ("fastest", "fast", "torch")
+
+
+def test_registered_backends_include_those_that_do_not_work(register):
+    register(FakeBackend("broken", unavailable="so it is"))
+    assert list(backends.registered_backends()) == ["broken", "torch"]
+
+
+def test_the_registry_is_handed_out_as_a_copy():
+    backends.registered_backends().clear()
+    assert "torch" in backends.registered_backends()
+
+
+@pytest.mark.parametrize("name", list(backends.registered_backends()))
+def test_a_backend_is_registered_under_its_name(name):
+    assert backends.registered_backends()[name].name == name
