@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fsp_kernels as fsp
 from fsp_kernels.backends.torch_backend import TorchBackend
-from fsp_kernels.plan import CHUNK_BYTES, LossPlan, MapSpec, PairPlan, plan_loss
+from fsp_kernels.plan import CHUNK_BYTES, CHUNK_SAMPLES, LossPlan, MapSpec, PairPlan, plan_loss
 
 FP64, FP32, FP16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 Size = int | tuple[int, ...]
@@ -367,17 +367,19 @@ def chunk_bytes(pair: PairPlan) -> float:
 def test_a_chunk_stays_within_its_budget(device):
     for m, n, size, *_ in TABLE:
         pair = plan_pair(m, n, size, batch=256, device=device)
-        assert pair.samples == 1 or chunk_bytes(pair) <= CHUNK_BYTES[device]
+        assert pair.samples == CHUNK_SAMPLES[device] or chunk_bytes(pair) <= CHUNK_BYTES[device]
 
 
 def test_a_small_batch_is_one_chunk():
     assert plan_pair(16, 16, 8, batch=7).samples == 7
 
 
-def test_a_sample_larger_than_the_budget_is_a_chunk():
-    pair = plan_pair(512, 512, 128, batch=3)
-    assert pair.samples == 1
-    assert chunk_bytes(pair) > CHUNK_BYTES["cpu"]
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_samples_larger_than_the_budget_go_by_the_fewest_that_are_fast(device):
+    pair = plan_pair(512, 512, 256, batch=16, device=device)
+    assert pair.samples == CHUNK_SAMPLES[device]
+    assert chunk_bytes(pair) > CHUNK_BYTES[device]
+    assert pair.passes == 2
 
 
 def test_chunks_are_as_few_as_the_budget_allows():
@@ -434,9 +436,10 @@ def test_costs_are_positive_and_chunks_within_the_batch(options):
 
 @any_shape
 @given(options)
-def test_a_chunk_of_several_samples_fits_the_budget(options):
-    pair = plan_pair(**options)
-    assert pair.samples == 1 or chunk_bytes(pair) <= CHUNK_BYTES[options["device"]]
+def test_a_chunk_of_more_samples_than_the_fewest_fits_the_budget(options):
+    pair, device = plan_pair(**options), options["device"]
+    fewest = CHUNK_SAMPLES[device]
+    assert pair.samples <= fewest or chunk_bytes(pair) <= CHUNK_BYTES[device]
 
 
 @any_shape

@@ -156,6 +156,7 @@ def chunk_bytes(monkeypatch):
 
     def set_to(size):
         monkeypatch.setitem(fsp_kernels.plan.CHUNK_BYTES, "cpu", size)
+        monkeypatch.setitem(fsp_kernels.plan.CHUNK_SAMPLES, "cpu", 1)
         forget()
 
     yield set_to
@@ -372,6 +373,7 @@ def _bytes_per_sample(pair):
 def test_chunks_of_any_call_compute_the_definition(call, size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(fsp_kernels.plan.CHUNK_BYTES, "cpu", size)
+        patch.setitem(fsp_kernels.plan.CHUNK_SAMPLES, "cpu", 1)
         plan = fsp_kernels.plan.plan_loss.__wrapped__(
             *fsp_kernels.checks.flatten_pairs(call.student, call.teacher)[1:],
             call.pool,
