@@ -6,9 +6,10 @@ Checks look at metadata only, never at values: NaN and Inf in the data propagate
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Rational, Real
 from typing import Any, NoReturn
 
 import torch
@@ -249,7 +250,9 @@ def _shape(spec: MapSpec) -> tuple[int, ...]:
 
 
 def _is_nonnegative_float(number: Any) -> bool:
-    return bool(0 <= number <= sys.float_info.max)
+    # An integer or a fraction is less than infinity and may yet be too large for a float.
+    exact = isinstance(number, Rational)
+    return bool(0 <= number <= int(sys.float_info.max) if exact else 0 <= number < math.inf)
 
 
 def _kind(value: Any) -> str:
