@@ -52,7 +52,7 @@ def flatten_pairs(
     for i, entry in enumerate(teacher):
         ordered += maps[2 * i : 2 * i + 2]
         if isinstance(entry, Tensor):
-            teacher_specs.append((_spec(f"teacher[{i}]", entry),))
+            teacher_specs.append((spec_of(f"teacher[{i}]", entry),))
             ordered.append(entry)
         else:
             teacher_specs.append(_read_pair(f"teacher[{i}]", entry, ordered))
@@ -151,7 +151,13 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 def spec_of(name: str, value: Any) -> MapSpec:
     """The metadata of a tensor argument; ``TypeError`` if it is not a dense tensor."""
-    return _spec(name, value)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {_kind(value)}, expected a torch.Tensor")
+    if value.is_nested:
+        raise TypeError(
+            f"{name}: got a nested tensor, expected a dense one; use .to_padded_tensor()"
+        )
+    return MapSpec.of(value)
 
 
 def _require_sequence(name: str, value: Any, expected: str) -> None:
@@ -167,22 +173,12 @@ def _read_pair(name: str, pair: Any, maps: list[Tensor]) -> PairSpec:
     if len(pair) != 2:
         _fail_pair(name, f"{len(pair)} items")
     maps += pair
-    return _spec(f"{name}[0]", pair[0]), _spec(f"{name}[1]", pair[1])
+    return spec_of(f"{name}[0]", pair[0]), spec_of(f"{name}[1]", pair[1])
 
 
 def _fail_pair(name: str, got: str) -> NoReturn:
     also = " or one FSP matrix (B, m, n)" if name.startswith("teacher") else ""
     raise TypeError(f"{name}: got {got}, expected a pair of feature maps (first, second){also}")
-
-
-def _spec(name: str, value: Any) -> MapSpec:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {_kind(value)}, expected a torch.Tensor")
-    if value.is_nested:
-        raise TypeError(
-            f"{name}: got a nested tensor, expected a dense one; use .to_padded_tensor()"
-        )
-    return MapSpec.of(value)
 
 
 def _check_dense_floating(name: str, spec: MapSpec) -> None:

@@ -77,8 +77,9 @@ def fsp_loss(
 ) -> Tensor:
     """FSP distillation loss ``1/B sum_b sum_i lambda_i ||G_i^T - G_i^S||^2`` (ibid., equation 2).
 
-    Value and gradients are computed together in one pass over the maps; the FSP matrices are never
-    formed for the whole batch. Once differentiable. Gradients flow to every map that requires them,
+    Value and gradients are computed together in one pass over the maps; neither network's FSP
+    matrices are formed, and their difference only for a chunk of samples at a time (:func:`explain`
+    tells how many). Once differentiable. Gradients flow to every map that requires them,
     the teacher's too; under ``torch.no_grad()`` only the value is computed.
 
     Args:
