@@ -2,14 +2,22 @@
 # `make PYTHON=python3.12 test` builds it with another interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
+# The targets for a machine with a GPU run in its own python, which has torch and triton.
+# `make gpu GPU_PYTHON=.venv/bin/python GPU_RESULTS=/tmp/results` takes others; `make gpu INSTALL=1`
+# installs this checkout there first.
+GPU_PYTHON ?= python3
+GPU_RESULTS ?= benchmarks/results
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench kernels gpu gpu-install gpu-tests gpu-sanitizer gpu-bench clean
 
 help:
 	@echo "make demo   distil a student on real data; prints where its report is"
 	@echo "make test   run the tests"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  time the loss against its peers on this machine; prints one table"
+	@echo "make kernels  compile every Triton kernel for five generations of GPUs; prints what it takes"
+	@echo "make gpu    on a machine with an NVIDIA GPU: tests, compute-sanitizer, benchmarks with results;"
+	@echo "            each alone: make gpu-tests, gpu-sanitizer, gpu-bench"
 	@echo "make clean  remove .venv, caches and runs/"
 
 demo: .venv/installed
@@ -25,6 +33,29 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks
+
+kernels: .venv/installed
+	$(BIN)/python -m benchmarks.kernels
+
+# All parts run, whatever becomes of an earlier one; the whole fails if any does.
+gpu: $(if $(INSTALL),gpu-install)
+	@status=0; \
+	for part in gpu-tests gpu-sanitizer gpu-bench; do \
+		$(MAKE) --no-print-directory $$part || status=1; \
+	done; \
+	exit $$status
+
+gpu-install:
+	$(GPU_PYTHON) -m pip install --no-build-isolation --no-deps .
+
+gpu-tests:
+	$(GPU_PYTHON) -m pytest -m gpu tests -ra
+
+gpu-sanitizer:
+	$(GPU_PYTHON) -m benchmarks.sanitize
+
+gpu-bench:
+	$(GPU_PYTHON) -m benchmarks --device cuda --dtype bf16 fp32 --output $(GPU_RESULTS)
 
 clean:
 	rm -rf .venv .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache build runs *.egg-info

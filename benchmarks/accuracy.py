@@ -10,21 +10,21 @@ import argparse
 import json
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import fsp_kernels as fsp
 from benchmarks import peers
 from benchmarks.environment import commit, device_slug, machine
 from benchmarks.measure import evaluate, in_float64, relative_error
-from benchmarks.report import markdown_table, provenance
+from benchmarks.report import provenance
+from benchmarks.tables import markdown_table, plain_table
 from benchmarks.workloads import Pairs
 from fsp_kernels import reference
 from fsp_kernels.functional import run_loss
@@ -114,17 +114,6 @@ def table_cells(errors: Sequence[Error]) -> tuple[list[str], list[list[str]]]:
     return header, body
 
 
-def rich_table(errors: Sequence[Error]) -> Table:
-    """The table for a terminal."""
-    header, body = table_cells(errors)
-    table = Table(title=TITLE, caption=LEGEND)
-    for name in header:
-        table.add_column(name, justify="right" if name else "left")
-    for line in body:
-        table.add_row(*line)
-    return table
-
-
 def write(errors: Sequence[Error], folder: Path, command: str) -> None:
     """``accuracy.json`` and ``accuracy.md``, with what made them."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,8 +148,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.output:
         command = shlex.join(["python", "-m", "benchmarks.accuracy", *arguments])
         write(errors, options.output / device_slug(), command)
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    console.print(rich_table(errors))
+    print(f"{TITLE}\n\n{textwrap.fill(LEGEND, 100)}\n\n{plain_table(*table_cells(errors))}")
 
 
 if __name__ == "__main__":

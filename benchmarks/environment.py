@@ -6,13 +6,23 @@ import os
 import platform
 import re
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import fsp_kernels
+
 ROOT = Path(__file__).resolve().parents[1]
+# nvidia-smi's names for what it alone knows, and ours.
+NVIDIA_SMI = {
+    "driver_version": "driver",
+    "clocks.sm": "sm_clock_after_the_run",
+    "clocks.max.sm": "sm_clock_at_most",
+    "clocks.mem": "memory_clock_after_the_run",
+    "power.limit": "power_limit",
+}
 
 
 def cpu_model() -> str:
@@ -40,16 +50,57 @@ def blas() -> str:
     return " ".join(x[1] for x in (name, version) if x) or "unknown"
 
 
-def machine() -> dict[str, Any]:
-    """Hardware, versions and settings that move a CPU timing."""
+def installed(package: str) -> str:
+    """A package's version."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def output_of(*command: str) -> str:
+    """What a command prints, empty where it is missing or fails."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def nvidia_smi() -> dict[str, str]:
+    """Driver, clocks and power limit of the first GPU, as far as nvidia-smi tells."""
+    query = f"--query-gpu={','.join(NVIDIA_SMI)}"
+    lines = output_of("nvidia-smi", query, "--format=csv,noheader").splitlines()
+    values = [value.strip() for value in lines[0].split(",")] if lines else []
+    return dict(zip(NVIDIA_SMI.values(), values, strict=False))
+
+
+def gpu() -> dict[str, Any]:
+    """The GPU measured on and what drives it."""
+    properties = torch.cuda.get_device_properties()
     return {
+        "gpu": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "gpu_memory": f"{properties.total_memory / 2**30:.0f} GiB",
+        "l2": f"{getattr(properties, 'L2_cache_size', 0) / 2**20:.0f} MiB",
+        "cuda": torch.version.cuda,
+        "triton": installed("triton"),
+        **nvidia_smi(),
+    }
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Hardware, versions and settings that move a timing on a device."""
+    return {
+        **({} if device == "cpu" else gpu()),
         "cpu": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": cores(),
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "fsp_kernels": version("fsp-kernels"),
+        "fsp_kernels": fsp_kernels.__version__,
         "threads": torch.get_num_threads(),
         "blas": blas(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
@@ -63,11 +114,7 @@ def load() -> float:
 
 def git(*arguments: str) -> str:
     """One line git prints about this checkout, empty where there is none."""
-    try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return output_of("git", *arguments)
 
 
 def commit() -> dict[str, Any]:
@@ -76,7 +123,9 @@ def commit() -> dict[str, Any]:
     return {"id": git("rev-parse", "HEAD") or "none", "dirty": bool(changed)}
 
 
-def device_slug() -> str:
-    """A folder name for results of this device, as ``cpu-amd-epyc-2-cores``."""
+def device_slug(device: str = "cpu") -> str:
+    """A folder name for results, as ``cpu-amd-epyc-2-cores`` or ``gpu-nvidia-h100-80gb-hbm3``."""
     words = re.sub(r"\((R|TM)\)|@.*", "", cpu_model(), flags=re.IGNORECASE)
-    return re.sub(r"[^a-z0-9]+", "-", f"cpu {words} {cores()} cores".lower()).strip("-")
+    cpu = f"cpu {words} {cores()} cores"
+    name = cpu if device == "cpu" else f"gpu {torch.cuda.get_device_name()}"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -1,4 +1,4 @@
-"""Peak extra memory of a step: from before its forward to the end of its backward.
+"""Peak extra memory of a step on a CPU: from before its forward to the end of its backward.
 
 It counts what the step allocates, its gradients included, never the maps it is given.
 
@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import contenders, workloads
 from benchmarks.measure import Step, forget_gradients, gradient_step
-from benchmarks.workloads import Workload, feature_maps
+from benchmarks.workloads import DTYPES, Workload, feature_maps
 
 ROOT = Path(__file__).resolve().parents[1]
 CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -75,15 +75,15 @@ def method() -> str:
     return "resident" if os.access(CLEAR_REFS, os.W_OK) else "profiler"
 
 
-def gradient_bytes(workload: Workload) -> int:
-    """What the fp32 gradients of the student's maps take: no implementation can use less."""
-    shapes = [workload.shape(x, workload.cpu_batch) for pair in workload.layers for x in pair]
-    return sum(4 * math.prod(shape) for shape in shapes)
+def gradient_bytes(workload: Workload, batch: int, dtype: torch.dtype) -> int:
+    """What the gradients of the student's maps take: no implementation can use less."""
+    shapes = [workload.shape(x, batch) for pair in workload.layers for x in pair]
+    return sum(dtype.itemsize * math.prod(shape) for shape in shapes)
 
 
-def peaks(workload: Workload, names: Sequence[str]) -> dict[str, int]:
+def peaks(workload: Workload, names: Sequence[str], dtype: torch.dtype) -> dict[str, int]:
     """Peak extra bytes of each contender that fits, in this process."""
-    student, teacher = feature_maps(workload, workload.cpu_batch)
+    student, teacher = feature_maps(workload, workload.cpu_batch, dtype)
     peak = {"resident": resident_peak, "profiler": profiled_peak}[method()]
     found = {}
     for name in names:
@@ -98,9 +98,11 @@ def peaks(workload: Workload, names: Sequence[str]) -> dict[str, int]:
     return found
 
 
-def peaks_in_fresh_process(workload: Workload, names: Sequence[str]) -> dict[str, int]:
+def peaks_in_fresh_process(
+    workload: Workload, names: Sequence[str], dtype_name: str
+) -> dict[str, int]:
     """``peaks`` where malloc returns what is freed, which must be said before a process starts."""
-    command = [sys.executable, "-m", "benchmarks.memory", workload.name, *names]
+    command = [sys.executable, "-m", "benchmarks.memory", workload.name, dtype_name, *names]
     environment = os.environ | RETURN_FREED_MEMORY
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True)
@@ -111,9 +113,11 @@ def main() -> None:
     """Print ``{contender: peak extra bytes}`` of one workload as JSON."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("workload", choices=workloads.BY_NAME)
+    parser.add_argument("dtype", choices=DTYPES)
     parser.add_argument("contender", nargs="+", choices=contenders.BY_NAME)
     options = parser.parse_args()
-    print(json.dumps(peaks(workloads.BY_NAME[options.workload], options.contender)))
+    workload = workloads.BY_NAME[options.workload]
+    print(json.dumps(peaks(workload, options.contender, DTYPES[options.dtype])))
 
 
 if __name__ == "__main__":

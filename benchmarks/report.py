@@ -1,101 +1,31 @@
-"""From pytest-benchmark's JSON to one table, for the terminal and for a file."""
+"""From pytest-benchmark's JSON to one table for each dtype, for the terminal and for a file."""
 
 from __future__ import annotations
 
-import math
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from rich.table import Table
+from benchmarks import contenders, gpu_table, workloads
+from benchmarks.rows import Row, rows_of
+from benchmarks.tables import MIB, digits, geometric_mean, markdown_table, plain_table, times
 
-from benchmarks import contenders, workloads
-from benchmarks.contenders import OURS
-
-MIB = 1 << 20
-WIDTH = 160  # columns that hold all contenders
+TITLE = "FSP loss, forward + backward"
 LEGEND = (
-    "Loss forward + backward, fp32, same tensors, turn by turn. Each cell: median ± half the "
+    "Loss forward + backward, {dtypes}, same tensors, turn by turn. Each cell: median ± half the "
     "interquartile range, the ratio of that median to ours (above 1x ours is faster), and the peak "
     "extra memory of a step, gradients included; the gradients alone take what column 3 says. Last "
     "column: the ratio of the fastest peer's median to ours."
 )
 
-
-@dataclass(frozen=True)
-class Result:
-    """One contender on one workload: seconds and bytes."""
-
-    median: float
-    iqr: float
-    peak: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """One workload."""
-
-    workload: str
-    batch: int
-    gradients: int  # bytes
-    results: dict[str, Result]
-
-    def ratio(self, peer: str) -> float | None:
-        """How many times faster ours is than ``peer``; None where either was not run."""
-        if peer == OURS or not {peer, OURS} <= self.results.keys():
-            return None
-        return self.results[peer].median / self.results[OURS].median
-
-    def ratio_to_fastest(self) -> float | None:
-        """The ratio to the peer that was fastest on this workload."""
-        ratios = [ratio for peer in self.results if (ratio := self.ratio(peer)) is not None]
-        return min(ratios, default=None)
-
-
-def rows_of(report: dict[str, Any]) -> list[Row]:
-    """The rows in the order of the workload table, whatever the order of the run."""
-    by_workload: dict[str, list[dict[str, Any]]] = {}
-    for entry in report["benchmarks"]:
-        by_workload.setdefault(entry["extra_info"]["workload"], []).append(entry)
-    rows = []
-    for name in workloads.BY_NAME:
-        entries = by_workload.get(name)
-        if not entries:
-            continue
-        info = entries[0]["extra_info"]
-        results = {
-            e["extra_info"]["contender"]: Result(
-                e["stats"]["median"], e["stats"]["iqr"], e["extra_info"]["peak_extra_bytes"]
-            )
-            for e in entries
-        }
-        rows.append(Row(name, info["batch"], info["gradient_bytes"], results))
-    return rows
-
-
-def geometric_mean(values: Sequence[float | None]) -> float | None:
-    """Over the values there are; None where there are none."""
-    present = [value for value in values if value is not None]
-    return math.exp(sum(map(math.log, present)) / len(present)) if present else None
-
-
-def digits(value: float) -> str:
-    """About three digits, never an exponent."""
-    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
-
-
-def times(ratio: float | None) -> str:
-    """A ratio as printed."""
-    return "-" if ratio is None else f"{ratio:.2f}x"
+Cells = tuple[list[str], list[list[str]]]
 
 
 def cell(row: Row, name: str) -> list[str]:
     """Time, ratio and memory of one contender, one string each."""
     result = row.results.get(name)
     if result is None:
-        workload = workloads.BY_NAME[row.workload]
-        fits = contenders.BY_NAME[name].fits(workload, row.batch)
-        return ["not run"] if fits else ["does not fit"]
+        return [row.missing.get(name, "not run")]
     ratio = row.ratio(name)
     return [
         f"{digits(result.median * 1e3)} ±{digits(result.iqr * 5e2)} ms",
@@ -109,7 +39,7 @@ def columns(rows: Sequence[Row]) -> list[str]:
     return [name for name in contenders.BY_NAME if any(name in row.results for row in rows)]
 
 
-def table_cells(rows: Sequence[Row], join: str) -> tuple[list[str], list[list[str]]]:
+def table_cells(rows: Sequence[Row], join: str) -> Cells:
     """Header and body, the last line holding geometric means; ``join`` glues a cell's parts."""
     names = columns(rows)
     header = ["workload", "B", "gradients", *names, "to fastest"]
@@ -129,21 +59,23 @@ def table_cells(rows: Sequence[Row], join: str) -> tuple[list[str], list[list[st
     return header, body
 
 
-def rich_table(rows: Sequence[Row]) -> Table:
-    """The table for a terminal."""
-    header, body = table_cells(rows, "\n")
-    table = Table(title="FSP loss, forward + backward", caption=LEGEND, show_lines=True)
-    for name in header:
-        table.add_column(name, justify="left" if name == "workload" else "right")
-    for line in body:
-        table.add_row(*line)
-    return table
+def tables(report: dict[str, Any], join: str) -> dict[str, Cells]:
+    """Header and body of each dtype's table."""
+    rows = rows_of(report)
+    by_dtype = {name: [row for row in rows if row.dtype == name] for name in workloads.DTYPES}
+    layout = gpu_table.table_cells if on_gpu(report) else lambda rows: table_cells(rows, join)
+    return {dtype: layout(rows) for dtype, rows in by_dtype.items() if rows}
 
 
-def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A GitHub table."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def on_gpu(report: dict[str, Any]) -> bool:
+    """Whether a run was on a GPU."""
+    return "gpu" in report["machine_info"]
+
+
+def legend(report: dict[str, Any], dtypes: Sequence[str]) -> str:
+    """How to read the tables."""
+    text = gpu_table.LEGEND if on_gpu(report) else LEGEND
+    return text.format(dtypes=" and ".join(dtypes))
 
 
 def provenance(machine: dict[str, Any], commit: dict[str, Any], command: str) -> str:
@@ -155,10 +87,22 @@ def provenance(machine: dict[str, Any], commit: dict[str, Any], command: str) ->
 
 def markdown(report: dict[str, Any], command: str) -> str:
     """The results file."""
+    cells = tables(report, ", ")
     parts = [
-        "# FSP loss, forward + backward",
+        f"# {TITLE}",
         provenance(report["machine_info"], report["commit_info"], command),
-        LEGEND,
-        markdown_table(*table_cells(rows_of(report), ", ")),
+        legend(report, list(cells)),
     ]
+    for dtype, (header, body) in cells.items():
+        parts += [f"## {dtype}"] * (len(cells) > 1)
+        parts.append(markdown_table(header, body))
     return "\n\n".join(parts) + "\n"
+
+
+def plain(report: dict[str, Any]) -> str:
+    """The same for a terminal, the tables last."""
+    cells = tables(report, "\n")
+    parts = [textwrap.fill(legend(report, list(cells)), 100)]
+    for dtype, (header, body) in cells.items():
+        parts += [f"{TITLE}, {dtype}", plain_table(header, body)]
+    return "\n\n".join(parts)

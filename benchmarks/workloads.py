@@ -10,11 +10,12 @@ from torch import Tensor
 
 Layer = tuple[int, int]  # channels and side of the square map; for tokens, channels and tokens
 Pairs = Sequence[tuple[Tensor, Tensor]]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Feature maps of one distillation step: ``batch`` is the GPU's, see ``cpu_batch``."""
+    """Feature maps of one distillation step: ``batch`` is the GPU's, see ``batch_on``."""
 
     name: str
     batch: int
@@ -25,6 +26,10 @@ class Workload:
     def cpu_batch(self) -> int:
         """An eighth of the batch, and at least 4: seconds a round are enough on a CPU."""
         return max(4, self.batch // 8)
+
+    def batch_on(self, device: str) -> int:
+        """The batch that is measured on a device."""
+        return self.cpu_batch if device == "cpu" else self.batch
 
     def shape(self, layer: Layer, batch: int) -> tuple[int, ...]:
         """``(B, C, H, W)``, or ``(B, C, tokens)`` for a transformer's layer."""
@@ -93,17 +98,22 @@ def feature_map(
 ) -> Tensor:
     """What a ReLU leaves of normal noise: half zeros, as late layers of a CNN are."""
     shape = workload.shape(layer, batch)
-    if not workload.tokens:
-        return torch.randn(shape, dtype=dtype, generator=generator).relu_()
-    rows = (shape[0], shape[2], shape[1])  # (B, tokens, channels), the layout transformers keep
-    return torch.randn(rows, dtype=dtype, generator=generator).relu_().transpose(1, 2)
+    if workload.tokens:
+        shape = (shape[0], shape[2], shape[1])  # (B, tokens, channels), as transformers keep them
+    device = generator.device
+    x = torch.randn(shape, dtype=dtype, device=device, generator=generator).relu_()
+    return x.transpose(1, 2) if workload.tokens else x
 
 
 def feature_maps(
-    workload: Workload, batch: int, dtype: torch.dtype = torch.float32, seed: int = 0
+    workload: Workload,
+    batch: int,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> tuple[Pairs, Pairs]:
-    """``(student, teacher)``: different maps of equal shapes, the student's as leaves."""
-    generator = torch.Generator().manual_seed(seed)
+    """``(student, teacher)``: independent maps of equal shapes, the student's as leaves."""
+    generator = torch.Generator(device).manual_seed(seed)
 
     def network() -> list[tuple[Tensor, Tensor]]:
         return [

@@ -30,6 +30,7 @@ from torch import Tensor
 
 Residual = Literal["difference", "direct"]
 Form = Literal["matrix", "gram"]
+Evaluation = Literal["chunks", "one pass", "tiles", "recomputed tiles"]
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -41,10 +42,18 @@ CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 # But never fewer samples than this: a batched product gives each of a CPU's threads whole samples,
 # which on 256 x 256 x 16384 is a fifth faster than sharing one.
 CHUNK_SAMPLES = {"cpu": 4, "cuda": 1}
-# A tile of residual that one GPU program can keep in registers, and the most positions whose Gram
-# blocks it can.
+# A residual that one GPU program can keep in registers: in fp32 it is an operand of two TF32 terms,
+# and takes twice as many. The most positions whose Gram blocks a program can keep, and the most for
+# which a tile's share of a gradient fits beside the tile.
 GPU_TILE_CHANNELS = 128
+GPU_TILE_CHANNELS_FP32 = 64
 GPU_GRAM_POSITIONS = 64
+GPU_RECOMPUTE_POSITIONS = 256
+# Programs that fill a large GPU (two for each of about 130 multiprocessors): with fewer tiles the
+# positions are split. A constant, not the device's, so that results do not depend on the device.
+GPU_PROGRAMS = 256
+GPU_WINDOW = 64  # elements of a pooling window, which a kernel's code unrolls
+GPU_PART_POSITIONS = 512  # and no part is shorter than this
 
 
 class MapSpec(NamedTuple):
@@ -97,14 +106,24 @@ class MapPlan:
     def positions(self) -> int:
         return math.prod(self.pooled_size or self.shape[2:])
 
+    @property
+    def fused_windows(self) -> bool:
+        """Whether kernels can pool while they read: by windows of one size, not too large."""
+        sizes = list(zip(self.shape[2:], self.pooled_size or (), strict=False))
+        window = math.prod(full // part for full, part in sizes)
+        return all(full % part == 0 for full, part in sizes) and window <= GPU_WINDOW
+
 
 @dataclass(frozen=True)
 class PairPlan:
     """How one pair is evaluated.
 
-    ``teacher`` holds two maps, or one when it is a ready matrix. Work proceeds ``samples`` at a
-    time. ``passes`` is 1 when a chunk is still at hand for its second sweep and 2 when the maps
-    come from memory twice.
+    ``teacher`` holds two maps, or one when it is a ready matrix. ``evaluation`` is ``"chunks"``
+    for the torch backend. Fused kernels hold a sample's residual or Gram blocks in one program
+    (``"one pass"``), or store it by tiles (``"tiles"``), ``parts`` programs to a tile, or compute
+    each tile where it is needed (``"recomputed tiles"``). Work proceeds ``samples`` at a time.
+    ``passes`` is 1 when these are still at hand for the second sweep and 2 when the maps come from
+    memory twice.
     """
 
     batch: int
@@ -113,6 +132,8 @@ class PairPlan:
     teacher: tuple[MapPlan, ...]
     residual: Residual
     form: Form
+    evaluation: Evaluation
+    parts: int
     passes: int
     samples: int
     flops: int
@@ -141,7 +162,7 @@ class PairPlan:
         return any(m.gradient_dtype is not None for m in self.maps)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # planning is cached, so a plan is equal to itself alone
 class LossPlan:
     """The evaluation of one :func:`fsp_kernels.fsp_loss` call; ``print`` it to read it.
 
@@ -173,7 +194,9 @@ class LossPlan:
     @property
     def workspace_bytes(self) -> int:
         """Bytes of temporary memory at any one time, beyond the gradients."""
-        return max(p.workspace_bytes for p in self.pairs)
+        # The torch backend takes pair after pair; fused kernels take all of them in one launch.
+        total = max if self.backend == "torch" else sum
+        return total(p.workspace_bytes for p in self.pairs)
 
     @property
     def extra_bytes(self) -> int:
@@ -229,7 +252,7 @@ def plan_loss(
     device = specs[0].device.type
     compute_dtype = accumulation_dtype(*(spec.dtype for spec in specs))
     pairs = tuple(
-        _plan_pair(s, t, pool, norm, device, compute_dtype)
+        _plan_pair(s, t, pool, norm, device, compute_dtype, fused=backend != "torch")
         for s, t in zip(student, teacher, strict=True)
     )
     return LossPlan(pairs, pool, norm, device, backend, compute_dtype)
@@ -247,6 +270,7 @@ def _plan_pair(
     norm: str,
     device: str,
     compute_dtype: torch.dtype,
+    fused: bool,
 ) -> PairPlan:
     batch, m = student[0].shape[:2]
     n = student[1].shape[1]
@@ -257,14 +281,60 @@ def _plan_pair(
     flops: dict[Form, int] = {"matrix": _matrix_flops(m, n, student_maps, teacher_maps)}
     if subtractable and norm != "column":  # the column norm needs the columns of D
         flops["gram"] = _gram_flops(m, n, k, maps)
-    form = _choose_form(flops, m, n, k, device)
     # Tensor cores would round the difference of half-precision maps, while their products are
     # exact. A CPU widens them first, so there the difference is exact and the better choice.
-    rounds = device != "cpu" and all(plan.dtype in HALF for plan in maps)
+    averaged = any(plan.pooled_size for plan in maps) and pool == "avg"  # no longer half precision
+    multiplied = maps if len(teacher) == 2 else student_maps
+    exact = all(plan.dtype in HALF for plan in multiplied) and not (fused and averaged)
+    rounds = exact and (fused or device != "cpu")
+    tile = GPU_TILE_CHANNELS if exact or not fused else GPU_TILE_CHANNELS_FP32
+    form = _choose_form(flops, m, n, k, None if device == "cpu" and not fused else tile)
     # The Gram form of plain maps, instead of differences, cancels.
     difference = form == "gram" or (subtractable and not rounds)
     residual: Residual = "difference" if difference else "direct"
+    if fused:
+        how = _evaluate_fused(m, n, maps, pool, norm, form, exact)
+    else:
+        how = _evaluate_in_chunks(m, n, k, maps, pool, form, difference, device, compute_dtype)
+    return PairPlan(
+        batch=batch,
+        channels=(m, n),
+        student=student_maps,
+        teacher=teacher_maps,
+        residual=residual,
+        form=form,
+        evaluation=how.evaluation,
+        parts=how.parts,
+        passes=how.passes,
+        samples=how.samples,
+        flops=batch * (flops[form] + how.extra_flops),
+        workspace_bytes=how.workspace_bytes,
+    )
 
+
+class _Evaluation(NamedTuple):
+    """What :class:`PairPlan` says of a pair's evaluation."""
+
+    evaluation: Evaluation
+    samples: int
+    passes: int
+    workspace_bytes: int
+    parts: int = 1
+    extra_flops: int = 0  # for each sample
+
+
+def _evaluate_in_chunks(
+    m: int,
+    n: int,
+    k: int,
+    maps: Sequence[MapPlan],
+    pool: str,
+    form: Form,
+    difference: bool,
+    device: str,
+    compute_dtype: torch.dtype,
+) -> _Evaluation:
+    batch = maps[0].shape[0]
     blocks = (8 if any(p.gradient_dtype for p in maps) else 6) * k * k if form == "gram" else m * n
     workspace = blocks * compute_dtype.itemsize + sum(
         _map_workspace(plan, pool, form, compute_dtype, subtracted=difference and i < 2)
@@ -273,20 +343,59 @@ def _plan_pair(
     per_sample = workspace + sum(p.bytes + p.gradient_bytes for p in maps) // batch
     kind = "cpu" if device == "cpu" else "cuda"
     fitting = CHUNK_BYTES[kind] // per_sample
-    chunks = math.ceil(batch / max(CHUNK_SAMPLES[kind], fitting))
-    samples = math.ceil(batch / chunks)  # of equal size: a small last chunk costs as many calls
-    return PairPlan(
-        batch=batch,
-        channels=(m, n),
-        student=student_maps,
-        teacher=teacher_maps,
-        residual=residual,
-        form=form,
-        passes=_passes(form, m, n, device, fits=fitting >= CHUNK_SAMPLES[kind]),
-        samples=samples,
-        flops=batch * flops[form],
-        workspace_bytes=samples * workspace,
-    )
+    samples = _equal_chunks(batch, max(CHUNK_SAMPLES[kind], fitting))
+    passes = _passes(form, m, n, device, fits=fitting >= CHUNK_SAMPLES[kind])
+    return _Evaluation("chunks", samples, passes, samples * workspace)
+
+
+def _evaluate_fused(
+    m: int,
+    n: int,
+    maps: Sequence[MapPlan],
+    pool: str,
+    norm: str,
+    form: Form,
+    exact: bool,
+) -> _Evaluation:
+    batch = maps[0].shape[0]
+    networks = maps[::2] if len(maps) == 4 else maps[:1]  # the first map of each there is
+    pooled = batch * sum(_pooled_workspace(plan, pool) for plan in maps)
+    tile = GPU_TILE_CHANNELS if exact else GPU_TILE_CHANNELS_FP32
+    if form == "gram" or max(m, n) <= tile:
+        return _Evaluation("one pass", batch, 1, pooled)
+    k = max(plan.positions for plan in networks)
+    gradients = any(plan.gradient_dtype for plan in maps)
+    # Storing writes and reads m n for each sample where recomputing reads (m + n) K once more. In
+    # fp32 a tile is an operand of two terms: beside it the gradient does not fit, and to compute it
+    # twice costs more than the bytes. What is pooled would be pooled twice, too.
+    cheaper = k <= GPU_RECOMPUTE_POSITIONS and m * n > (m + n) * k
+    read_as_is = exact and not any(plan.pooled_size for plan in maps)
+    if gradients and norm != "column" and cheaper and read_as_is:
+        products = 2 * m * n * sum(plan.positions for plan in networks)
+        return _Evaluation("recomputed tiles", batch, 2, pooled, extra_flops=products)
+    tiles = batch * math.ceil(m / GPU_TILE_CHANNELS) * math.ceil(n / GPU_TILE_CHANNELS)
+    parts = max(1, min(GPU_PROGRAMS // tiles, k // GPU_PART_POSITIONS))
+    stored = 4 * m * n * parts if gradients or parts > 1 or norm == "column" else 0
+    samples = _equal_chunks(batch, max(1, CHUNK_BYTES["cuda"] // max(1, stored)))
+    return _Evaluation("tiles", samples, 2, pooled + samples * stored, parts)
+
+
+def _equal_chunks(batch: int, most: int) -> int:
+    """Samples at a time, at most ``most`` and equally many: a small last chunk costs as much."""
+    return math.ceil(batch / math.ceil(batch / most))
+
+
+def _pooled_workspace(plan: MapPlan, pool: str) -> int:
+    """Bytes for each sample of a map that is pooled before the kernels see it."""
+    if plan.pooled_size is None or plan.fused_windows:
+        return 0
+    width = plan.dtype.itemsize if pool == "max" else torch.float32.itemsize
+    if plan.gradient_dtype is not None:
+        width += torch.float32.itemsize + (torch.int64.itemsize if pool == "max" else 0)
+    # Averages are taken in fp32, of an fp32 copy.
+    copied = pool == "avg" and plan.dtype in HALF
+    copy = math.prod(plan.shape[1:]) * torch.float32.itemsize if copied else 0
+    return plan.shape[1] * plan.positions * width + copy
 
 
 def _plan_maps(specs: TeacherSpec) -> tuple[MapPlan, ...]:
@@ -321,12 +430,13 @@ def _gram_flops(m: int, n: int, k: int, maps: Sequence[MapPlan]) -> int:
     return (6 * (m + n) + gradients) * k * k
 
 
-def _choose_form(flops: dict[Form, int], m: int, n: int, k: int, device: str) -> Form:
+def _choose_form(flops: dict[Form, int], m: int, n: int, k: int, tile: int | None) -> Form:
+    """``tile``: the largest residual of one program on a GPU; ``None`` on a CPU."""
     if "gram" not in flops:
         return "matrix"
-    if device != "cpu" and k > GPU_GRAM_POSITIONS:
+    if tile is not None and k > GPU_GRAM_POSITIONS:
         return "matrix"
-    if device != "cpu" and max(m, n) <= GPU_TILE_CHANNELS:
+    if tile is not None and max(m, n) <= tile:
         return "matrix"  # memory-bound either way; one accumulator is simpler than six
     return "gram" if flops["gram"] < flops["matrix"] else "matrix"
 
@@ -368,10 +478,16 @@ def _row(index: int, pair: PairPlan) -> tuple[str, ...]:
         str(pair.batch),
         "{} x {}".format(*pair.channels),
         str(pair.positions),
-        f"{pair.residual}, {pair.form} form, " + ("one pass" if pair.passes == 1 else "two passes"),
+        f"{pair.residual}, {pair.form} form, {_how(pair)}",
         f"{pair.samples} samples",
         *_amounts(pair.flops, pair.bytes_moved, pair.gradient_bytes + pair.workspace_bytes),
     )
+
+
+def _how(pair: PairPlan) -> str:
+    if pair.evaluation == "chunks":
+        return "one pass" if pair.passes == 1 else "two passes"
+    return pair.evaluation if pair.parts == 1 else f"{pair.evaluation} in {pair.parts} parts"
 
 
 def _amounts(flops: int, bytes_moved: int, extra_bytes: int) -> tuple[str, str, str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fsp_kernels import reference
+from fsp_kernels.plan import HALF, LossPlan, PairPlan
 
 
 class Tolerance(NamedTuple):
@@ -25,6 +26,66 @@ TOLERANCES = {
     torch.float16: Tolerance(6e-4, 1e-6, "an fp32 result rounded once, unit roundoff 4.9e-4"),
     torch.bfloat16: Tolerance(4e-3, 1e-6, "an fp32 result rounded once, unit roundoff 3.9e-3"),
 }
+
+# What the Triton backend states, of ``|error| / |expected|`` in norms over a whole tensor: a single
+# element of a thousand that is wrong shows as 3e-2. By the form of the evaluation and the dtype of the
+# maps; a row holds where rows above it do, and its gradient is of that dtype.
+
+
+class Fused(NamedTuple):
+    """Bounds of the relative error of the loss and of a gradient."""
+
+    loss: float
+    gradient: float
+    reason: str
+
+
+FUSED = {
+    ("matrix", torch.float32): Fused(
+        1e-5, 1e-5, "products in 3xTF32, 2^-22; tensor cores cut their sums off instead of rounding"
+    ),
+    ("matrix", torch.bfloat16): Fused(
+        1e-5, 4e-3, "exact products, the residual in two bf16 terms, 2^-17; the gradient rounded once"
+    ),
+    ("matrix", torch.float16): Fused(
+        1e-5, 1e-3, "exact products, the residual rounded to TF32, 2^-11; the gradient to fp16, 2^-11"
+    ),
+    ("gram", torch.float32): Fused(1e-5, 1e-5, "as in matrix form"),
+    ("gram", torch.bfloat16): Fused(
+        1e-3, 5e-3, "differences and blocks rounded to TF32, 2^-11 each; the gradient to bf16, 2^-8"
+    ),
+    ("gram", torch.float16): Fused(
+        1e-3, 2e-3, "differences and blocks rounded to TF32, 2^-11 each; the gradient to fp16, 2^-11"
+    ),
+}
+# fp32 maps while ``torch.get_float32_matmul_precision()`` is not "highest".
+FUSED_TF32 = Fused(5e-3, 5e-3, "each operand of each product rounded or cut to TF32, 2^-10")
+
+
+def fused_bounds(pair: PairPlan, own: torch.dtype) -> Fused:
+    """The row for a gradient of dtype ``own``, and for the loss, of one pair."""
+    dtypes = {plan.dtype for plan in pair.maps}
+    loss = max(FUSED[pair.form, dtype].loss for dtype in dtypes)
+    # A residual beside fp16 maps is rounded for their sake, whoever gets the gradient.
+    gradient = max(FUSED[pair.form, d].gradient for d in {own} | dtypes - {torch.bfloat16})
+    if not dtypes.issubset(HALF) and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return FUSED_TF32._replace(gradient=max(gradient, FUSED_TF32.gradient))
+    return Fused(loss, gradient, FUSED[pair.form, own].reason)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """``|actual - expected| / |expected|`` in norms; 0 where both are zero."""
+    error = (actual.double() - expected).norm().item()
+    return error / expected.norm().item() if error else 0.0
+
+
+def assert_near(actual: Tensor, expected: Tensor, bound: float, reason: str) -> None:
+    """Hold the norm of the error to ``bound`` times that of the float64 ``expected``."""
+    assert actual.shape == expected.shape
+    assert not actual.isnan().any()
+    error = (actual.double() - expected).norm().item()
+    size = expected.norm().item()
+    assert error <= bound * size, f"error {error:.3e} of {size:.3e}, {actual.dtype}: {reason}"
 
 
 def assert_close(actual: Tensor, expected: Tensor, scale: float | None = None) -> None:
@@ -60,6 +121,17 @@ class Oracle(NamedTuple):
         for gradient, expected, scale in rows:
             if gradient is not None:
                 assert_close(gradient, expected, scale)
+
+    def check_fused(
+        self, plan: LossPlan, loss: Tensor, gradients: Sequence[Tensor | None]
+    ) -> None:
+        """Hold what fused kernels computed by a plan to this."""
+        pairs = [(pair, planned) for pair in plan.pairs for planned in pair.maps]
+        bounds = [fused_bounds(pair, planned.dtype) for pair, planned in pairs]
+        assert_near(loss, self.loss, max(b.loss for b in bounds), "the loss")
+        for gradient, expected, bound in zip(gradients, self.gradients, bounds, strict=True):
+            if gradient is not None:
+                assert_near(gradient, expected, bound.gradient, bound.reason)
 
 
 def flatten(student: Sequence, teacher: Sequence) -> list[Tensor]:

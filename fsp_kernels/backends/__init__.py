@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fsp_kernels.backends.torch_backend import TorchBackend
+from fsp_kernels.backends.triton import TritonBackend
 from fsp_kernels.checks import check_choice
 from fsp_kernels.plan import LossPlan
 
@@ -24,6 +25,10 @@ class Backend(Protocol):
     """A handful of functions over checked, planned inputs; none of them records autograd."""
 
     name: str
+
+    @property
+    def automatic(self) -> bool:
+        """Whether it may be chosen unasked; an interpreter, for one, has to be named."""
 
     def why_unavailable(self) -> str | None:
         """``None`` if it works on this machine, else what is missing, as a clause."""
@@ -61,7 +66,9 @@ class Backend(Protocol):
 
 
 # Best first. Adding a backend is a folder and a line here.
-_REGISTRY: dict[str, Backend] = {backend.name: backend for backend in (TorchBackend(),)}
+_REGISTRY: dict[str, Backend] = {
+    backend.name: backend for backend in (TritonBackend(), TorchBackend())
+}
 
 _ENVIRONMENT_VARIABLE = "FSP_KERNELS_BACKEND"
 
@@ -153,6 +160,7 @@ def select_backend(
             raise ValueError(f"backend {requested!r} cannot serve these tensors: {reason}")
         return backend
     for backend in _REGISTRY.values():
-        if backend.why_unavailable() is None and backend.why_unsupported(device, dtypes) is None:
+        works = backend.automatic and backend.why_unavailable() is None
+        if works and backend.why_unsupported(device, dtypes) is None:
             return backend
     raise AssertionError("the torch backend serves every device and dtype")

@@ -24,6 +24,7 @@ class TorchBackend:
     """See :class:`fsp_kernels.backends.Backend` for what each method promises."""
 
     name = "torch"
+    automatic = True
 
     def why_unavailable(self) -> str | None:
         return None

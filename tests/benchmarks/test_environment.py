@@ -6,6 +6,8 @@ import json
 import platform
 import re
 
+import fake_gpu
+import pytest
 import torch
 
 from benchmarks import environment
@@ -25,6 +27,25 @@ def test_the_commit_is_known_or_said_not_to_be() -> None:
 
 def test_a_device_has_a_folder_name() -> None:
     assert re.fullmatch(r"cpu-[a-z0-9-]+-cores", environment.device_slug())
+
+
+def test_a_gpu_is_described_with_what_drives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu.install(monkeypatch)
+    monkeypatch.setattr(environment, "output_of", lambda *_: "580.1, 1980 MHz, 1980 MHz, 2619 MHz")
+    described = environment.machine("cuda")
+    assert described["gpu"] == "NVIDIA Fake 1"
+    assert described["driver"] == "580.1"
+    assert described["sm_clock_after_the_run"] == "1980 MHz"
+    assert described["torch"] == torch.__version__
+    assert environment.device_slug("cuda") == "gpu-nvidia-fake-1"
+
+
+def test_a_gpu_without_nvidia_smi_is_described_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_gpu.install(monkeypatch)
+    monkeypatch.setattr(environment, "output_of", lambda *_: "")
+    assert "driver" not in environment.machine("cuda")
 
 
 def test_the_load_is_a_number_of_processes() -> None:

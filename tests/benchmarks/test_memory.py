@@ -57,11 +57,13 @@ def test_memory_held_before_does_not_count(peak: Peak) -> None:
 
 
 def test_gradients_take_what_the_maps_of_the_student_take() -> None:
-    assert memory.gradient_bytes(Workload("tiny", 8, (((4, 6), (3, 2)),))) == 4 * 4 * (144 + 12)
+    tiny = Workload("tiny", 8, (((4, 6), (3, 2)),))
+    assert memory.gradient_bytes(tiny, 4, torch.float32) == 4 * 4 * (144 + 12)
+    assert memory.gradient_bytes(tiny, 8, torch.bfloat16) == 4 * 4 * (144 + 12)
 
 
 def test_a_fresh_process_sees_blocks_malloc_would_keep() -> None:
     workload = BY_NAME["wide-late-512"]
-    found = memory.peaks_in_fresh_process(workload, ["einsum"])
+    found = memory.peaks_in_fresh_process(workload, ["einsum"], "fp32")
     matrix = 4 * workload.cpu_batch * 512 * 512  # bytes; the naive op holds both and their squares
     assert found["einsum"] >= 3 * matrix

@@ -40,9 +40,24 @@ def test_compiled_peer(workload: Workload) -> None:
     assert_is_the_loss(peers.compiled_einsum(), workload)
 
 
-def test_all_contenders_are_listed_ours_first() -> None:
-    names = list(contenders.BY_NAME)
+def test_on_a_cpu_ours_is_what_users_get() -> None:
+    names = [contender.name for contender in contenders.on("cpu")]
     assert names == [contenders.OURS, "einsum", "bmm", "broadcast", "torch.compile"]
+
+
+def test_on_a_gpu_ours_is_each_backend_that_serves_it_best_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(contenders, "registered_backends", lambda: dict.fromkeys("abc"))
+    monkeypatch.setattr(contenders, "serves", lambda name, device: (name, device) != ("b", "cuda"))
+    competing = contenders.on("cuda")
+    assert [c.name for c in competing if c.ours] == ["ours (a)", "ours (c)"]
+    assert competing[2:] == contenders.PEERS
+
+
+def test_a_backend_of_ours_computes_the_loss() -> None:
+    assert contenders.serves("torch", "cpu")
+    assert_is_the_loss(contenders.BY_NAME["ours (torch)"].build(), SMALL[0])
 
 
 def test_the_broadcast_product_is_sized_by_its_largest_pair() -> None:
@@ -54,6 +69,6 @@ def test_the_broadcast_product_is_sized_by_its_largest_pair() -> None:
 )
 def test_only_the_broadcast_product_is_left_out(name: str, fits: bool) -> None:
     workload = BY_NAME[name]
-    fitting = {c.name: c.fits(workload, workload.cpu_batch) for c in contenders.CONTENDERS}
+    fitting = {c.name: c.fits(workload, workload.cpu_batch) for c in contenders.on("cpu")}
     assert fitting.pop("broadcast") is fits
     assert all(fitting.values())

@@ -48,6 +48,11 @@ def test_a_cpu_takes_an_eighth_of_the_batch_and_at_least_four(name: str, batch: 
     assert BY_NAME[name].cpu_batch == batch
 
 
+def test_a_gpu_takes_the_full_batch() -> None:
+    workload = BY_NAME["cifar-resnet"]
+    assert (workload.batch_on("cuda"), workload.batch_on("cpu")) == (256, 32)
+
+
 def test_a_pair_has_the_positions_of_its_smaller_map() -> None:
     assert TINY_POOLED.positions(TINY_POOLED.layers[0]) == 16
     assert TINY_TOKENS.positions(TINY_TOKENS.layers[0]) == 10

@@ -1,0 +1,340 @@
+"""What each Triton kernel takes of a chip: registers, stack and shared memory. Needs no GPU.
+
+    python -m benchmarks.kernels [--family sm_90] [--kernel gram]
+
+compiles every kernel in every configuration of the table, for maps whose rows are multiples of 16
+bytes, for 7 x 7 ones and for pooled ones, and prints a row for each. It fails where one spills
+registers to the stack, or wants more shared memory than the chip has. Rarer ways through the
+kernels have to compile; of these it prints registers + bytes of stack.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from fsp_kernels.backends.triton import configurations
+from fsp_kernels.backends.triton.configurations import FAMILIES, Row
+from fsp_kernels.backends.triton.elementwise import scale
+from fsp_kernels.backends.triton.launch import Launch, fp32_precision, raw_stream
+from fsp_kernels.backends.triton.loss import Program
+from fsp_kernels.backends.triton.product import prepare
+from fsp_kernels.plan import MapSpec, plan_loss
+
+# Chips each family's table is compiled for, and the shared memory a program may have on them: CUDA
+# C++ Programming Guide, "Technical Specifications per Compute Capability".
+ARCHITECTURES = {"sm_80": 80, "sm_89": 89, "sm_90": 90, "sm_100": 100, "sm_120": 120}
+TENSOR_MEMORY = 512  # columns
+SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB
+# What is multiplied in each kind of row.
+DTYPES = {
+    "half": (torch.bfloat16, torch.float16),
+    "tf32": (torch.float32,),
+    "tf32x3": (torch.float32,),
+}
+
+
+class Case(NamedTuple):
+    """One kernel to compile: a row of the table and maps that lead to it."""
+
+    row: Row
+    dtype: torch.dtype
+
+
+class Usage(NamedTuple):
+    """What one compiled kernel takes, by thread (registers, stack) and program (shared memory)."""
+
+    kernel: str
+    registers: int
+    stack: int  # bytes
+    shared: int  # bytes
+    tensor_memory: int = 0  # columns, of 512 that a chip of family sm_100 has
+
+
+class _Chip:
+    """The part of a Triton driver that compiling asks."""
+
+    def __init__(self, architecture: int):
+        self._target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:  # noqa: ARG002
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+
+def cases(family: str | None = None, kernel: str | None = None) -> Iterator[Case]:
+    """Every row of the table, by dtype; or those of a family or a kernel."""
+    for row in configurations.rows():
+        if family in (None, row.family) and kernel in (None, row.kernel):
+            for dtype in DTYPES[row.kind]:
+                yield Case(row, dtype)
+
+
+def compile_case(case: Case) -> list[Usage]:
+    """What the kernel of a case takes, in each variant that its shapes lead to."""
+    # A lambda: even preparing a call asks the chip.
+    compiled = _compile(
+        lambda: call_of(case, batch=8, device="meta")(), case.row.family, case.row.kind
+    )
+    return [_usage(x) for x in compiled if x.metadata.name == "fsp_" + case.row.kernel]
+
+
+def _compile(call: Callable[[], object], family: str, kind: str) -> list[Any]:
+    """What would be launched on a chip of that family, compiled only."""
+    compiled: list[Any] = []
+
+    def record(launch: Launch, tensors: tuple[Any, ...], *scalars: Any) -> None:
+        arguments = (*tensors, *launch.constants, *scalars)
+        result = launch.kernel.warmup(*arguments, grid=launch.grid, num_warps=launch.warps)
+        compiled.append(result)
+
+    triton.runtime.driver.set_active(_Chip(ARCHITECTURES[family]))
+    with mock.patch.object(Launch, "start", record), precision_of(kind):
+        call()
+    return compiled
+
+
+@contextmanager
+def precision_of(kind: str) -> Iterator[None]:
+    """The precision of fp32 products that leads to a kind of row."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def complaints(case: Case, usage: Usage) -> list[str]:
+    """Why this cannot be shipped: nothing, if all is well."""
+    limit = SHARED_MEMORY[ARCHITECTURES[case.row.family]] << 10
+    found = []
+    if usage.stack:
+        found.append(f"spills {usage.stack} bytes to the stack")
+    if usage.shared > limit:
+        found.append(f"wants {usage.shared} bytes of shared memory, the chip has {limit}")
+    if usage.tensor_memory > TENSOR_MEMORY:
+        found.append(f"wants {usage.tensor_memory} columns of tensor memory of {TENSOR_MEMORY}")
+    return found
+
+
+def call_of(case: Case, batch: int, device: str) -> Callable[[], object]:
+    """A call of the backend with maps that the planner gives to the kernel of a case."""
+    kernel, limit = case.row.kernel, case.row.limit
+    channels, size, odd = {
+        "one_pass": (limit, (32, 32), (7, 7)),
+        "gram": (2048, (4, limit // 4), {16: (3, 3), 32: (5, 5), 64: (7, 7)}.get(limit)),
+        "recompute": (1024, (16, 16), (15, 15)),
+    }.get(kernel, (256, (32, 32), (21, 21)))
+    shape = (batch, channels, *(odd if case.row.access == "odd" else size))
+    if kernel == "product":
+        return _product_call(_map(shape, case, device), _map(shape, case, device), device)
+    if case.row.access != "scattered":
+        maps = [_map(shape, case, device) for _ in range(4)]
+    elif kernel == "recompute":  # which takes no pooled maps: cropped ones
+        larger = (*shape[:2], shape[2] + 2, shape[3] + 2)
+        maps = [_map(larger, case, device)[..., 1:-1, 1:-1] for _ in range(4)]
+    else:  # pooled, as in a pair across a network's stages
+        larger = (*shape[:2], 2 * shape[2], 2 * shape[3])
+        maps = [_map(s, case, device) for s in (larger, shape) * 2]
+    return _loss_call(maps, (True, True, False, False))
+
+
+def _loss_call(
+    maps: list[Tensor], wanted: tuple[bool, ...], pool: str = "max", norm: str = "frobenius"
+) -> Callable[[], object]:
+    """The loss of one pair, prepared outside the backend's caches."""
+    specs = [
+        MapSpec.of(x)._replace(device=torch.device("cuda"), requires_grad=need)
+        for x, need in zip(maps, wanted, strict=True)
+    ]
+    student, teacher = (specs[0], specs[1]), tuple(specs[2:])
+    plan = plan_loss((student,), (teacher,), pool, norm, "triton")
+    gradients = [
+        None if m.gradient_dtype is None else torch.empty_like(x, dtype=m.gradient_dtype)
+        for x, m in zip(maps, plan.maps, strict=True)
+    ]
+    program = Program(plan, maps, gradients)
+    return lambda: program(maps, gradients, [1.0])
+
+
+def _product_call(first: Tensor, second: Tensor, device: str) -> Callable[[], object]:
+    """Both uses of the kernel: an FSP matrix, and the gradient that reaches the first map."""
+    first, second = first.flatten(2), second.flatten(2)
+    matrix = first.new_empty(first.shape[0], first.shape[1], second.shape[1])
+    calls = []
+    for x, y, out in ((first, second.mT, matrix), (matrix, second, torch.empty_like(first))):
+        strides = x.stride(), y.stride(), out.stride()
+        launch, parts = prepare(
+            tuple(x.shape),
+            y.shape[2],
+            strides,
+            x.dtype,
+            y.dtype,
+            1.0,
+            fp32_precision(),
+            torch.device(device),
+        )
+        if parts > 1:
+            out = out.new_empty(parts, *out.shape, dtype=torch.float32)
+        calls.append((launch, (x, y, out)))
+    stream = raw_stream(first.device)
+    return lambda: [launch(stream, tensors) for launch, tensors in calls]
+
+
+def _map(shape: tuple[int, ...], case: Case, device: str) -> Tensor:
+    """A map; an odd one begins beside a multiple of 16 bytes."""
+    offset = 1 if case.row.access == "odd" else 0
+    flat = torch.empty(math.prod(shape) + offset, dtype=case.dtype, device=device)
+    if device != "meta":
+        flat.normal_()
+    return flat[offset:].view(shape)
+
+
+def _usage(compiled: Any) -> Usage:
+    """Ask the disassembler that Triton brings along."""
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(cuobjdump), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return Usage(
+        compiled.metadata.name,
+        found["REG"],
+        found["STACK"] + found["LOCAL"],
+        compiled.metadata.shared,
+        getattr(compiled.metadata, "tmem_size", None) or 0,
+    )
+
+
+_HEADER = (
+    *("family", "kernel", "kind", "limit", "dtype", "access", "blocks", "warps", "stages"),
+    *("registers", "stack", "shared", "measured"),
+)
+_LINE = "{:<8}{:<11}{:<8}{:<7}{:<10}{:<11}{:<13}{:<7}{:<8}{:<11}{:<7}{:<8}{}"
+
+
+def _line(case: Case, usage: Usage, bad: list[str]) -> str:
+    row, c = case.row, case.row.configuration
+    return _LINE.format(
+        *(row.family, row.kernel, row.kind, row.limit, str(case.dtype).removeprefix("torch.")),
+        *(row.access, f"{c.block_m}x{c.block_n}x{c.block_k}", c.warps, c.stages),
+        *(usage.registers, usage.stack, usage.shared),
+        "; ".join(bad or [row.measured or "not measured"]),
+    )
+
+
+class Variant(NamedTuple):
+    """A way through the kernels that no row of the table leads to; it has to compile."""
+
+    name: str
+    dtype: torch.dtype
+    shapes: tuple[tuple[int, ...], ...]
+    wanted: tuple[bool, ...] = (True, True, False, False)
+    pool: str = "max"
+    norm: str = "frobenius"
+    cropped: bool = False
+
+
+def _square(channels: int, side: int, batch: int = 8) -> tuple[int, ...]:
+    return (batch, channels, side, side)
+
+
+_ALL, _NONE, _READY = (True,) * 4, (False,) * 4, (True,) * 3
+_FP32, _BF16, _FP16 = torch.float32, torch.bfloat16, torch.float16
+VARIANTS = (
+    Variant("averages", _BF16, (_square(64, 32), _square(64, 16)) * 2, pool="avg"),
+    Variant("apart", _FP32, (_square(64, 32),) * 2 + (_square(64, 16),) * 2),
+    Variant("ready", _BF16, (_square(64, 32),) * 2 + ((8, 64, 64),), _READY),
+    Variant("ready, tiles", _FP32, (_square(256, 32),) * 2 + ((8, 256, 256),), _READY),
+    Variant("ready, recomputed", _FP16, (_square(1024, 14),) * 2 + ((8, 1024, 1024),), _READY),
+    Variant("columns", _FP32, (_square(64, 32),) * 4, norm="column"),
+    Variant("columns, tiles", _BF16, (_square(256, 32),) * 4, norm="column"),
+    Variant("parts", _FP32, (_square(256, 64, batch=1),) * 4),
+    Variant("teacher", _FP32, (_square(64, 32),) * 4, _ALL),
+    Variant("teacher, Gram", _BF16, (_square(512, 7),) * 4, _ALL),
+    Variant("teacher, tiles", _BF16, (_square(256, 32),) * 4, _ALL),
+    Variant("teacher, recomputed", _BF16, (_square(1024, 14),) * 4, _ALL),
+    Variant("no gradients", _FP32, (_square(64, 32),) * 4, _NONE),
+    Variant("no gradients, Gram", _FP32, (_square(512, 7),) * 4, _NONE),
+    Variant("no gradients, tiles", _BF16, (_square(256, 32),) * 4, _NONE),
+    Variant("cropped", _FP32, (_square(64, 34),) * 4, cropped=True),
+    Variant("one element", _FP16, ((1, 1, 1),) * 4),
+    Variant("64-bit offsets", _BF16, (_square(16, 20000, batch=1),) * 4),
+)
+# Kernels without a configuration of their own, which may not spill in any variant.
+UNCONFIGURED = ("fsp_combine", "fsp_finish", "fsp_scale")
+
+
+def compile_variant(variant: Variant, family: str) -> list[Usage]:
+    """What each kernel of a variant takes, backward's scaling included."""
+    maps = [torch.empty(shape, dtype=variant.dtype, device="meta") for shape in variant.shapes]
+    if variant.cropped:
+        maps = [x[..., 1:-1, 1:-1] for x in maps]
+
+    def call() -> None:
+        _loss_call(maps, variant.wanted, variant.pool, variant.norm)()
+        factor = torch.empty((), device="meta")
+        for in_place in (True, False):
+            scale([x.float() for x in maps], [x.dtype for x in maps], factor, in_place)
+
+    return [_usage(x) for x in _compile(call, family, "tf32x3")]
+
+
+def _report(case: Case) -> tuple[Case, list[Usage]]:
+    return case, compile_case(case)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels",
+        description="Registers, stack and shared memory of every Triton kernel; needs no GPU.",
+    )
+    parser.add_argument("--family", choices=tuple(FAMILIES), help="one family of chips only")
+    parser.add_argument("--kernel", choices=configurations.KERNELS, help="one kernel only")
+    parser.add_argument("--jobs", type=int, default=None, help="processes; default one a core")
+    chosen = parser.parse_args(arguments)
+    print(_LINE.format(*_HEADER))
+    failures = 0
+    with ProcessPoolExecutor(chosen.jobs) as pool:
+        for case, usages in pool.map(_report, cases(chosen.family, chosen.kernel)):
+            for usage in usages:
+                bad = complaints(case, usage)
+                failures += bool(bad)
+                print(_line(case, usage, bad), flush=True)
+        if chosen.kernel is None:
+            families = [chosen.family] if chosen.family else list(FAMILIES)
+            for family in families:
+                found = pool.map(compile_variant, VARIANTS, [family] * len(VARIANTS))
+                for variant, usages in zip(VARIANTS, found, strict=True):
+                    spilled = [u for u in usages if u.kernel in UNCONFIGURED and u.stack]
+                    failures += bool(spilled)
+                    amounts = {f"{u.kernel} {u.registers}+{u.stack}": None for u in usages}
+                    print(f"{family:<8}{variant.name:<21}{', '.join(amounts)}", flush=True)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Numbers as printed, and tables of them for a terminal and for a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+MIB = 1 << 20
+
+
+def geometric_mean(values: Sequence[float | None]) -> float | None:
+    """Over the values there are; None where there are none."""
+    present = [value for value in values if value is not None]
+    return math.exp(sum(map(math.log, present)) / len(present)) if present else None
+
+
+def digits(value: float) -> str:
+    """About three digits, never an exponent."""
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+
+
+def times(ratio: float | None) -> str:
+    """A ratio as printed."""
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A GitHub table."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def plain_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Columns aligned for a terminal; a row of several lines is ruled off from the next."""
+    rows = [[cell.split("\n") for cell in row] for row in (header, *body)]
+    columns = zip(*rows, strict=True)
+    widths = [max(len(line) for cell in column for line in cell) for column in columns]
+    rule = "  ".join("-" * width for width in widths)
+    lines = []
+    for row in rows:
+        height = max(map(len, row))
+        for i in range(height):
+            first, *rest = (cell[i] if i < len(cell) else "" for cell in row)
+            aligned = (x.rjust(w) for x, w in zip(rest, widths[1:], strict=True))
+            lines.append("  ".join([first.ljust(widths[0]), *aligned]).rstrip())
+        if row is rows[0] or height > 1:
+            lines.append(rule)
+    return "\n".join(lines)

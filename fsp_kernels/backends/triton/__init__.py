@@ -1,0 +1,133 @@
+"""The Triton backend: NVIDIA GPUs from Ampere on; loss and gradients of all pairs in one launch.
+
+    maps.py         reading a tile of a map, pooled on the way, and writing its gradient
+    arithmetic.py   products on tensor cores
+    residual.py     the residual and its norms
+    one_pass.py     the loss, one program for each sample: matrix form
+    gram.py         the same, Gram form
+    recompute.py    the loss without ever storing a residual
+    tiles.py        the loss with the residual stored by tiles
+    product.py      FSP matrices and their derivatives
+    elementwise.py  the sum of the partial losses; backward's scaling
+    loss.py         what is launched for a plan
+    launch.py       launching at the cost of a C call
+    configurations  tiles, warps and stages, by kernel, precision and chip
+
+None of it is imported before it is used, so that ``import fsp_kernels`` needs no Triton.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fsp_kernels.plan import LossPlan
+
+OLDEST_CAPABILITY = (8, 0)
+
+
+class TritonBackend:
+    """See :class:`fsp_kernels.backends.Backend` for what each method promises."""
+
+    name = "triton"
+
+    @property
+    def automatic(self) -> bool:
+        return not _interpreting()
+
+    def why_unavailable(self) -> str | None:
+        return _why_unavailable(_interpreting())
+
+    def why_unsupported(self, device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+        if torch.float64 in dtypes:
+            return "its kernels take fp32, fp16 and bf16, not fp64"
+        if _interpreting():
+            return None if device.type == "cpu" else "TRITON_INTERPRET=1 is set: it serves the CPU"
+        if device.type != "cuda":
+            return f"its kernels run on NVIDIA GPUs, not on {device.type}"
+        return _why_too_old(device)
+
+    def matrix(self, first: Tensor, second: Tensor) -> Tensor:
+        dtype = torch.promote_types(first.dtype, second.dtype)
+        out = first.new_empty(first.shape[0], first.shape[1], second.shape[1], dtype=dtype)
+        _product(first, second.mT, out, first.shape[2])
+        return out
+
+    def matrix_backward(self, gradient: Tensor, other: Tensor, channels_last: bool) -> Tensor:
+        dtype = torch.promote_types(gradient.dtype, other.dtype)
+        batch, channels, positions = gradient.shape[0], gradient.shape[1], other.shape[2]
+        if channels_last:
+            out = gradient.new_empty(batch, positions, channels, dtype=dtype).mT
+        else:
+            out = gradient.new_empty(batch, channels, positions, dtype=dtype)
+        _product(gradient, other, out, positions)
+        return out
+
+    def loss(
+        self, maps: Sequence[Tensor], plan: LossPlan, weights: Sequence[float]
+    ) -> tuple[Tensor, list[Tensor]]:
+        from fsp_kernels.backends.triton.loss import loss
+
+        return _on_device(maps[0], loss, maps, plan, weights)
+
+    def scale(
+        self,
+        gradients: Sequence[Tensor],
+        dtypes: Sequence[torch.dtype],
+        factor: Tensor,
+        in_place: bool,
+    ) -> list[Tensor]:
+        from fsp_kernels.backends.triton.elementwise import scale
+
+        return _on_device(factor, scale, gradients, dtypes, factor, in_place)
+
+
+def _product(x: Tensor, y: Tensor, out: Tensor, positions: int) -> None:
+    from fsp_kernels.backends.triton.product import batched_product
+
+    _on_device(x, batched_product, x, y, out, 1 / positions)
+
+
+def _on_device(tensor: Tensor, function: Any, *arguments: Any) -> Any:
+    """Call with the tensor's device current: kernels are launched where it is."""
+    index = tensor.get_device()
+    if index < 0 or index == torch.cuda.current_device():
+        return function(*arguments)
+    with torch.cuda.device(index):
+        return function(*arguments)
+
+
+def _interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU: for tests and for debugging."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@lru_cache
+def _why_unavailable(interpreting: bool) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if interpreting:
+        return None
+    if not torch.cuda.is_available():
+        return "PyTorch sees no NVIDIA GPU"
+    if torch.version.hip is not None:
+        return "this PyTorch is built for ROCm; its kernels are for NVIDIA GPUs"
+    reasons = [_why_too_old(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+    return reasons[0] if all(reasons) else None
+
+
+@lru_cache
+def _why_too_old(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST_CAPABILITY:
+        return None
+    return (
+        f"its kernels need compute capability {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} "
+        f"(Ampere) or newer, {device} has {capability[0]}.{capability[1]}"
+    )

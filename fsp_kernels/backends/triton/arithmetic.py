@@ -1,0 +1,71 @@
+"""Products on tensor cores that keep what the loss needs: one place for every ``tl.dot``.
+
+Half-precision maps are multiplied as they are, exactly, into fp32. fp32 maps are multiplied as
+``PRECISION`` says: ``"tf32x3"`` (three products, fp32-accurate) or ``"tf32"`` (one, 11 bits). What
+a kernel computed itself, residuals and differences, is fp32; beside a half-precision map it is
+split in two bf16 terms, or rounded to TF32, into which such a map fits exactly.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# The interpreter computes on the raw bits of bf16 (triton issue 11584), so they are widened there;
+# and it cuts fp32 off where a GPU rounds.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def multiply(x, y, accumulator, PRECISION: tl.constexpr):
+    """``accumulator + x @ y`` for two tiles of maps, of one dtype or of two."""
+    if x.dtype == tl.float32 or y.dtype == tl.float32:
+        result = tl.dot(x.to(tl.float32), y.to(tl.float32), accumulator, input_precision=PRECISION)
+    elif x.dtype != y.dtype or INTERPRETED:  # fp16 and bf16: TF32 holds both exactly
+        result = tl.dot(x.to(tl.float32), y.to(tl.float32), accumulator, input_precision="tf32")
+    else:
+        result = tl.dot(x, y, accumulator)
+    return result
+
+
+@triton.jit
+def multiply_computed(x, y, accumulator, PRECISION: tl.constexpr):
+    """``accumulator + x @ y`` for an fp32 ``x`` that was computed and a tile ``y`` of a map."""
+    if y.dtype == tl.bfloat16:
+        high = cast(x, tl.bfloat16)
+        low = cast(x - high.to(tl.float32), tl.bfloat16)
+        accumulator = multiply(low, y, accumulator, PRECISION)
+        result = multiply(high, y, accumulator, PRECISION)
+    elif y.dtype == tl.float16:  # whose range a residual may exceed
+        result = tl.dot(round_to_tf32(x), y.to(tl.float32), accumulator, input_precision="tf32")
+    else:
+        if PRECISION == "tf32":
+            x = round_to_tf32(x)
+        result = tl.dot(x, y, accumulator, input_precision=PRECISION)
+    return result
+
+
+@triton.jit
+def negate(x):
+    """``-x``, as an operand of :func:`multiply`."""
+    if INTERPRETED:
+        x = x.to(tl.float32)
+    return -x
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """fp32 ``x`` to the nearest of ``dtype``."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
+def round_to_tf32(x):
+    """To the nearest of 11 bits; tensor cores would cut the rest off, which is biased."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)  # the bits of a NaN may overflow

@@ -1,0 +1,141 @@
+"""Which tiles, warps and stages each kernel runs with: a table, never a search at the first call.
+
+The table is ``configurations.json``, rewritten by ``benchmarks/tune.py`` on a GPU. Each row says on
+which chip it was measured, or ``null``: chosen by what compiles there without spilling registers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+TABLE = Path(__file__).with_name("configurations.json")
+
+# Families of chips, by the oldest compute capability of each. What sets them apart is shared memory
+# (163 KB on sm_80, 99 on sm_86, 89 and 120, 227 on sm_90 and 100) and the tensor core instructions.
+FAMILIES = {"sm_80": 80, "sm_89": 86, "sm_90": 90, "sm_100": 100, "sm_120": 120}
+KERNELS = ("one_pass", "gram", "residual", "gradients", "recompute", "product")
+# What is multiplied: half-precision maps, fp32 in one TF32 product, fp32 in three.
+KINDS = ("half", "tf32", "tf32x3")
+# How maps are read: in rows of whole 16 bytes; in rows that are not, of 49 elements, say, one by
+# one; pooled on the way or by more than one stride, which takes the most registers.
+ACCESSES = ("aligned", "odd", "scattered")
+
+
+class Configuration(NamedTuple):
+    """``block_m``, ``block_n``: channels of first and second map; ``block_k``: positions.
+
+    For "gram", ``block_m`` is a block of channels of either map. For "gradients", ``block_m`` are
+    the channels of the gradient's own map and ``block_n`` those of the other. For "product", they
+    are rows, columns and summed elements.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+class Row(NamedTuple):
+    """One configuration; it serves shapes up to ``limit`` of what its kernel is limited by.
+
+    That is the larger channel count for "one_pass", positions for "gram" and nothing (0) for the
+    others.
+    """
+
+    family: str
+    kernel: str
+    kind: str
+    access: str
+    limit: int
+    configuration: Configuration
+    measured: str | None
+
+
+_substitute: tuple[Row, ...] | None = None
+
+
+def rows() -> tuple[Row, ...]:
+    """The whole table, limits ascending."""
+    return _read() if _substitute is None else _substitute
+
+
+@contextmanager
+def using(table: Sequence[Row]) -> Iterator[None]:
+    """Put another table in force for a while: of candidates, to compile or to time them."""
+    global _substitute
+    previous, _substitute = _substitute, tuple(table)
+    configuration_of.cache_clear()
+    try:
+        yield
+    finally:
+        _substitute = previous
+        configuration_of.cache_clear()
+
+
+@lru_cache(maxsize=1)
+def _read() -> tuple[Row, ...]:
+    return tuple(
+        Row(
+            row["family"],
+            row["kernel"],
+            row["kind"],
+            row["access"],
+            row["limit"],
+            Configuration._make([*row["blocks"], row["warps"], row["stages"]]),
+            row["measured"],
+        )
+        for row in json.loads(TABLE.read_text())
+    )
+
+
+def write(table: Sequence[Row]) -> None:
+    """Replace the table, a line for each row."""
+    lines = []
+    for row in sorted(table, key=_order):
+        c = row.configuration
+        fields = {
+            "family": row.family,
+            "kernel": row.kernel,
+            "kind": row.kind,
+            "access": row.access,
+            "limit": row.limit,
+            "blocks": [c.block_m, c.block_n, c.block_k],
+            "warps": c.warps,
+            "stages": c.stages,
+            "measured": row.measured,
+        }
+        lines.append(json.dumps(fields))
+    TABLE.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    _read.cache_clear()
+    configuration_of.cache_clear()
+
+
+def _order(row: Row) -> tuple[int, ...]:
+    return (
+        list(FAMILIES).index(row.family),
+        KERNELS.index(row.kernel),
+        KINDS.index(row.kind),
+        ACCESSES.index(row.access),
+        row.limit,
+    )
+
+
+@lru_cache(maxsize=1024)
+def configuration_of(
+    kernel: str, kind: str, family: str, access: str, size: int = 0
+) -> Configuration:
+    """The first row whose limit is not below ``size``; the last one if there is none."""
+    wanted = (family, kernel, kind, access)
+    fitting = [r for r in rows() if (r.family, r.kernel, r.kind, r.access) == wanted]
+    return next((r for r in fitting if r.limit >= size), fitting[-1]).configuration
+
+
+def family_of(capability: int) -> str:
+    """The table for a chip of this compute capability (89 for 8.9), which is at least 80."""
+    return [name for name, oldest in FAMILIES.items() if oldest <= capability][-1]

@@ -1,0 +1,87 @@
+"""The last step of forward, a sum, and all of backward, a scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fsp_kernels.backends.triton.arithmetic import cast
+from fsp_kernels.backends.triton.launch import Launch, raw_stream
+
+BLOCK = 1024  # fp32 elements: 16 bytes for each thread of 8 warps
+
+
+@triton.jit
+def fsp_finish(partials, out, count, BLOCK: tl.constexpr):
+    """The sum of ``partials (count,)`` in a fixed order, by one program."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    index = tl.arange(0, BLOCK)
+    for start in range(0, count, BLOCK):
+        total += tl.load(partials + start + index, start + index < count, other=0.0)
+    tl.store(out, tl.sum(total))
+
+
+@triton.jit
+def fsp_scale(
+    pointers, factor, sizes, IN_PLACE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """``out = gradient * factor`` for each pair of pointers; in place, a factor of 1 is no work.
+
+    The factor is read on the device, so nobody waits for it; every program goes over all tensors.
+    """
+    value = tl.load(factor).to(tl.float32)
+    for i in tl.static_range(COUNT):
+        gradient, out = pointers[i]
+        # Where a gradient waits in another dtype it has to be written whatever the factor.
+        if (not IN_PLACE) | (gradient.dtype != out.dtype) | (value != 1):
+            first = tl.program_id(0).to(tl.int64) * BLOCK
+            step = tl.num_programs(0).to(tl.int64) * BLOCK
+            for start in range(first, sizes[i], step):
+                index = start + tl.arange(0, BLOCK)
+                mask = index < sizes[i]
+                x = tl.load(gradient + index, mask, other=0.0).to(tl.float32)
+                tl.store(out + index, cast(x * value, out.dtype.element_ty), mask)
+
+
+# Enough programs to saturate memory; few enough that to start them all for nothing takes no time.
+_PROGRAMS = 1024
+_WARPS = 8
+_MOST_TENSORS = 32  # of one launch, whose parameters must fit 4 KB
+
+
+def scale(
+    gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype], factor: Tensor, in_place: bool
+) -> list[Tensor]:
+    """See :meth:`fsp_kernels.backends.Backend.scale`; on the current device."""
+    scaled = [
+        g if in_place and g.dtype == dtype else torch.empty_like(g, dtype=dtype)
+        for g, dtype in zip(gradients, dtypes, strict=True)
+    ]
+    stream = raw_stream(factor.device)
+    for start in range(0, len(gradients), _MOST_TENSORS):
+        chosen = tuple(
+            zip(
+                gradients[start : start + _MOST_TENSORS],
+                scaled[start : start + _MOST_TENSORS],
+                strict=True,
+            )
+        )
+        sizes = tuple([g.numel() for g, _ in chosen])
+        _scale_launch(sizes, in_place, factor.device, tuple(dtypes))(stream, (chosen, factor))
+    return scaled
+
+
+@lru_cache(maxsize=1024)
+def _scale_launch(
+    sizes: tuple[int, ...],
+    in_place: bool,
+    device: torch.device,  # noqa: ARG001  (a compiled kernel belongs to one)
+    dtypes: tuple[torch.dtype, ...],  # noqa: ARG001
+) -> Launch:
+    grid = min(_PROGRAMS, triton.cdiv(max(sizes), BLOCK))
+    return Launch(fsp_scale, grid, _WARPS, sizes, in_place, len(sizes), BLOCK)

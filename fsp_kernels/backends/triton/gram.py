@@ -1,0 +1,124 @@
+"""The loss in one pass, Gram form: few positions, many channels; one program for each sample.
+
+With the differences ``p = a - c`` and ``q = b - d`` of residual.py, and ``pp`` for ``p^T p``,
+
+    ||D||^2 = <pp, bb> + 2 <cp, qb> + <cc, qq>
+
+    D b   = p bb + c qb                     D^T a = b (pp + cp^T) + q (cp + cc)
+    D d   = p (bb - qb^T) + c (qb - qq)     D^T c = b cp^T + q cc
+
+so only six ``K x K`` blocks are accumulated, and no ``m x n`` object exists. Below, ``x, y`` stand
+for ``p, c`` on the side of the first maps and for ``b, q`` on that of the second.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fsp_kernels.backends.triton.arithmetic import multiply, round_to_tf32
+from fsp_kernels.backends.triton.maps import load_tile, write_gradient
+from fsp_kernels.backends.triton.residual import difference
+
+
+@triton.jit
+def fsp_gram(pointers, partials, entries, first, COUNT: tl.constexpr, factors):
+    """Weighted losses, one for each program, into ``partials``, and all gradients asked for."""
+    program = tl.program_id(0)
+    start = 0
+    for i in tl.static_range(COUNT):
+        stop = start + entries[i].samples
+        if (program >= start) & (program < stop):
+            loss = _sample(pointers[i], entries[i], factors[i], program - start)
+            tl.store(partials + first + program, loss)
+        start = stop
+
+
+@triton.jit
+def _sample(pointers, entry, factor, sample):
+    pp, cp, cc = _blocks(pointers, entry, 0, sample)
+    bb, qb, qq = _blocks(pointers, entry, 1, sample)
+    factor = factor / entry.student_positions / entry.student_positions
+    loss = tl.sum(tl.sum(pp * bb + 2 * cp * qb + cc * qq, axis=1)) * factor
+    scale = 2 * factor
+    # In this order as few blocks as can be have to stay in registers through each sweep.
+    if pointers[6] is not None:
+        _sweep(bb - tl.trans(qb), qb - qq, -scale, pointers, entry, 0, 2, sample)
+    if pointers[7] is not None:
+        _sweep(tl.trans(cp), cc, -scale, pointers, entry, 1, 3, sample)
+    if pointers[5] is not None:
+        _sweep(pp + tl.trans(cp), cp + cc, scale, pointers, entry, 1, 1, sample)
+    if pointers[4] is not None:
+        _sweep(bb, qb, scale, pointers, entry, 0, 0, sample)
+    return loss
+
+
+@triton.jit
+def _blocks(pointers, entry, SIDE: tl.constexpr, sample):
+    """``x^T x``, ``y^T x`` and ``y^T y``, each ``(block_k, block_k)``, of one side."""
+    xx = tl.zeros((entry.block_k, entry.block_k), tl.float32)
+    yx = tl.zeros((entry.block_k, entry.block_k), tl.float32)
+    yy = tl.zeros((entry.block_k, entry.block_k), tl.float32)
+    C: tl.constexpr = entry.m if SIDE == 0 else entry.n
+    for channel in tl.range(0, C, entry.block_m, num_stages=entry.stages):
+        x, y = _load_sides(pointers, entry, SIDE, C, sample, channel)
+        xx = multiply(tl.trans(x), x, xx, entry.precision)
+        yx = multiply(tl.trans(y), x, yx, entry.precision)
+        yy = multiply(tl.trans(y), y, yy, entry.precision)
+    return xx, yx, yy
+
+
+@triton.jit
+def _sweep(x_block, y_block, scale, pointers, entry, SIDE: tl.constexpr, OWN: tl.constexpr, sample):
+    """Write ``scale * (x @ x_block + y @ y_block)``, the gradient of the map number OWN."""
+    if entry.precision == "tf32":
+        x_block = round_to_tf32(x_block)
+        y_block = round_to_tf32(y_block)
+    C: tl.constexpr = entry.m if SIDE == 0 else entry.n
+    for channel in tl.range(0, C, entry.block_m, num_stages=entry.stages):
+        x, y = _load_sides(pointers, entry, SIDE, C, sample, channel)
+        gradient = tl.zeros((entry.block_m, entry.block_k), tl.float32)
+        gradient = multiply(x, x_block, gradient, entry.precision)
+        gradient = multiply(y, y_block, gradient, entry.precision)
+        write_gradient(
+            gradient * scale,
+            pointers[OWN],
+            entry.layouts[OWN],
+            pointers[4 + OWN],
+            entry.gradients[OWN],
+            sample,
+            channel,
+            0,
+            C,
+            entry.student_positions,
+            entry.block_m,
+            entry.block_k,
+        )
+
+
+@triton.jit
+def _load_sides(pointers, entry, SIDE: tl.constexpr, C: tl.constexpr, sample, channel):
+    """The tiles ``x, y (block_m, block_k)`` from ``channel`` on."""
+    student = _load(pointers, entry, SIDE, C, sample, channel)
+    teacher = _load(pointers, entry, SIDE + 2, C, sample, channel)
+    apart = difference(student.to(tl.float32), teacher.to(tl.float32), entry.precision)
+    if SIDE == 0:
+        x, y = apart, teacher
+    else:
+        x, y = student, apart
+    return x, y
+
+
+@triton.jit
+def _load(pointers, entry, INDEX: tl.constexpr, C: tl.constexpr, sample, channel):
+    return load_tile(
+        pointers[INDEX],
+        entry.layouts[INDEX],
+        sample,
+        channel,
+        0,
+        C,
+        entry.student_positions,
+        entry.block_m,
+        entry.block_k,
+    )

@@ -1,0 +1,79 @@
+"""Launching kernels at the cost of a C call.
+
+Triton's own launch path inspects every argument on every call. Here a kernel is bound once to its
+grid and to all that depends on shapes and strides; a call brings addresses and scalars. The
+compiled kernel is looked up by what is left to inspect: which addresses are multiples of 16 bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fsp_kernels.backends.triton.arithmetic import INTERPRETED
+from fsp_kernels.backends.triton.configurations import family_of
+
+# Tensors as a kernel takes them: alone, or in nested tuples with None where there is none.
+Tensors = Any
+
+
+class Launch:
+    """A kernel bound to its grid and constant arguments, callable with tensors and floats."""
+
+    def __init__(self, kernel: Any, grid: int, warps: int, *constants: Any):
+        self.kernel = kernel
+        self.grid = (grid, 1, 1)
+        self.warps = warps
+        self.constants = constants
+        self._compiled: dict[tuple[bool, ...], Any] = {}
+
+    def __call__(self, stream: int, tensors: tuple[Tensors, ...], *scalars: Any) -> None:
+        """Launch on ``stream``, a raw handle, of the current device."""
+        addresses: list[int] = []
+        arguments = tuple([_addresses(x, addresses) for x in tensors])
+        aligned = tuple([address % 16 == 0 for address in addresses])
+        compiled = self._compiled.get(aligned)
+        if compiled is None:
+            compiled = self.start(tensors, *scalars)
+            if not INTERPRETED:
+                self._compiled[aligned] = compiled
+            return
+        compiled[self.grid](*arguments, *self.constants, *scalars, stream=stream)
+
+    def start(self, tensors: tuple[Tensors, ...], *scalars: Any) -> Any:
+        """Launch by Triton's own path, on the current stream; the compiled kernel."""
+        return self.kernel[self.grid](*tensors, *self.constants, *scalars, num_warps=self.warps)
+
+
+def _addresses(tensors: Tensors, found: list[int]) -> Any:
+    """The same structure with addresses for tensors, which also go to ``found``."""
+    if isinstance(tensors, Tensor):
+        address = tensors.data_ptr()
+        found.append(address)
+        return address
+    if isinstance(tensors, tuple):
+        return tuple([_addresses(x, found) for x in tensors])
+    return tensors
+
+
+def fp32_precision() -> str:
+    """How fp32 maps are multiplied, after ``torch.get_float32_matmul_precision()``.
+
+    Read where PyTorch keeps it for CUDA: the function itself fails once the newer setting is used.
+    """
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def raw_stream(device: torch.device) -> int:
+    """The handle of the current stream of a device."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
+def device_family() -> str:
+    """The configuration table for the current device; the interpreter follows a small chip's."""
+    if INTERPRETED:
+        return "sm_89"
+    return family_of(triton.runtime.driver.active.get_current_target().arch)

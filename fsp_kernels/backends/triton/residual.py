@@ -1,0 +1,182 @@
+"""The residual ``D / K = G^S - G^T``, a tile at a time, and what the norms make of it.
+
+Student ``a (m, K)``, ``b (n, K)``, teacher ``c``, ``d``; differences ``p = a - c``, ``q = b - d``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from fsp_kernels.backends.triton.arithmetic import cast, multiply, negate, round_to_tf32
+from fsp_kernels.backends.triton.maps import MapLayout, load_tile
+
+
+class MatrixLayout(NamedTuple):
+    """Where the entries of a ready FSP matrix ``(B, m, n)``, or its gradient's, lie."""
+
+    sample: int
+    row: int
+    column: int
+
+
+class Entry(NamedTuple):
+    """What a kernel needs to know of one pair, besides addresses and weights.
+
+    ``layouts`` and ``gradients`` are in the order a, b, c, d, with ``None`` where there is none; a
+    teacher's ready matrix is its c. Fields marked constant shape the code.
+    """
+
+    layouts: tuple[Any, ...]
+    gradients: tuple[MapLayout | MatrixLayout | None, ...]
+    samples: int
+    first_sample: int  # in the maps; workspaces begin at it
+    m: Any  # constant, channels
+    n: Any  # constant
+    student_positions: int
+    teacher_positions: int
+    residual: Any  # constant: "difference", "direct" (in one loop), "apart" or "ready"
+    norm: Any  # constant
+    precision: Any  # constant, of fp32 products
+    block_m: Any  # constant, as all below
+    block_n: Any
+    block_k: Any
+    stages: Any
+    parts: Any  # into how many the positions are split
+    finishes: Any  # whether the kernel that sees a tile may tell its loss
+    chunks: tuple[Any, Any]  # recompute.py: blocks of positions of the gradients of a and of c
+
+
+@triton.jit
+def residual_tile(pointers, entry, sample, row, column, part):
+    """``(block_m, block_n)`` of ``D / K``, summed over one part of the positions."""
+    result = tl.zeros((entry.block_m, entry.block_n), tl.float32)
+    K = entry.student_positions
+    begin, end = _range_of(part, entry.parts, K, entry.block_k)
+    if entry.residual == "difference":
+        for k in tl.range(begin, end, entry.block_k, num_stages=entry.stages):
+            a = _rows(pointers, entry, 0, sample, row, k, K).to(tl.float32)
+            c = _rows(pointers, entry, 2, sample, row, k, K).to(tl.float32)
+            b = _columns(pointers, entry, 1, sample, column, k, K).to(tl.float32)
+            d = _columns(pointers, entry, 3, sample, column, k, K).to(tl.float32)
+            p, q = difference(a, c, entry.precision), difference(b, d, entry.precision)
+            result = multiply(p, tl.trans(b), result, entry.precision)
+            result = multiply(c, tl.trans(q), result, entry.precision)
+    elif entry.residual == "direct":
+        for k in tl.range(begin, end, entry.block_k, num_stages=entry.stages):
+            a = _rows(pointers, entry, 0, sample, row, k, K)
+            b = _columns(pointers, entry, 1, sample, column, k, K)
+            c = _rows(pointers, entry, 2, sample, row, k, K)
+            d = _columns(pointers, entry, 3, sample, column, k, K)
+            # Turn by turn, so that the sum stays as small as the residual.
+            result = multiply(a, tl.trans(b), result, entry.precision)
+            result = multiply(negate(c), tl.trans(d), result, entry.precision)
+    else:
+        for k in tl.range(begin, end, entry.block_k, num_stages=entry.stages):
+            a = _rows(pointers, entry, 0, sample, row, k, K)
+            b = _columns(pointers, entry, 1, sample, column, k, K)
+            result = multiply(a, tl.trans(b), result, entry.precision)
+    result = result * (1.0 / K)
+    if entry.residual == "apart":
+        K = entry.teacher_positions
+        begin, end = _range_of(part, entry.parts, K, entry.block_k)
+        target = tl.zeros((entry.block_m, entry.block_n), tl.float32)
+        for k in tl.range(begin, end, entry.block_k, num_stages=entry.stages):
+            c = _rows(pointers, entry, 2, sample, row, k, K)
+            d = _columns(pointers, entry, 3, sample, column, k, K)
+            target = multiply(c, tl.trans(d), target, entry.precision)
+        result = result - target * (1.0 / K)
+    if entry.residual == "ready":
+        addresses, mask = matrix_addresses(
+            pointers[2], entry.layouts[2], entry, sample, row, column
+        )
+        target = tl.load(addresses, mask & (part == 0), other=0.0)
+        result = result - target.to(tl.float32)
+    return result
+
+
+@triton.jit
+def difference(x, y, PRECISION: tl.constexpr):
+    """``x - y`` as an operand of a product."""
+    result = x - y
+    if PRECISION == "tf32":
+        result = round_to_tf32(result)
+    return result
+
+
+@triton.jit
+def loss_and_slope(residual, NORM: tl.constexpr):
+    """A tile with all its rows: its contribution to the norm, and the derivative by ``D / K``.
+
+    The latter without the factor 2 of a sum of squares.
+    """
+    squares = residual * residual
+    if NORM == "column":
+        lengths = tl.sqrt_rn(tl.sum(squares, axis=0))
+        loss = tl.sum(lengths)
+        # The subgradient of a zero column is zero, as PyTorch has it.
+        residual = residual * tl.where(lengths == 0, 0.0, 1.0 / lengths)[None, :]
+    else:
+        loss = tl.sum(tl.sum(squares, axis=1))
+    return loss, residual
+
+
+@triton.jit
+def write_matrix_gradient(gradient, pointers, entry, sample, row, column):
+    """Write the gradient of a ready matrix, ``(block_m, block_n)`` of it."""
+    addresses, mask = matrix_addresses(pointers[6], entry.gradients[2], entry, sample, row, column)
+    tl.store(addresses, cast(gradient, pointers[6].dtype.element_ty), mask)
+
+
+@triton.jit
+def matrix_addresses(pointer, layout, entry, sample, row, column):
+    """Pointers to a tile ``(block_m, block_n)`` of a matrix ``(m, n)``, and their mask."""
+    rows = (row + tl.arange(0, entry.block_m))[:, None]
+    columns = (column + tl.arange(0, entry.block_n))[None, :]
+    start = pointer + sample.to(tl.int64) * layout.sample
+    offsets = rows.to(tl.int64) * layout.row + columns.to(tl.int64) * layout.column
+    return start + offsets, (rows < entry.m) & (columns < entry.n)
+
+
+@triton.jit
+def _rows(pointers, entry, INDEX: tl.constexpr, sample, row, k, positions):
+    return load_tile(
+        pointers[INDEX],
+        entry.layouts[INDEX],
+        sample,
+        row,
+        k,
+        entry.m,
+        positions,
+        entry.block_m,
+        entry.block_k,
+    )
+
+
+@triton.jit
+def _columns(pointers, entry, INDEX: tl.constexpr, sample, column, k, positions):
+    return load_tile(
+        pointers[INDEX],
+        entry.layouts[INDEX],
+        sample,
+        column,
+        k,
+        entry.n,
+        positions,
+        entry.block_n,
+        entry.block_k,
+    )
+
+
+@triton.jit
+def _range_of(part, PARTS: tl.constexpr, positions, BLOCK_K: tl.constexpr):
+    """The positions of a part: whole blocks, and the last part's end where the map ends."""
+    begin = 0
+    end = positions
+    if PARTS > 1:
+        span = tl.cdiv(tl.cdiv(positions, BLOCK_K), PARTS) * BLOCK_K
+        begin = part * span
+        end = tl.minimum(begin + span, positions)
+    return begin, end

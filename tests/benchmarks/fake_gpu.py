@@ -1,0 +1,97 @@
+"""A GPU that is not there: what ``benchmarks`` asks of torch.cuda, answered by the CPU.
+
+It has the benchmark's code run to its end on a machine without a GPU; its numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from benchmarks import contenders, cuda, floor
+from benchmarks.workloads import feature_maps
+
+MIB = 1 << 20
+KERNELS = 7
+EXTRA = 3 * MIB
+PROPERTIES = SimpleNamespace(
+    name="NVIDIA Fake 1",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    total_memory=80 * MIB,
+    L2_cache_size=MIB // 16,
+)
+
+
+class Event:
+    """Records the host's time; ``finished`` is what the next queries answer."""
+
+    finished: ClassVar[list[bool]] = []
+
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def query(self) -> bool:
+        return self.finished.pop(0) if self.finished else False
+
+    def elapsed_time(self, end: Event) -> float:
+        return (end.time - self.time) * 1e3 + 1e-3
+
+
+class Profile:
+    """A trace of a few kernels, between other events."""
+
+    def __init__(self, activities: Any):
+        self.activities = activities
+
+    def __enter__(self) -> Profile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def export_chrome_trace(self, path: str) -> None:
+        kernels = [{"cat": "kernel", "name": f"fsp_{i}"} for i in range(KERNELS)]
+        others = [{"cat": "gpu_memset"}, {"name": "process_name"}]
+        Path(path).write_text(json.dumps({"traceEvents": [*others, *kernels]}))
+
+
+def on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, whatever device it is asked for."""
+    return lambda *arguments, **options: make(*arguments, **options | {"device": "cpu"})
+
+
+def install(patch: pytest.MonkeyPatch) -> None:
+    """Put the fake in place of torch.cuda and of whatever would allocate on a GPU."""
+    held = {"memory_allocated": MIB, "max_memory_allocated": MIB + EXTRA}
+    answers = held | {
+        "is_available": True,
+        "synchronize": None,
+        "empty_cache": None,
+        "reset_peak_memory_stats": None,
+        "get_device_properties": PROPERTIES,
+        "get_device_name": PROPERTIES.name,
+    }
+    for name, answer in answers.items():
+        patch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    patch.setattr(torch.cuda, "Event", Event)
+    patch.setattr(torch.cuda, "_sleep", lambda _: None)
+    patch.setattr(cuda, "profile", Profile)
+    patch.setattr(cuda, "ROUND_SECONDS", 1e-9)  # one step a round
+    patch.setattr(cuda, "BUDGET_SECONDS", 1e9)  # however busy the CPU is
+    patch.setattr(cuda, "feature_maps", on_cpu(feature_maps))
+    patch.setattr(torch, "ones", on_cpu(torch.ones))
+    patch.setattr(contenders, "serves", lambda name, _: name == "torch")
+    for measured_once in (floor.copy_rate, cuda.sleep_cycles_per_second):
+        measured_once.cache_clear()

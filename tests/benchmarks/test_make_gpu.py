@@ -1,0 +1,41 @@
+"""``make gpu``, as far as make itself tells."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = [
+    "some-python -m pytest -m gpu tests -ra",
+    "some-python -m benchmarks.sanitize",
+    "some-python -m benchmarks --device cuda --dtype bf16 fp32 --output some/results",
+]
+
+
+def dry_run(*arguments: str) -> list[str]:
+    variables = ["GPU_PYTHON=some-python", "GPU_RESULTS=some/results"]
+    command = ["make", "--dry-run", *arguments, *variables]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [line for line in done.stdout.splitlines() if line.startswith("some-python")]
+
+
+def test_the_parts_run_in_order_benchmarks_last() -> None:
+    assert dry_run("gpu") == PARTS
+
+
+def test_each_part_can_be_called_alone() -> None:
+    parts = dry_run("gpu-tests") + dry_run("gpu-sanitizer") + dry_run("gpu-bench")
+    assert parts == PARTS
+
+
+def test_the_package_is_installed_first_where_asked() -> None:
+    install = "some-python -m pip install --no-build-isolation --no-deps ."
+    assert dry_run("gpu", "INSTALL=1") == [install, *PARTS]
+
+
+def test_a_failing_part_fails_the_whole_but_not_the_rest() -> None:
+    command = ["make", "gpu", "GPU_PYTHON=echo runs; false"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stdout.count("runs\n") == 3
