@@ -7,6 +7,7 @@ BIN := .venv/bin
 # installs this checkout there first.
 GPU_PYTHON ?= python3
 GPU_RESULTS ?= benchmarks/results
+GPU_JOBS ?= 8
 
 .PHONY: help demo test lint bench kernels gpu gpu-install gpu-tests gpu-sanitizer gpu-bench clean
 
@@ -48,8 +49,9 @@ gpu: $(if $(INSTALL),gpu-install)
 gpu-install:
 	$(GPU_PYTHON) -m pip install --no-build-isolation --no-deps .
 
+# Compiling kernels takes most of the time and one core each: files side by side.
 gpu-tests:
-	$(GPU_PYTHON) -m pytest -m gpu tests -ra
+	printf '%s\n' tests/triton/test_*.py | xargs -P $(GPU_JOBS) -n 1 $(GPU_PYTHON) -m pytest -m gpu -q -ra
 
 gpu-sanitizer:
 	$(GPU_PYTHON) -m benchmarks.sanitize

@@ -208,15 +208,24 @@ def run_loss(
     maps: Sequence[Tensor], plan: LossPlan, weights: Sequence[float]
 ) -> tuple[Tensor, list[Tensor]]:
     """Loss and gradients by the plan's backend, untouched by autograd and autocast."""
-    with torch.no_grad(), outside_autocast(plan.device):
+    with without_autograd(), outside_autocast(plan.device):
         return get_backend(plan.backend).loss(maps, plan, weights)
+
+
+def without_autograd() -> AbstractContextManager[Any]:
+    """``torch.no_grad()`` where it is not in force already, as it is within a ``Function``."""
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
 
 
 def outside_autocast(device: str) -> AbstractContextManager[Any]:
     """Autocast would round the products' fp32 operands, which accumulation is there to avoid."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
-    return nullcontext()
+    return _NOTHING
+
+
+_NOTHING: AbstractContextManager[Any] = nullcontext()
+_has_autocast = lru_cache(torch.amp.is_autocast_available)
 
 
 class _Loss(torch.autograd.Function):
@@ -240,7 +249,7 @@ class _Loss(torch.autograd.Function):
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         plan: LossPlan = ctx.plan
         scaled: Sequence[Tensor]
-        with torch.no_grad():
+        with without_autograd():
             scaled = get_backend(plan.backend).scale(
                 ctx.gradients, plan.wanted_dtypes, incoming, in_place=not keep
             )

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -106,7 +106,7 @@ class MapPlan:
     def positions(self) -> int:
         return math.prod(self.pooled_size or self.shape[2:])
 
-    @property
+    @cached_property
     def fused_windows(self) -> bool:
         """Whether kernels can pool while they read: by windows of one size, not too large."""
         sizes = list(zip(self.shape[2:], self.pooled_size or (), strict=False))
@@ -203,15 +203,20 @@ class LossPlan:
         """Peak memory of a call beyond its inputs: gradients and workspace."""
         return self.gradient_bytes + self.workspace_bytes
 
-    @property
+    @cached_property
     def maps(self) -> tuple[MapPlan, ...]:
         """Every map in the order backends take them: pair by pair, student before teacher."""
         return tuple(m for pair in self.pairs for m in pair.maps)
 
-    @property
-    def wanted_dtypes(self) -> list[torch.dtype]:
+    @cached_property
+    def wanted_dtypes(self) -> tuple[torch.dtype, ...]:
         """The dtypes of the maps that want a gradient."""
-        return [m.dtype for m in self.maps if m.gradient_dtype is not None]
+        return tuple(m.dtype for m in self.maps if m.gradient_dtype is not None)
+
+    @cached_property
+    def fused_windows(self) -> bool:
+        """Whether kernels can pool all maps while they read them."""
+        return all(m.fused_windows for m in self.maps)
 
     def spread(self, gradients: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradients in the places of the maps that want them, ``None`` in the others."""
@@ -361,7 +366,11 @@ def _evaluate_fused(
     networks = maps[::2] if len(maps) == 4 else maps[:1]  # the first map of each there is
     pooled = batch * sum(_pooled_workspace(plan, pool) for plan in maps)
     tile = GPU_TILE_CHANNELS if exact else GPU_TILE_CHANNELS_FP32
-    if form == "gram" or max(m, n) <= tile:
+    if form == "gram":
+        k = max(16, 1 << (networks[0].positions - 1).bit_length())  # as blocks, powers of two
+        kept = batch * _gram_blocks(maps) * k * k * torch.float32.itemsize
+        return _Evaluation("one pass", batch, 1, pooled + kept)
+    if max(m, n) <= tile:
         return _Evaluation("one pass", batch, 1, pooled)
     k = max(plan.positions for plan in networks)
     gradients = any(plan.gradient_dtype for plan in maps)
@@ -378,6 +387,23 @@ def _evaluate_fused(
     stored = 4 * m * n * parts if gradients or parts > 1 or norm == "column" else 0
     samples = _equal_chunks(batch, max(1, CHUNK_BYTES["cuda"] // max(1, stored)))
     return _Evaluation("tiles", samples, 2, pooled + samples * stored, parts)
+
+
+def stored_samples(pair: PairPlan) -> int:
+    """How many samples at a time, if a pair's residual is to be stored in one part."""
+    stored = 4 * math.prod(pair.channels)
+    return _equal_chunks(pair.batch, max(1, CHUNK_BYTES["cuda"] // stored))
+
+
+def gram_blocks(pair: PairPlan) -> int:
+    """``K x K`` blocks that a fused Gram form keeps in memory for each sample."""
+    return _gram_blocks(pair.maps)
+
+
+def _gram_blocks(maps: Sequence[MapPlan]) -> int:
+    """Three, and two for each gradient, with places for the teacher's if any of these is wanted."""
+    wanted = [plan.gradient_dtype is not None for plan in maps]
+    return 3 + (8 if any(wanted[2:]) else 4 if any(wanted) else 0)
 
 
 def _equal_chunks(batch: int, most: int) -> int:

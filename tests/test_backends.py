@@ -149,6 +149,7 @@ def test_the_torch_backend_is_there_and_serves_a_cpu():
     assert "torch" in fsp.available_backends()
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         assert chosen(dtype, backend="torch") == "torch"
+        assert chosen(dtype) == "torch"
 
 
 # --- use_backend ----------------------------------------------------------------------------------
@@ -197,7 +198,9 @@ def test_use_backend_none_restores_the_automatic_choice(named):  # noqa: ARG001
 
 
 def test_use_backend_refuses_an_unknown_name():
-    with pytest.raises(ValueError, match=r"^backend: got 'tritn', expected one of 'torch'"):
+    with pytest.raises(
+        ValueError, match=r"^backend: got 'tritn', expected one of 'triton', 'torch'"
+    ):
         fsp.use_backend("tritn")
 
 
@@ -287,7 +290,7 @@ def test_an_unknown_backend_lists_the_known_ones(register, call):
 @every_call
 def test_an_unknown_name_in_the_environment_is_an_error(monkeypatch, call):
     monkeypatch.setenv("FSP_KERNELS_BACKEND", "fats")
-    with pytest.raises(ValueError, match=r"got 'fats', expected one of 'torch'"):
+    with pytest.raises(ValueError, match=r"got 'fats', expected one of 'triton', 'torch'"):
         call(maps(), None)
 
 
@@ -306,6 +309,16 @@ def test_the_automatic_choice_passes_over_what_cannot_serve(register, call, fake
     call(maps(), None)
     assert fake.calls == []
     assert chosen() == "torch"
+
+
+def test_the_automatic_choice_passes_over_what_has_to_be_named(register, monkeypatch):
+    fake = FakeBackend("interpreter")
+    monkeypatch.setattr(fake, "automatic", False)
+    register(fake)
+    assert chosen() == "torch"
+    assert chosen(backend="interpreter") == "interpreter"
+    with fsp.use_backend("interpreter"):
+        assert chosen() == "interpreter"
 
 
 def test_the_automatic_choice_is_made_for_the_tensors_at_hand(register):

@@ -28,8 +28,8 @@ TOLERANCES = {
 }
 
 # What the Triton backend states, of ``|error| / |expected|`` in norms over a whole tensor: a single
-# element of a thousand that is wrong shows as 3e-2. By the form of the evaluation and the dtype of the
-# maps; a row holds where rows above it do, and its gradient is of that dtype.
+# element of a thousand that is wrong shows as 3e-2. By the form of the evaluation and the dtype of
+# a map, which its gradient has too.
 
 
 class Fused(NamedTuple):
@@ -45,17 +45,23 @@ FUSED = {
         1e-5, 1e-5, "products in 3xTF32, 2^-22; tensor cores cut their sums off instead of rounding"
     ),
     ("matrix", torch.bfloat16): Fused(
-        1e-5, 4e-3, "exact products, the residual in two bf16 terms, 2^-17; the gradient rounded once"
+        1e-5,
+        4e-3,
+        "exact products, the residual in two bf16 terms, 2^-17; the gradient rounded once",
     ),
     ("matrix", torch.float16): Fused(
-        1e-5, 1e-3, "exact products, the residual rounded to TF32, 2^-11; the gradient to fp16, 2^-11"
+        1e-5,
+        1e-3,
+        "exact products, the residual rounded to TF32, 2^-11; the gradient to fp16, 2^-11",
     ),
     ("gram", torch.float32): Fused(1e-5, 1e-5, "as in matrix form"),
     ("gram", torch.bfloat16): Fused(
         1e-3, 5e-3, "differences and blocks rounded to TF32, 2^-11 each; the gradient to bf16, 2^-8"
     ),
     ("gram", torch.float16): Fused(
-        1e-3, 2e-3, "differences and blocks rounded to TF32, 2^-11 each; the gradient to fp16, 2^-11"
+        1e-3,
+        2e-3,
+        "differences and blocks rounded to TF32, 2^-11 each; the gradient to fp16, 2^-11",
     ),
 }
 # fp32 maps while ``torch.get_float32_matmul_precision()`` is not "highest".
@@ -122,9 +128,7 @@ class Oracle(NamedTuple):
             if gradient is not None:
                 assert_close(gradient, expected, scale)
 
-    def check_fused(
-        self, plan: LossPlan, loss: Tensor, gradients: Sequence[Tensor | None]
-    ) -> None:
+    def check_fused(self, plan: LossPlan, loss: Tensor, gradients: Sequence[Tensor | None]) -> None:
         """Hold what fused kernels computed by a plan to this."""
         pairs = [(pair, planned) for pair in plan.pairs for planned in pair.maps]
         bounds = [fused_bounds(pair, planned.dtype) for pair, planned in pairs]

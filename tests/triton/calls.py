@@ -56,7 +56,7 @@ def tensor(*shape: int, dtype=FP32, layout="contiguous", grad=True) -> torch.Ten
 
 
 def pair_of(
-    regime: Regime, batch: int = 2, size: Sequence[int] | None = None, dtypes=None, **options
+    regime: Regime, batch: int = 1, size: Sequence[int] | None = None, dtypes=None, **options
 ) -> tuple[torch.Tensor, torch.Tensor]:
     size = regime.size if size is None else size
     dtypes = (regime.dtype, regime.dtype) if dtypes is None else dtypes

@@ -1,4 +1,4 @@
-"""Kernels run on a GPU where there is one, compiled, and in Triton's interpreter where there is none."""
+"""Kernels run on a GPU where there is one, else in Triton's interpreter."""
 
 import dataclasses
 
@@ -12,10 +12,10 @@ from fsp_kernels.backends.triton import configurations, loss, product
 
 def pytest_collection_modifyitems(items):
     # The hook gets the items of all folders, and `pytest -m gpu` should select these too.
-    if torch.cuda.is_available():
-        for item in items:
-            if item.path.parent.name == "triton":
-                item.add_marker(pytest.mark.gpu)
+    quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+    for item in items:
+        if item.path.parent.name == "triton":
+            item.add_marker(pytest.mark.gpu if torch.cuda.is_available() else quiet)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -81,18 +81,18 @@ def limits(monkeypatch):
 
 
 @pytest.fixture
-def small(limits, monkeypatch):
+def small(limits):
     """Kernels with tiles of 16 and the planner's limits to match: small maps take every road."""
     tile = configurations.Configuration(16, 16, 16, warps=4, stages=2)
-    table = tuple(row._replace(configuration=tile) for row in configurations.rows())
-    monkeypatch.setattr(configurations, "rows", lambda: table)
-    limits(
-        GPU_TILE_CHANNELS=16,
-        GPU_TILE_CHANNELS_FP32=16,
-        GPU_GRAM_POSITIONS=4,
-        GPU_PART_POSITIONS=20,
-    )
-    return limits
+    rows = [row._replace(configuration=tile) for row in configurations.rows()]
+    with configurations.using(rows):
+        limits(
+            GPU_TILE_CHANNELS=16,
+            GPU_TILE_CHANNELS_FP32=16,
+            GPU_GRAM_POSITIONS=4,
+            GPU_PART_POSITIONS=20,
+        )
+        yield limits
 
 
 @pytest.fixture
@@ -100,3 +100,12 @@ def programs():
     """What the loss has prepared so far, none to begin with."""
     loss._PROGRAMS.clear()
     return loss._PROGRAMS
+
+
+@pytest.fixture
+def tf32():
+    """fp32 products in TF32; what was set before comes back."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before

@@ -26,6 +26,7 @@ from layouts import LAYOUTS
 from tolerances import FUSED, assert_near, flatten, oracle, relative_error
 
 import fsp_kernels as fsp
+from fsp_kernels.backends.triton import loss as kernel_loss
 from fsp_kernels.backends.triton import maps as kernel_maps
 
 pytestmark = pytest.mark.usefixtures("small")
@@ -78,7 +79,10 @@ def test_the_teacher_may_have_maps_of_another_size(regime, norm, dtypes):
     size = (regime.size[0], regime.size[1] + 1)
     if regime.evaluation == "recomputed tiles":
         regime = regime._replace(channels=(33, 24))  # 12 positions pay with more channels
-    student, teacher = [pair_of(regime)], [pair_of(regime, size=size, dtypes=dtypes)]
+    student, teacher = (
+        [pair_of(regime, batch=2)],
+        [pair_of(regime, size=size, batch=2, dtypes=dtypes)],
+    )
     plan = check(student, teacher, regime.of(regime.dtype, norm=norm), norm=norm)
     assert plan.pairs[0].residual == "direct"
 
@@ -98,14 +102,14 @@ def test_the_teacher_may_be_a_ready_matrix(regime, norm, transposed, grad):
     dtype = regime.dtype
     matrix = tensor(2, n, m, dtype=dtype).mT if transposed else tensor(2, m, n, dtype=dtype)
     matrix = matrix.detach().requires_grad_(grad)
-    check([pair_of(regime)], [matrix], regime.of(dtype, norm=norm), norm=norm)
+    check([pair_of(regime, batch=2)], [matrix], regime.of(dtype, norm=norm), norm=norm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_matrix_regime
 def test_a_ready_matrix_may_have_its_own_dtype(regime, dtype):
     m, n = regime.channels
-    check([pair_of(regime)], [tensor(2, m, n, dtype=dtype)], regime.of(regime.dtype, dtype))
+    check([pair_of(regime)], [tensor(1, m, n, dtype=dtype)], regime)
 
 
 # --- gradients, those wanted ----------------------------------------------------------------------
@@ -114,7 +118,7 @@ def test_a_ready_matrix_may_have_its_own_dtype(regime, dtype):
 @pytest.mark.parametrize("wanted", list(itertools.product((False, True), repeat=4)), ids=str)
 @every_regime
 def test_gradients_reach_those_inputs_that_require_them(regime, wanted):
-    student, teacher = four_of(regime, batch=1, grad=False)
+    student, teacher = four_of(regime, grad=False)
     for x, needs in zip(flatten(student, teacher), wanted, strict=True):
         x.requires_grad_(needs)
     if not any(wanted) and regime.evaluation == "recomputed tiles":
@@ -165,23 +169,23 @@ def test_half_precision_maps_may_lie_in_memory_in_any_way(name, layout, dtype):
 @pytest.mark.parametrize("name", ["one pass", "tiles"])
 def test_maps_may_have_one_to_three_spatial_axes(name, layout, size):
     regime = REGIMES[name]
-    check(*four_of(regime, batch=1, size=size, layout=layout), regime)
+    check(*four_of(regime, size=size, layout=layout), regime)
 
 
 @every_regime
 def test_offsets_of_64_bits_find_the_same_elements(regime, monkeypatch):
     monkeypatch.setattr(kernel_maps, "INT32_LIMIT", 3)
-    student, teacher = four_of(regime, batch=1, layout="cropped")
+    student, teacher = four_of(regime, layout="cropped")
     check(student, teacher, regime)
 
 
 # --- batches, pairs, weights ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("norm", ["mse", "column"])
 @every_regime
-def test_a_batch_may_have_any_size(regime, batch):
-    check(*four_of(regime, batch=batch), regime)
+def test_a_loss_is_the_mean_over_a_batch(regime, norm):
+    check(*four_of(regime, batch=3), regime.of(regime.dtype, norm=norm), norm=norm)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25])
@@ -193,14 +197,14 @@ def test_a_weight_scales_loss_and_gradients(regime, weight):
 @pytest.mark.parametrize("norm", ["frobenius", "mse"])
 def test_pairs_of_every_regime_batch_and_dtype_in_one_call(norm):
     student, teacher = [], []
-    for (name, regime), batch in zip(REGIMES.items(), (3, 2, 1, 1, 2), strict=True):
+    for (name, regime), batch in zip(REGIMES.items(), (3, 2, 1, 1, 1), strict=True):
         student.append(pair_of(regime, batch=batch))
         teacher.append(pair_of(regime, batch=batch, grad=name != "gram"))
     halves = REGIMES["one pass"]
     student.append(pair_of(halves, dtypes=(FP16, FP16)))
     teacher.append(pair_of(halves, dtypes=(FP16, BF16)))
     ready = REGIMES["tiles"]
-    student.append(pair_of(ready, batch=1))
+    student.append(pair_of(ready))
     teacher.append(tensor(1, *ready.channels))
     regimes = [*REGIMES.values(), halves, ready]
     check(student, teacher, *regimes, weights=[1.0, 2.0, 0.5, 0.0, 3.0, 7.0, 0.25], norm=norm)
@@ -210,6 +214,14 @@ def test_pairs_of_one_regime_share_a_launch_and_keep_their_own_losses():
     student = [pair_of(REGIMES["one pass"], batch=batch) for batch in (1, 2, 3)]
     teacher = [pair_of(REGIMES["one pass"], batch=batch) for batch in (1, 2, 3)]
     check(student, teacher, *[REGIMES["one pass"]] * 3, weights=[1.0, 10.0, 100.0])
+
+
+@pytest.mark.parametrize("name", ["one pass", "gram", "recomputed tiles"])
+def test_there_may_be_more_pairs_than_one_launch_takes(name, monkeypatch):
+    monkeypatch.setattr(kernel_loss, "_MOST_PAIRS", 2)
+    regime = REGIMES[name]
+    student, teacher = ([pair_of(regime) for _ in range(3)] for _ in range(2))
+    check(student, teacher, *[regime] * 3, weights=[1.0, 10.0, 100.0])
 
 
 @every_regime
@@ -232,7 +244,9 @@ def test_the_gradient_survives_convergence(regime):
     loss = fsp.fsp_loss([(a, b)], [(c, d)], backend="triton")
     expected = oracle([(a, b)], [(c, d)])
     assert_near(loss, expected.loss, 1e-5, "fp32, the difference taken before anything is rounded")
-    for gradient, wanted in zip(torch.autograd.grad(loss, (a, b)), expected.gradients, strict=False):
+    for gradient, wanted in zip(
+        torch.autograd.grad(loss, (a, b)), expected.gradients, strict=False
+    ):
         assert_near(gradient, wanted, 1e-5, "fp32, as above")
 
 
@@ -261,7 +275,7 @@ def test_equal_networks_of_half_precision_have_no_loss(regime, norm, dtype):
 )
 @every_regime
 def test_what_is_not_finite_shows_and_stays_in_its_sample(regime, position, value):
-    student, teacher = four_of(regime)
+    student, teacher = four_of(regime, batch=2)
     clean = oracle(student, teacher)
     with torch.no_grad():
         flatten(student, teacher)[position][1, 2, 0, 1] = value
@@ -280,13 +294,13 @@ def test_what_is_not_finite_shows_and_stays_in_its_sample(regime, position, valu
 def test_a_zero_weight_does_not_hide_a_nan(regime):
     student, teacher = four_of(regime)
     with torch.no_grad():
-        student[0][0][1, 0] = float("nan")
+        student[0][0][0, 1] = float("nan")
     assert run(student, teacher, weights=[0.0])[0].isnan()
 
 
 @every_regime
 def test_results_are_the_same_bits_from_run_to_run(regime):
-    student, teacher = four_of(regime, batch=1)
+    student, teacher = four_of(regime)
     first, again = run(student, teacher), run(student, teacher)
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
@@ -307,14 +321,6 @@ def test_maps_may_change_after_the_call(regime):
 # --- the precision of fp32 ------------------------------------------------------------------------
 
 
-@pytest.fixture
-def tf32():
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
-
-
 @pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize("norm", ["frobenius", "column"])
 @every_fp32_regime
@@ -326,7 +332,7 @@ def test_tf32_is_close(regime, norm):
 @pytest.mark.usefixtures("tf32")
 @every_fp32_regime
 def test_tf32_rounds_what_kernels_compute(regime):
-    student, teacher = four_of(regime, batch=1)
+    student, teacher = four_of(regime)
     wanted = oracle(student, teacher).gradients[0]
     assert relative_error(run(student, teacher)[1], wanted) > 1e-5
 

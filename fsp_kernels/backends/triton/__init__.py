@@ -10,6 +10,7 @@
     product.py      FSP matrices and their derivatives
     elementwise.py  the sum of the partial losses; backward's scaling
     loss.py         what is launched for a plan
+    entries.py      what each kernel is told of a pair
     launch.py       launching at the cost of a C call
     configurations  tiles, warps and stages, by kernel, precision and chip
 

@@ -129,11 +129,14 @@ def _order(row: Row) -> tuple[int, ...]:
 @lru_cache(maxsize=1024)
 def configuration_of(
     kernel: str, kind: str, family: str, access: str, size: int = 0
-) -> Configuration:
-    """The first row whose limit is not below ``size``; the last one if there is none."""
+) -> Configuration | None:
+    """Of the first row whose limit is not below ``size``; ``None`` if there is none.
+
+    A chip has no row for what would not fit its registers.
+    """
     wanted = (family, kernel, kind, access)
     fitting = [r for r in rows() if (r.family, r.kernel, r.kind, r.access) == wanted]
-    return next((r for r in fitting if r.limit >= size), fitting[-1]).configuration
+    return next((r.configuration for r in fitting if r.limit >= size), None)
 
 
 def family_of(capability: int) -> str:

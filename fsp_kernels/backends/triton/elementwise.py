@@ -72,7 +72,8 @@ def scale(
             )
         )
         sizes = tuple([g.numel() for g, _ in chosen])
-        _scale_launch(sizes, in_place, factor.device, tuple(dtypes))(stream, (chosen, factor))
+        kinds = tuple([x.dtype for _, x in chosen])
+        _scale_launch(sizes, in_place, factor.device, kinds)(stream, (chosen, factor))
     return scaled
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import triton
@@ -17,7 +18,7 @@ from fsp_kernels.backends.triton.launch import fp32_precision
 from fsp_kernels.backends.triton.maps import MapLayout, access_of, layout_of
 from fsp_kernels.backends.triton.residual import Entry, MatrixLayout
 from fsp_kernels.backends.triton.tiles import GradientEntry
-from fsp_kernels.plan import HALF, LossPlan, MapPlan, PairPlan
+from fsp_kernels.plan import HALF, LossPlan, MapPlan, PairPlan, gram_blocks, stored_samples
 
 # Of one pair: a, b, c, d and their gradients, with None where there is none.
 Slots = tuple[Tensor | None, ...]
@@ -56,6 +57,7 @@ class Pair:
         ]
         self._access = max(accesses, key=ACCESSES.index)
         self._halves = not averaged and all(x.dtype in HALF for x in maps if x is not None)
+        self.plan = self._for_this_chip(plan)
 
     def _layout(self, x: Tensor | None, plan: MapPlan | None) -> MapLayout | MatrixLayout | None:
         if x is None or plan is None:
@@ -65,29 +67,42 @@ class Pair:
         size = plan.pooled_size if plan.fused_windows else None
         return layout_of(x.shape, x.stride(), size, self._pool)
 
+    def _for_this_chip(self, plan: PairPlan) -> PairPlan:
+        """The plan, or tiles in place of one pass where that is too much for a program."""
+        if plan.evaluation != "one pass" or self._one_pass_configuration() is not None:
+            return plan
+        return replace(plan, form="matrix", evaluation="tiles", samples=stored_samples(plan))
+
+    def _one_pass_configuration(self) -> Configuration | None:
+        if self.plan.form == "gram":
+            return self._configuration("gram", self.plan.positions)
+        return self._configuration("one_pass", max(self.plan.channels))
+
     def sides_with_gradients(self) -> list[bool]:
         """Whether to swap, for each side of recompute.py that there is work for."""
         wanted = [g is not None for g in self._gradients]
         return [swapped for swapped in (False, True) if wanted[swapped] or wanted[2 + swapped]]
 
     def one_pass_entry(self) -> tuple[Entry, int]:
+        c = self._one_pass_configuration()
+        assert c is not None
         m, n = self.plan.channels
-        c = self._configuration("one_pass", max(m, n))
-        blocks = c._replace(block_m=_power(m), block_n=_power(n))
-        return self._entry(blocks), c.warps
+        return self._entry(c._replace(block_m=_power(m), block_n=_power(n))), c.warps
 
     def gram_entry(self) -> tuple[Entry, int]:
-        c = self._configuration("gram", self.plan.positions)
-        return self._entry(c._replace(block_k=_power(self.plan.positions))), c.warps
+        c = self._one_pass_configuration()
+        assert c is not None
+        c = c._replace(block_k=_power(self.plan.positions))
+        return self._entry(c, kept=gram_blocks(self.plan)), c.warps
 
     def residual_entry(self, chunk: int) -> tuple[Entry, int]:
-        c = self._configuration("residual")
+        c = self._required("residual")
         start = chunk * self.plan.samples
         samples = min(self.plan.samples, self.plan.batch - start)
         return self._entry(c, samples, start, self.plan.parts, self.finishes), c.warps
 
     def recompute_entry(self, swapped: bool) -> tuple[Entry, int]:
-        c = self._configuration("recompute")
+        c = self._required("recompute")
         wanted = [self._gradients[swapped], self._gradients[2 + swapped]]
         if self._ready:
             wanted[1] = None
@@ -101,7 +116,7 @@ class Pair:
 
     def gradient_entries(self, residual: Entry) -> list[tuple[int, float, GradientEntry, int]]:
         """Of each map that wants one: its number, the scale, the entry, warps."""
-        c = self._configuration("gradients")
+        c = self._required("gradients")
         m, n = self.plan.channels
         found = []
         for own in range(2 if self._ready else 4):
@@ -129,7 +144,12 @@ class Pair:
             found.append((own, sign * self.slope_scale / positions, entry, c.warps))
         return found
 
-    def _configuration(self, kernel: str, size: int = 0) -> Configuration:
+    def _required(self, kernel: str) -> Configuration:
+        c = self._configuration(kernel)
+        assert c is not None, f"the table has no row of {kernel} for {self._family}"
+        return c
+
+    def _configuration(self, kernel: str, size: int = 0) -> Configuration | None:
         kind = "half" if self._halves else fp32_precision()
         return configuration_of(kernel, kind, self._family, self._access, size)
 
@@ -141,6 +161,7 @@ class Pair:
         parts: int = 1,
         finishes: bool = True,
         chunks: tuple[int, ...] = (0, 0),
+        kept: int = 0,
     ) -> Entry:
         plan = self.plan
         teacher_positions = plan.teacher[0].positions if not self._ready else 1
@@ -163,6 +184,7 @@ class Pair:
             parts=tl.constexpr(parts),
             finishes=tl.constexpr(finishes),
             chunks=tuple(tl.constexpr(x) for x in chunks),
+            kept=tl.constexpr(kept),
         )
 
     def _residual(self, teacher_positions: int) -> str:

@@ -8,7 +8,9 @@ With the differences ``p = a - c`` and ``q = b - d`` of residual.py, and ``pp`` 
     D d   = p (bb - qb^T) + c (qb - qq)     D^T c = b cp^T + q cc
 
 so only six ``K x K`` blocks are accumulated, and no ``m x n`` object exists. Below, ``x, y`` stand
-for ``p, c`` on the side of the first maps and for ``b, q`` on that of the second.
+for ``p, c`` on the side of the first maps and for ``b, q`` on that of the second. Blocks that are
+not being worked on wait in memory, 16 KB each that stay in cache: they would take more registers
+than there are.
 """
 
 from __future__ import annotations
@@ -22,34 +24,53 @@ from fsp_kernels.backends.triton.residual import difference
 
 
 @triton.jit
-def fsp_gram(pointers, partials, entries, first, COUNT: tl.constexpr, factors):
-    """Weighted losses, one for each program, into ``partials``, and all gradients asked for."""
+def fsp_gram(pointers, scratches, partials, entries, first, COUNT: tl.constexpr, factors):
+    """Weighted losses, one for each program, into ``partials``, and all gradients asked for.
+
+    ``scratches`` hold ``kept`` blocks ``(block_k, block_k)`` for each sample: three of the first
+    side, and the two of each gradient.
+    """
     program = tl.program_id(0)
     start = 0
     for i in tl.static_range(COUNT):
         stop = start + entries[i].samples
         if (program >= start) & (program < stop):
-            loss = _sample(pointers[i], entries[i], factors[i], program - start)
+            loss = _sample(pointers[i], scratches[i], entries[i], factors[i], program - start)
             tl.store(partials + first + program, loss)
         start = stop
 
 
 @triton.jit
-def _sample(pointers, entry, factor, sample):
+def _sample(pointers, scratch, entry, factor, sample):
     pp, cp, cc = _blocks(pointers, entry, 0, sample)
+    tl.store(_kept(scratch, entry, 0, sample), pp)
+    tl.store(_kept(scratch, entry, 1, sample), cp)
+    tl.store(_kept(scratch, entry, 2, sample), cc)
     bb, qb, qq = _blocks(pointers, entry, 1, sample)
+    tl.debug_barrier()  # what is kept is read by other threads than wrote it
+    pp = tl.load(_kept(scratch, entry, 0, sample))
+    cp = tl.load(_kept(scratch, entry, 1, sample))
+    cc = tl.load(_kept(scratch, entry, 2, sample))
     factor = factor / entry.student_positions / entry.student_positions
     loss = tl.sum(tl.sum(pp * bb + 2 * cp * qb + cc * qq, axis=1)) * factor
-    scale = 2 * factor
-    # In this order as few blocks as can be have to stay in registers through each sweep.
-    if pointers[6] is not None:
-        _sweep(bb - tl.trans(qb), qb - qq, -scale, pointers, entry, 0, 2, sample)
-    if pointers[7] is not None:
-        _sweep(tl.trans(cp), cc, -scale, pointers, entry, 1, 3, sample)
-    if pointers[5] is not None:
-        _sweep(pp + tl.trans(cp), cp + cc, scale, pointers, entry, 1, 1, sample)
     if pointers[4] is not None:
-        _sweep(bb, qb, scale, pointers, entry, 0, 0, sample)
+        _keep(bb, qb, scratch, entry, 0, sample)
+    if pointers[5] is not None:
+        _keep(pp + tl.trans(cp), cp + cc, scratch, entry, 1, sample)
+    if pointers[6] is not None:
+        _keep(bb - tl.trans(qb), qb - qq, scratch, entry, 2, sample)
+    if pointers[7] is not None:
+        _keep(tl.trans(cp), cc, scratch, entry, 3, sample)
+    tl.debug_barrier()
+    scale = 2 * factor
+    if pointers[4] is not None:
+        _sweep(scale, pointers, scratch, entry, 0, sample)
+    if pointers[5] is not None:
+        _sweep(scale, pointers, scratch, entry, 1, sample)
+    if pointers[6] is not None:
+        _sweep(-scale, pointers, scratch, entry, 2, sample)
+    if pointers[7] is not None:
+        _sweep(-scale, pointers, scratch, entry, 3, sample)
     return loss
 
 
@@ -69,19 +90,39 @@ def _blocks(pointers, entry, SIDE: tl.constexpr, sample):
 
 
 @triton.jit
-def _sweep(x_block, y_block, scale, pointers, entry, SIDE: tl.constexpr, OWN: tl.constexpr, sample):
-    """Write ``scale * (x @ x_block + y @ y_block)``, the gradient of the map number OWN."""
+def _keep(x_block, y_block, scratch, entry, OWN: tl.constexpr, sample):
+    """Write the blocks of the gradient of the map number OWN, transposed, as operands."""
     if entry.precision == "tf32":
         x_block = round_to_tf32(x_block)
         y_block = round_to_tf32(y_block)
+    tl.store(_kept(scratch, entry, 3 + 2 * OWN, sample), tl.trans(x_block))
+    tl.store(_kept(scratch, entry, 4 + 2 * OWN, sample), tl.trans(y_block))
+
+
+@triton.jit
+def _kept(scratch, entry, index, sample):
+    """Pointers to a block of a sample."""
+    K: tl.constexpr = entry.block_k
+    k = tl.arange(0, K)
+    start = scratch + (sample * entry.kept + index) * (K * K)
+    return start + k[:, None] * K + k[None, :]
+
+
+@triton.jit
+def _sweep(scale, pointers, scratch, entry, OWN: tl.constexpr, sample):
+    """Write ``scale * (x @ x_block + y @ y_block)``, the gradient of the map number OWN."""
+    SIDE: tl.constexpr = OWN % 2
     C: tl.constexpr = entry.m if SIDE == 0 else entry.n
     for channel in tl.range(0, C, entry.block_m, num_stages=entry.stages):
         x, y = _load_sides(pointers, entry, SIDE, C, sample, channel)
-        gradient = tl.zeros((entry.block_m, entry.block_k), tl.float32)
-        gradient = multiply(x, x_block, gradient, entry.precision)
-        gradient = multiply(y, y_block, gradient, entry.precision)
+        # Transposed, so that the blocks are left operands: of these a warp holds its own rows only.
+        x_block = tl.load(_kept(scratch, entry, 3 + 2 * OWN, sample))
+        y_block = tl.load(_kept(scratch, entry, 4 + 2 * OWN, sample))
+        gradient = tl.zeros((entry.block_k, entry.block_m), tl.float32)
+        gradient = multiply(x_block, tl.trans(x), gradient, entry.precision)
+        gradient = multiply(y_block, tl.trans(y), gradient, entry.precision)
         write_gradient(
-            gradient * scale,
+            tl.trans(gradient) * scale,
             pointers[OWN],
             entry.layouts[OWN],
             pointers[4 + OWN],

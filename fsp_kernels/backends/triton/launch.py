@@ -7,11 +7,12 @@ compiled kernel is looked up by what is left to inspect: which addresses are mul
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 
 from fsp_kernels.backends.triton.arithmetic import INTERPRETED
 from fsp_kernels.backends.triton.configurations import family_of
@@ -32,16 +33,17 @@ class Launch:
 
     def __call__(self, stream: int, tensors: tuple[Tensors, ...], *scalars: Any) -> None:
         """Launch on ``stream``, a raw handle, of the current device."""
-        addresses: list[int] = []
-        arguments = tuple([_addresses(x, addresses) for x in tensors])
-        aligned = tuple([address % 16 == 0 for address in addresses])
-        compiled = self._compiled.get(aligned)
-        if compiled is None:
-            compiled = self.start(tensors, *scalars)
-            if not INTERPRETED:
-                self._compiled[aligned] = compiled
+        found: list[int] = []
+        addresses = tuple([_addresses(x, found) for x in tensors])
+        every = reduce(or_, found)
+        alignment = () if every % 16 == 0 else tuple([address % 16 == 0 for address in found])
+        compiled = self._compiled.get(alignment)
+        if compiled is not None:
+            compiled[self.grid](*addresses, *self.constants, *scalars, stream=stream)
             return
-        compiled[self.grid](*arguments, *self.constants, *scalars, stream=stream)
+        compiled = self.start(tensors, *scalars)
+        if not INTERPRETED:
+            self._compiled[alignment] = compiled
 
     def start(self, tensors: tuple[Tensors, ...], *scalars: Any) -> Any:
         """Launch by Triton's own path, on the current stream; the compiled kernel."""
@@ -50,13 +52,13 @@ class Launch:
 
 def _addresses(tensors: Tensors, found: list[int]) -> Any:
     """The same structure with addresses for tensors, which also go to ``found``."""
-    if isinstance(tensors, Tensor):
-        address = tensors.data_ptr()
-        found.append(address)
-        return address
-    if isinstance(tensors, tuple):
+    if tensors is None:
+        return None
+    if type(tensors) is tuple:
         return tuple([_addresses(x, found) for x in tensors])
-    return tensors
+    address = tensors.data_ptr()
+    found.append(address)
+    return address
 
 
 def fp32_precision() -> str:

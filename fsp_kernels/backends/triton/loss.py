@@ -37,14 +37,27 @@ def loss(
     maps: Sequence[Tensor], plan: LossPlan, weights: Sequence[float]
 ) -> tuple[Tensor, list[Tensor]]:
     """See :meth:`fsp_kernels.backends.Backend.loss`; on the current device."""
-    planned = plan.maps
     gradients = [
         None if m.gradient_dtype is None else torch.empty_like(x, dtype=m.gradient_dtype)
-        for x, m in zip(maps, planned, strict=True)
+        for x, m in zip(maps, plan.maps, strict=True)
     ]
+    if plan.fused_windows:
+        result = program_of(plan, maps, gradients)(maps, gradients, weights)
+    else:
+        result = _pooled_loss(maps, gradients, plan, weights)
+    return result, [g for g in gradients if g is not None]
+
+
+def _pooled_loss(
+    maps: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    plan: LossPlan,
+    weights: Sequence[float],
+) -> Tensor:
+    """The same where some maps have windows that no kernel takes."""
     pooled = [
-        _Pooled(x, g, m, plan.pool) if not m.fused_windows else None
-        for x, g, m in zip(maps, gradients, planned, strict=True)
+        None if m.fused_windows else _Pooled(x, g, m, plan.pool)
+        for x, g, m in zip(maps, gradients, plan.maps, strict=True)
     ]
     read = [x if p is None else p.map for x, p in zip(maps, pooled, strict=True)]
     written = [g if p is None else p.gradient for g, p in zip(gradients, pooled, strict=True)]
@@ -52,7 +65,7 @@ def loss(
     for x in pooled:
         if x is not None:
             x.unpool()
-    return result, [g for g in gradients if g is not None]
+    return result
 
 
 class _Pooled:
@@ -79,11 +92,14 @@ class _Pooled:
 # the maps. Dropped as a whole should shapes never settle.
 _PROGRAMS: dict[Any, Program] = {}
 _MOST_PROGRAMS = 4096
+# Of one launch: a kernel has code for each of its pairs, and takes as long to compile.
+_MOST_PAIRS = 8
 
 
 def program_of(
     plan: LossPlan, maps: Sequence[Tensor], gradients: Sequence[Tensor | None]
 ) -> Program:
+    """The launches of a plan for maps that lie like these, on the current device."""
     device = maps[0].device
     key = (plan, device.index, fp32_precision(), tuple([x.stride() for x in maps]))
     program = _PROGRAMS.get(key)
@@ -116,8 +132,8 @@ class Program:
             ("tiles", self._add_tiles),
         ):
             chosen = [p for p in pairs if p.plan.evaluation == evaluation]
-            if chosen:
-                build(chosen)
+            for start in range(0, len(chosen), _MOST_PAIRS):
+                build(chosen[start : start + _MOST_PAIRS])
         self._finish = Launch(fsp_finish, 1, 8, self._partials, BLOCK)
 
     def __call__(
@@ -151,19 +167,24 @@ class Program:
         return self._partials - count
 
     def _add_one_pass(self, pairs: Sequence[Pair]) -> None:
-        for form, kernel in (("matrix", fsp_one_pass), ("gram", fsp_gram)):
-            chosen = [p for p in pairs if p.plan.form == form]
-            if not chosen:
-                continue
-            configured = [
-                p.one_pass_entry() if form == "matrix" else p.gram_entry() for p in chosen
-            ]
-            entries = tuple(entry for entry, _ in configured)
-            warps = max(warps for _, warps in configured)
-            grid = sum(entry.samples for entry in entries)
-            first = self._take_partials(grid)
-            launch = Launch(kernel, grid, warps, entries, first, len(entries))
-            self._steps.append(_OnSlots(launch, [(p.index, False) for p in chosen]))
+        # The largest samples first: the small ones fill the device while the last of them end.
+        pairs = sorted(pairs, key=lambda p: -p.plan.flops / p.plan.batch)
+        matrix = [p for p in pairs if p.plan.form == "matrix"]
+        if matrix:
+            launch = self._launch(fsp_one_pass, [p.one_pass_entry() for p in matrix])
+            self._steps.append(_OnSlots(launch, [(p.index, False) for p in matrix]))
+        gram = [p for p in pairs if p.plan.form == "gram"]
+        if gram:
+            configured = [p.gram_entry() for p in gram]
+            launch = self._launch(fsp_gram, configured)
+            self._steps.append(_Gram(launch, gram, [entry for entry, _ in configured]))
+
+    def _launch(self, kernel: Any, configured: Sequence[tuple[Entry, int]]) -> Launch:
+        """Of a kernel with one program for each sample."""
+        entries = tuple(entry for entry, _ in configured)
+        warps = max(warps for _, warps in configured)
+        grid = sum(entry.samples for entry in entries)
+        return Launch(kernel, grid, warps, entries, self._take_partials(grid), len(entries))
 
     def _add_recompute(self, pairs: Sequence[Pair]) -> None:
         # One side of each pair tells the loss: these come first, so that their partial losses are
@@ -198,6 +219,23 @@ class _OnSlots:
     ) -> None:
         chosen = tuple([swap(slots[i]) if swapped else slots[i] for i, swapped in self._pairs])
         self._launch(stream, (chosen, partials), tuple([factors[i] for i, _ in self._pairs]))
+
+
+class _Gram:
+    """One launch of gram.py, with the memory its blocks wait in."""
+
+    def __init__(self, launch: Launch, pairs: Sequence[Pair], entries: Sequence[Entry]):
+        self._launch = launch
+        self._indices = [p.index for p in pairs]
+        self._scratches = [e.samples * e.kept.value * e.block_k.value**2 for e in entries]
+
+    def __call__(
+        self, stream: int, slots: Sequence[Slots], factors: Sequence[float], partials: Tensor
+    ) -> None:
+        chosen = tuple([slots[i] for i in self._indices])
+        scratches = tuple([partials.new_empty(n) for n in self._scratches])
+        weights = tuple([factors[i] for i in self._indices])
+        self._launch(stream, (chosen, scratches, partials), weights)
 
 
 class _Tiles:

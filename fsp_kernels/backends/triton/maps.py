@@ -201,6 +201,10 @@ def _load(
 @triton.jit
 def _within(layout, d, h, w):
     """Offset of an element of a window from its first."""
+    if layout.wide:
+        d = tl.full((), d, tl.int64)
+        h = tl.full((), h, tl.int64)
+        w = tl.full((), w, tl.int64)
     return d * layout.depth + h * layout.height + w * layout.width
 
 
@@ -236,9 +240,9 @@ def _addresses(
     else:
         line = k // layout.columns
         offsets = (
-            (k % layout.columns) * (layout.width * layout.window[2])
-            + (line % layout.rows) * (layout.height * layout.window[1])
-            + (line // layout.rows) * (layout.depth * layout.window[0])
+            (k % layout.columns) * layout.width * layout.window[2]
+            + (line % layout.rows) * layout.height * layout.window[1]
+            + (line // layout.rows) * layout.depth * layout.window[0]
         )
     start = pointer + sample.to(tl.int64) * layout.sample
     return start + c[:, None] * layout.channel + offsets[None, :], mask

@@ -126,6 +126,7 @@ def prepare(
     aligned = all(t * dtype.itemsize % 16 == 0 for each, dtype in operands for t in each if t != 1)
     kind = "half" if halves else precision
     c = configuration_of("product", kind, device_family(), "aligned" if aligned else "odd")
+    assert c is not None
     tiles = batch * triton.cdiv(m, c.block_m) * triton.cdiv(columns, c.block_n)
     parts = max(1, min(GPU_PROGRAMS // tiles, r // GPU_PART_POSITIONS))
     x, y, out = (Operand(*s) for s in strides)

@@ -47,6 +47,7 @@ class Entry(NamedTuple):
     parts: Any  # into how many the positions are split
     finishes: Any  # whether the kernel that sees a tile may tell its loss
     chunks: tuple[Any, Any]  # recompute.py: blocks of positions of the gradients of a and of c
+    kept: Any  # gram.py: blocks in memory for each sample
 
 
 @triton.jit

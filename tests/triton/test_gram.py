@@ -1,0 +1,73 @@
+"""The loss in Gram form: few positions and many channels, as the shipped tables evaluate it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from calls import BF16, DTYPES, FP16, FP32, Regime, check, four_of, pair_of, tensor
+from tolerances import assert_near, oracle
+
+import fsp_kernels as fsp
+
+
+def gram(m: int, n: int, size: tuple[int, ...]) -> Regime:
+    return Regime((m, n), size, "one pass", form="gram")
+
+
+@pytest.mark.parametrize("size", [(1,), (7,), (4, 4), (17,), (5, 5), (33,), (7, 7)], ids=str)
+def test_positions_may_be_any_number_up_to_the_largest_block(size):
+    regime = gram(180, 150, size)
+    check(*four_of(regime), regime)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n"), [(1, 200), (257, 129), (192, 256)])
+def test_channels_may_be_any_number(m, n, dtype):
+    # Halves have larger tiles, and one position is cheap in Gram form for all of these.
+    regime = gram(m, n, (1,))
+    if m == 1:
+        regime = regime._replace(evaluation="tiles", form="matrix")
+    check(*four_of(regime, dtypes=(dtype, dtype)), regime)
+
+
+@pytest.mark.parametrize("wanted", range(4))
+def test_each_gradient_is_right_on_its_own(wanted):
+    regime = gram(150, 140, (2, 2))
+    a, b = pair_of(regime, grad=False)
+    c, d = pair_of(regime, grad=False)
+    (a, b, c, d)[wanted].requires_grad_()
+    check([(a, b)], [(c, d)], regime)
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+def test_half_precision_maps_an_ulp_apart_have_the_right_gradient(dtype):
+    c, d = pair_of(gram(160, 150, (3, 3)), dtypes=(dtype, dtype), grad=False)
+    a, b = ((x * (1 + torch.finfo(dtype).eps)).requires_grad_() for x in (c, d))
+    loss = fsp.fsp_loss([(a, b)], [(c, d)], backend="triton")
+    expected = oracle([(a, b)], [(c, d)])
+    for gradient, wanted in zip(
+        torch.autograd.grad(loss, (a, b)), expected.gradients, strict=False
+    ):
+        assert_near(gradient, wanted, 5e-3, "the difference fits TF32, its gradient the dtype")
+
+
+def test_the_loss_survives_convergence():
+    # Plain Grams, instead of differences, would be wrong by 1e3 here.
+    c, d = pair_of(gram(256, 256, (3, 3)), grad=False)
+    a, b = (x + 1e-5 * torch.randn_like(x) for x in (c, d))
+    loss = fsp.fsp_loss([(a, b)], [(c, d)], backend="triton")
+    assert_near(loss, oracle([(a, b)], [(c, d)]).loss, 1e-5, "fp32")
+
+
+def test_maps_are_pooled_on_the_way():
+    student = [(tensor(2, 150, 4, 4), tensor(2, 140, 2, 2))]
+    teacher = [(tensor(2, 150, 2, 2), tensor(2, 140, 2, 4))]
+    for pool in ("max", "avg"):
+        check(student, teacher, gram(150, 140, (2, 2)), pool=pool)
+
+
+def test_a_large_value_in_one_channel_stays_exact_in_the_others():
+    student, teacher = four_of(gram(150, 140, (2, 2)), dtypes=(FP32, FP32))
+    with torch.no_grad():
+        student[0][0][:, 3] *= 1e3
+    check(student, teacher, gram(150, 140, (2, 2)))

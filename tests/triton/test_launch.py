@@ -1,0 +1,176 @@
+"""Launching a compiled kernel: what it is looked up by, and how fp32 is multiplied."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from calls import DEVICE, FP32, REGIMES, four_of, run
+
+from fsp_kernels.backends.triton import launch, loss
+from fsp_kernels.backends.triton.launch import Launch, fp32_precision
+
+
+class FakeKernel:
+    """Stands for a Triton kernel, and for what it compiles to."""
+
+    def __init__(self):
+        self.started: list[tuple] = []
+        self.launched: list[tuple] = []
+
+    def __getitem__(self, grid):
+        self.grid = grid
+
+        def start(*arguments, num_warps):
+            self.started.append((arguments, num_warps))
+            return self.Compiled(self)
+
+        return start
+
+    class Compiled:
+        def __init__(self, kernel):
+            self._kernel = kernel
+
+        def __getitem__(self, grid):
+            def go(*arguments, stream):
+                self._kernel.launched.append((grid, arguments, stream))
+
+            return go
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    return FakeKernel()
+
+
+def aligned_by(elements: int) -> torch.Tensor:
+    """A tensor that many fp32 elements behind a multiple of 16 bytes."""
+    x = torch.empty(16)
+    assert x.data_ptr() % 16 == 0
+    return x[elements:]
+
+
+def test_the_first_call_compiles_and_later_ones_bring_addresses(kernel):
+    x, y = aligned_by(0), aligned_by(0)
+    bound = Launch(kernel, 5, 4, "constant")
+    bound(7, (x, y), 0.5)
+    assert kernel.grid == (5, 1, 1)
+    assert kernel.started == [((x, y, "constant", 0.5), 4)]
+    assert kernel.launched == []
+    bound(8, (y, x), 2.5)
+    arguments = (y.data_ptr(), x.data_ptr(), "constant", 2.5)
+    assert kernel.launched == [((5, 1, 1), arguments, 8)]
+    assert len(kernel.started) == 1
+
+
+def test_nested_tensors_keep_their_structure_and_what_is_missing(kernel):
+    x, y = aligned_by(0), aligned_by(0)
+    bound = Launch(kernel, 1, 4)
+    for _ in range(2):
+        bound(0, (((x, None), (None, y)), x))
+    px, py = x.data_ptr(), y.data_ptr()
+    assert kernel.launched[0][1] == (((px, None), (None, py)), px)
+
+
+def test_each_alignment_compiles_once(kernel):
+    bound = Launch(kernel, 1, 4)
+    places = [(0, 0), (1, 0), (0, 1), (1, 1)]
+    for _ in range(3):
+        for first, second in places:
+            bound(0, (aligned_by(first), aligned_by(second)))
+    assert len(kernel.started) == len(places)
+    assert len(kernel.launched) == 2 * len(places)
+
+
+def test_addresses_of_one_alignment_share_a_kernel(kernel):
+    bound = Launch(kernel, 1, 4)
+    for elements in (1, 2, 3, 5):  # none a multiple of 16 bytes
+        bound(0, (aligned_by(elements),))
+    bound(0, (aligned_by(4),))
+    assert len(kernel.started) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is no interpreter at work on a GPU")
+def test_the_interpreter_compiles_nothing():
+    kernel = FakeKernel()
+    bound = Launch(kernel, 1, 4)
+    for _ in range(2):
+        bound(0, (aligned_by(0),))
+    assert len(kernel.started) == 2
+
+
+# --- how fp32 is multiplied -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def _precision_restored():
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("_precision_restored")
+@pytest.mark.parametrize(
+    ("precision", "wanted"), [("highest", "tf32x3"), ("high", "tf32"), ("medium", "tf32")]
+)
+def test_fp32_products_follow_the_precision_that_was_set(precision, wanted):
+    torch.set_float32_matmul_precision(precision)
+    assert fp32_precision() == wanted
+
+
+@pytest.mark.usefixtures("_precision_restored")
+def test_fp32_products_follow_the_older_switch():
+    torch.backends.cuda.matmul.allow_tf32 = True
+    assert fp32_precision() == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = False
+    assert fp32_precision() == "tf32x3"
+
+
+@pytest.mark.usefixtures("tf32")
+def test_fp32_products_follow_the_newer_setting():
+    assert fp32_precision() == "tf32"
+
+
+def test_fp32_products_are_accurate_unless_told_otherwise():
+    assert fp32_precision() == "tf32x3"
+
+
+# --- what is prepared for a signature -------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small")
+def test_a_signature_is_prepared_once(programs):
+    student, teacher = four_of(REGIMES["one pass"])
+    for _ in range(3):
+        run(student, teacher)
+    assert len(programs) == 1
+
+
+@pytest.mark.usefixtures("small")
+def test_strides_are_part_of_the_signature(programs):
+    regime = REGIMES["one pass"]
+    for layout in ("contiguous", "channels last", "contiguous", "cropped"):
+        run(*four_of(regime, layout=layout))
+    assert len(programs) == 3
+
+
+@pytest.mark.usefixtures("small")
+def test_weights_are_no_part_of_the_signature(programs):
+    student, teacher = four_of(REGIMES["one pass"])
+    for weight in (1.0, 2.0, 0.0):
+        run(student, teacher, weights=[weight])
+    assert len(programs) == 1
+
+
+@pytest.mark.usefixtures("small")
+def test_what_is_prepared_does_not_grow_without_bound(programs, monkeypatch):
+    monkeypatch.setattr(loss, "_MOST_PROGRAMS", 3)
+    for batch in range(1, 6):
+        student, teacher = four_of(REGIMES["one pass"], batch=batch, grad=False)
+        run(student, teacher)
+        assert len(programs) <= 3
+
+
+def test_the_stream_of_a_cpu_is_none():
+    x = torch.empty(1, dtype=FP32, device=DEVICE)
+    assert isinstance(launch.raw_stream(x.device), int)

@@ -1,0 +1,145 @@
+"""How a map is described to the kernels: one stride or three, 64-bit offsets, aligned rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from layouts import LAYOUTS
+
+from fsp_kernels.backends.triton.maps import access_of, layout_of
+
+
+def layout(x: torch.Tensor, size=None, pool="max"):
+    return layout_of(x.shape, x.stride(), size, pool)
+
+
+def empty(*shape: int, dtype=torch.float32, kind: str = "contiguous") -> torch.Tensor:
+    return LAYOUTS[kind](torch.empty(shape, dtype=dtype))
+
+
+def offsets(found, shape) -> torch.Tensor:
+    """Where a layout says the elements of one sample are, ``(C, K)``, as kernels compute it."""
+    channel, position = torch.arange(shape[1])[:, None], torch.arange(torch.Size(shape[2:]).numel())
+    if found.flat.value:
+        return channel * found.channel + position * found.width
+    line = position // found.columns
+    return (
+        channel * found.channel
+        + position % found.columns * found.width
+        + line % found.rows * found.height
+        + line // found.rows * found.depth
+    )
+
+
+SHAPES = [(2, 3, 5), (2, 3, 4, 6), (2, 3, 4, 1), (2, 3, 1, 6), (2, 1, 2, 3, 4), (2, 3, 1, 1)]
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 3, 2, 1, 4), (2, 3, 1, 3, 1)], ids=str)
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_layout_leads_to_every_element(kind, shape):
+    x = empty(*shape, kind=kind)
+    numbers = torch.arange(x.untyped_storage().nbytes() // 4, dtype=torch.int32)
+    placed = numbers.as_strided(x.shape, x.stride(), 0)[0].flatten(1)
+    assert torch.equal(offsets(layout(x), shape), placed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flat"),
+    [
+        ("contiguous", True),
+        ("channels last", True),
+        ("slice of channels", True),
+        ("slice of channels-last channels", True),
+        ("one sample for all", True),
+        ("one channel for all", True),
+        ("cropped", False),
+        ("slice of space", False),
+        ("spatial axes permuted", False),
+        ("one position for all", False),
+    ],
+)
+def test_positions_lie_a_stride_apart_or_do_not(kind, flat):
+    assert layout(empty(2, 3, 4, 6, kind=kind)).flat.value is flat
+
+
+def test_an_axis_of_one_position_does_not_count():
+    for shape in ((2, 3, 1, 6), (2, 3, 6, 1), (2, 3, 1, 6, 1)):
+        assert layout(empty(*shape, kind="cropped")).flat.value
+    assert layout(empty(2, 3, 1, 1, kind="cropped")).flat.value
+
+
+def test_tokens_are_always_flat():
+    for kind in LAYOUTS:
+        assert layout(empty(2, 3, 5, kind=kind)).flat.value
+
+
+def test_all_positions_at_one_place_are_flat():
+    x = torch.empty(2, 3, 1, 1).expand(2, 3, 4, 6)
+    assert layout(x).flat.value
+    assert layout(x).width == 0
+
+
+def test_a_pooled_map_has_its_windows_and_is_not_flat():
+    found = layout(empty(2, 3, 6, 8), (3, 2), "avg")
+    assert [w.value for w in found.window] == [1, 2, 4]
+    assert (found.rows, found.columns) == (3, 2)
+    assert found.pool.value == "avg"
+    assert not found.flat.value
+
+
+def test_a_map_that_keeps_its_size_is_not_pooled():
+    found = layout(empty(2, 3, 6, 8), (6, 8), "max")
+    assert found.pool.value == "none"
+    assert found.flat.value
+
+
+@pytest.mark.parametrize(
+    ("shape", "wide"),
+    [
+        ((1, 2, 1 << 15, 1 << 15), False),  # 2^31 elements, the last at 2^31 - 1
+        ((1, 2, (1 << 15) + 1, 1 << 15), True),
+        ((1 << 20, 2, 64, 64), False),  # a sample alone counts
+    ],
+    ids=str,
+)
+def test_offsets_within_a_sample_take_64_bits_where_32_do_not_do(shape, wide):
+    assert layout(torch.empty(shape, device="meta")).wide.value is wide
+
+
+def test_strides_count_not_elements():
+    x = torch.empty(1, 4, 1 << 30, device="meta")[:, :, :2]
+    assert layout(x).wide.value
+    assert not layout(torch.empty(1, 1, 1, device="meta").expand(1, 1 << 20, 1 << 20)).wide.value
+
+
+# --- aligned rows ---------------------------------------------------------------------------------
+
+
+def access(x: torch.Tensor, size=None) -> str:
+    return access_of(layout(x, size), x.element_size())
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "kind", "wanted"),
+    [
+        ((2, 3, 8, 8), torch.float32, "contiguous", "aligned"),
+        ((2, 3, 2, 2), torch.float32, "contiguous", "aligned"),
+        ((2, 3, 2, 2), torch.float16, "contiguous", "odd"),
+        ((2, 3, 7, 7), torch.float32, "contiguous", "odd"),
+        ((2, 8, 7, 7), torch.float32, "channels last", "aligned"),
+        ((2, 6, 7, 7), torch.float32, "channels last", "odd"),
+        ((2, 8, 8, 8), torch.float32, "every second channel", "aligned"),
+        ((2, 3, 8, 8), torch.float32, "cropped", "scattered"),
+    ],
+    ids=str,
+)
+def test_rows_of_whole_16_bytes_are_aligned(shape, dtype, kind, wanted):
+    assert access(empty(*shape, dtype=dtype, kind=kind)) == wanted
+
+
+def test_rows_without_neighbours_are_not_aligned():
+    assert access(torch.empty(2, 8, 16)[..., ::4]) == "odd"
+
+
+def test_what_is_pooled_is_scattered():
+    assert access(empty(2, 3, 8, 8), (4, 4)) == "scattered"
