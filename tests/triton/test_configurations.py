@@ -46,9 +46,12 @@ def test_every_call_finds_a_row_that_holds_it(family, kernel, kind, access):
     wanted = (family, kernel, kind, access)
     found = [r for r in rows() if (r.family, r.kernel, r.kind, r.access) == wanted]
     assert found
-    assert found[-1].limit >= most
     for size in range(most + 1):
         c = configuration_of(kernel, kind, family, access, size)
+        if c is None:  # it does not fit the registers of this chip, which then stores tiles
+            assert kernel in ("one_pass", "gram")
+            assert size > found[-1].limit
+            continue
         if kernel == "one_pass":
             assert c.block_m >= size
             assert c.block_n >= size
@@ -84,9 +87,10 @@ def test_the_first_row_that_is_large_enough_serves():
     ]
     row = table[0]
     with using(table):
-        for size, wanted in ((1, 16), (16, 16), (17, 32), (64, 64), (65, 64)):
+        for size, wanted in ((1, 16), (16, 16), (17, 32), (64, 64)):
             found = configuration_of(row.kernel, row.kind, row.family, row.access, size)
             assert found.block_m == wanted
+        assert configuration_of(row.kernel, row.kind, row.family, row.access, 65) is None
 
 
 def test_another_table_is_in_force_for_a_while():

@@ -9,6 +9,8 @@ from tolerances import assert_near, flatten, oracle
 
 import fsp_kernels as fsp
 from fsp_kernels import plan as planning
+from fsp_kernels.backends.triton import configurations, loss
+from fsp_kernels.backends.triton.launch import Launch
 
 TILES = REGIMES["tiles"]
 
@@ -110,10 +112,10 @@ def test_a_column_that_is_zero_has_no_gradient():
     c, d = (x.detach().clone() for x in (a, b))
     with torch.no_grad():
         d[:, 16:18] += 1
-    loss = fsp.fsp_loss([(a, b)], [(c, d)], norm="column", backend="triton")
+    value = fsp.fsp_loss([(a, b)], [(c, d)], norm="column", backend="triton")
     expected = oracle([(a, b)], [(c, d)], norm="column")
-    assert_near(loss, expected.loss, 1e-5, "fp32")
-    to_a, to_b = torch.autograd.grad(loss, (a, b))
+    assert_near(value, expected.loss, 1e-5, "fp32")
+    to_a, to_b = torch.autograd.grad(value, (a, b))
     assert_near(to_a, expected.gradients[0], 1e-5, "fp32")
     assert_near(to_b, expected.gradients[1], 1e-5, "fp32")
     assert not to_b[:, :16].any()
@@ -128,6 +130,27 @@ def test_without_gradients_or_parts_nothing_is_stored():
     assert plan.workspace_bytes == 0
     plan = fsp.explain(student, teacher, backend="triton")
     assert plan.workspace_bytes == 4 * 17 * 20
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+@pytest.mark.parametrize(("name", "kernel"), [("one pass", "one_pass"), ("gram", "gram")])
+def test_a_chip_without_the_registers_for_one_pass_stores_tiles(name, kernel, dtype, monkeypatch):
+    launched = set()
+    start = Launch.__call__
+
+    def remember(self, *arguments):
+        launched.add(self.kernel.__name__)
+        return start(self, *arguments)
+
+    monkeypatch.setattr(Launch, "__call__", remember)
+    regime = REGIMES[name]
+    student, teacher = four_of(regime, batch=2, dtypes=(dtype, dtype))
+    with configurations.using([r for r in configurations.rows() if r.kernel != kernel]):
+        loss._PROGRAMS.clear()
+        check(student, teacher, regime)
+    assert "fsp_residual" in launched
+    assert "fsp_" + kernel not in launched
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
