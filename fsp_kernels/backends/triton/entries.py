@@ -18,7 +18,15 @@ from fsp_kernels.backends.triton.launch import fp32_precision
 from fsp_kernels.backends.triton.maps import MapLayout, access_of, layout_of
 from fsp_kernels.backends.triton.residual import Entry, MatrixLayout
 from fsp_kernels.backends.triton.tiles import GradientEntry
-from fsp_kernels.plan import HALF, LossPlan, MapPlan, PairPlan, gram_blocks, stored_samples
+from fsp_kernels.plan import (
+    HALF,
+    LossPlan,
+    MapPlan,
+    PairPlan,
+    Residual,
+    gram_blocks,
+    stored_samples,
+)
 
 # Of one pair: a, b, c, d and their gradients, with None where there is none.
 Slots = tuple[Tensor | None, ...]
@@ -71,7 +79,14 @@ class Pair:
         """The plan, or tiles in place of one pass where that is too much for a program."""
         if plan.evaluation != "one pass" or self._one_pass_configuration() is not None:
             return plan
-        return replace(plan, form="matrix", evaluation="tiles", samples=stored_samples(plan))
+        residual: Residual = "direct" if self._halves else plan.residual
+        return replace(
+            plan,
+            form="matrix",
+            residual=residual,
+            evaluation="tiles",
+            samples=stored_samples(plan),
+        )
 
     def _one_pass_configuration(self) -> Configuration | None:
         if self.plan.form == "gram":
