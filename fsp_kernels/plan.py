@@ -298,7 +298,7 @@ def _plan_pair(
     difference = form == "gram" or (subtractable and not rounds)
     residual: Residual = "difference" if difference else "direct"
     if fused:
-        how = _evaluate_fused(m, n, maps, pool, norm, form, exact)
+        how = _evaluate_fused(m, n, maps, pool, norm, form, exact, tile)
     else:
         how = _evaluate_in_chunks(m, n, k, maps, pool, form, difference, device, compute_dtype)
     return PairPlan(
@@ -361,11 +361,11 @@ def _evaluate_fused(
     norm: str,
     form: Form,
     exact: bool,
+    tile: int,
 ) -> _Evaluation:
     batch = maps[0].shape[0]
     networks = maps[::2] if len(maps) == 4 else maps[:1]  # the first map of each there is
     pooled = batch * sum(_pooled_workspace(plan, pool) for plan in maps)
-    tile = GPU_TILE_CHANNELS if exact else GPU_TILE_CHANNELS_FP32
     if form == "gram":
         k = max(16, 1 << (networks[0].positions - 1).bit_length())  # as blocks, powers of two
         kept = batch * _gram_blocks(maps) * k * k * torch.float32.itemsize

@@ -58,26 +58,26 @@ def residual_tile(pointers, entry, sample, row, column, part):
     begin, end = _range_of(part, entry.parts, K, entry.block_k)
     if entry.residual == "difference":
         for k in tl.range(begin, end, entry.block_k, num_stages=entry.stages):
-            a = _rows(pointers, entry, 0, sample, row, k, K).to(tl.float32)
-            c = _rows(pointers, entry, 2, sample, row, k, K).to(tl.float32)
-            b = _columns(pointers, entry, 1, sample, column, k, K).to(tl.float32)
-            d = _columns(pointers, entry, 3, sample, column, k, K).to(tl.float32)
+            a = _tile(pointers, entry, 0, sample, row, k, K).to(tl.float32)
+            c = _tile(pointers, entry, 2, sample, row, k, K).to(tl.float32)
+            b = _tile(pointers, entry, 1, sample, column, k, K).to(tl.float32)
+            d = _tile(pointers, entry, 3, sample, column, k, K).to(tl.float32)
             p, q = difference(a, c, entry.precision), difference(b, d, entry.precision)
             result = multiply(p, tl.trans(b), result, entry.precision)
             result = multiply(c, tl.trans(q), result, entry.precision)
     elif entry.residual == "direct":
         for k in tl.range(begin, end, entry.block_k, num_stages=entry.stages):
-            a = _rows(pointers, entry, 0, sample, row, k, K)
-            b = _columns(pointers, entry, 1, sample, column, k, K)
-            c = _rows(pointers, entry, 2, sample, row, k, K)
-            d = _columns(pointers, entry, 3, sample, column, k, K)
+            a = _tile(pointers, entry, 0, sample, row, k, K)
+            b = _tile(pointers, entry, 1, sample, column, k, K)
+            c = _tile(pointers, entry, 2, sample, row, k, K)
+            d = _tile(pointers, entry, 3, sample, column, k, K)
             # Turn by turn, so that the sum stays as small as the residual.
             result = multiply(a, tl.trans(b), result, entry.precision)
             result = multiply(negate(c), tl.trans(d), result, entry.precision)
     else:
         for k in tl.range(begin, end, entry.block_k, num_stages=entry.stages):
-            a = _rows(pointers, entry, 0, sample, row, k, K)
-            b = _columns(pointers, entry, 1, sample, column, k, K)
+            a = _tile(pointers, entry, 0, sample, row, k, K)
+            b = _tile(pointers, entry, 1, sample, column, k, K)
             result = multiply(a, tl.trans(b), result, entry.precision)
     result = result * (1.0 / K)
     if entry.residual == "apart":
@@ -85,8 +85,8 @@ def residual_tile(pointers, entry, sample, row, column, part):
         begin, end = _range_of(part, entry.parts, K, entry.block_k)
         target = tl.zeros((entry.block_m, entry.block_n), tl.float32)
         for k in tl.range(begin, end, entry.block_k, num_stages=entry.stages):
-            c = _rows(pointers, entry, 2, sample, row, k, K)
-            d = _columns(pointers, entry, 3, sample, column, k, K)
+            c = _tile(pointers, entry, 2, sample, row, k, K)
+            d = _tile(pointers, entry, 3, sample, column, k, K)
             target = multiply(c, tl.trans(d), target, entry.precision)
         result = result - target * (1.0 / K)
     if entry.residual == "ready":
@@ -142,31 +142,19 @@ def matrix_addresses(pointer, layout, entry, sample, row, column):
 
 
 @triton.jit
-def _rows(pointers, entry, INDEX: tl.constexpr, sample, row, k, positions):
+def _tile(pointers, entry, INDEX: tl.constexpr, sample, channel, k, positions):
+    """Of the map number INDEX: ``(block_m, block_k)`` of a first map, ``block_n`` of a second."""
+    C: tl.constexpr = entry.m if INDEX % 2 == 0 else entry.n
+    BLOCK: tl.constexpr = entry.block_m if INDEX % 2 == 0 else entry.block_n
     return load_tile(
         pointers[INDEX],
         entry.layouts[INDEX],
         sample,
-        row,
+        channel,
         k,
-        entry.m,
+        C,
         positions,
-        entry.block_m,
-        entry.block_k,
-    )
-
-
-@triton.jit
-def _columns(pointers, entry, INDEX: tl.constexpr, sample, column, k, positions):
-    return load_tile(
-        pointers[INDEX],
-        entry.layouts[INDEX],
-        sample,
-        column,
-        k,
-        entry.n,
-        positions,
-        entry.block_n,
+        BLOCK,
         entry.block_k,
     )
 
