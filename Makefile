@@ -19,7 +19,7 @@ help:
 	@echo "make kernels  compile every Triton kernel for five generations of GPUs; prints what it takes"
 	@echo "make gpu    on a machine with an NVIDIA GPU: tests, compute-sanitizer, benchmarks with results;"
 	@echo "            each alone: make gpu-tests, gpu-sanitizer, gpu-bench"
-	@echo "make clean  remove .venv, caches and runs/"
+	@echo "make clean  remove .venv, caches, builds and runs/"
 
 demo: .venv/installed
 	$(BIN)/fsp-distill compare configs/network-minimisation-digits.yaml
@@ -46,8 +46,10 @@ gpu: $(if $(INSTALL),gpu-install)
 	done; \
 	exit $$status
 
+# In place, since all of this runs in the checkout; the CUDA extension for the GPU at hand alone.
+gpu-install: export CUDAARCHS ?= native
 gpu-install:
-	$(GPU_PYTHON) -m pip install --no-build-isolation --no-deps .
+	$(GPU_PYTHON) -m pip install --no-build-isolation --no-deps --editable .
 
 # Compiling kernels takes most of the time and one core each: files side by side.
 gpu-tests:
@@ -61,7 +63,11 @@ gpu-bench:
 
 clean:
 	rm -rf .venv .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache build runs *.egg-info
+	rm -f fsp_kernels/cuda_build.txt fsp_kernels/_cuda*.so
 
+# Without the CUDA extension, even where there is an nvcc: it takes minutes to compile and a GPU to
+# run, while the tests compile its sources for the host.
+.venv/installed: export FSP_KERNELS_CUDA ?= 0
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \

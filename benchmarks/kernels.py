@@ -28,10 +28,11 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from fsp_kernels.backends.fused import fp32_precision, raw_stream
 from fsp_kernels.backends.triton import configurations
 from fsp_kernels.backends.triton.configurations import FAMILIES, Row
 from fsp_kernels.backends.triton.elementwise import scale
-from fsp_kernels.backends.triton.launch import Launch, fp32_precision, raw_stream
+from fsp_kernels.backends.triton.launch import Launch
 from fsp_kernels.backends.triton.loss import Program
 from fsp_kernels.backends.triton.product import prepare
 from fsp_kernels.plan import MapSpec, plan_loss

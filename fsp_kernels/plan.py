@@ -257,7 +257,7 @@ def plan_loss(
     device = specs[0].device.type
     compute_dtype = accumulation_dtype(*(spec.dtype for spec in specs))
     pairs = tuple(
-        _plan_pair(s, t, pool, norm, device, compute_dtype, fused=backend != "torch")
+        _plan_pair(s, t, pool, norm, device, compute_dtype, backend)
         for s, t in zip(student, teacher, strict=True)
     )
     return LossPlan(pairs, pool, norm, device, backend, compute_dtype)
@@ -275,8 +275,9 @@ def _plan_pair(
     norm: str,
     device: str,
     compute_dtype: torch.dtype,
-    fused: bool,
+    backend: str,
 ) -> PairPlan:
+    fused = backend != "torch"
     batch, m = student[0].shape[:2]
     n = student[1].shape[1]
     student_maps, teacher_maps = _plan_maps(student), _plan_maps(teacher)
@@ -298,7 +299,7 @@ def _plan_pair(
     difference = form == "gram" or (subtractable and not rounds)
     residual: Residual = "difference" if difference else "direct"
     if fused:
-        how = _evaluate_fused(m, n, maps, pool, norm, form, exact, tile)
+        how = _evaluate_fused(m, n, maps, pool, norm, form, exact, tile, backend)
     else:
         how = _evaluate_in_chunks(m, n, k, maps, pool, form, difference, device, compute_dtype)
     return PairPlan(
@@ -362,10 +363,13 @@ def _evaluate_fused(
     form: Form,
     exact: bool,
     tile: int,
+    backend: str,
 ) -> _Evaluation:
     batch = maps[0].shape[0]
     networks = maps[::2] if len(maps) == 4 else maps[:1]  # the first map of each there is
     pooled = batch * sum(_pooled_workspace(plan, pool) for plan in maps)
+    if form == "gram" and backend != "triton":  # whose compiler cannot keep the blocks on chip
+        return _Evaluation("one pass", batch, 1, pooled)
     if form == "gram":
         k = max(16, 1 << (networks[0].positions - 1).bit_length())  # as blocks, powers of two
         kept = batch * _gram_blocks(maps) * k * k * torch.float32.itemsize
@@ -396,7 +400,7 @@ def stored_samples(pair: PairPlan) -> int:
 
 
 def gram_blocks(pair: PairPlan) -> int:
-    """``K x K`` blocks that a fused Gram form keeps in memory for each sample."""
+    """``K x K`` blocks that the Triton backend keeps in memory for each sample of a Gram form."""
     return _gram_blocks(pair.maps)
 
 

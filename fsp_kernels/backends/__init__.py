@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fsp_kernels.backends.cuda import CudaBackend
 from fsp_kernels.backends.torch_backend import TorchBackend
 from fsp_kernels.backends.triton import TritonBackend
 from fsp_kernels.checks import check_choice
@@ -67,7 +68,7 @@ class Backend(Protocol):
 
 # Best first. Adding a backend is a folder and a line here.
 _REGISTRY: dict[str, Backend] = {
-    backend.name: backend for backend in (TritonBackend(), TorchBackend())
+    backend.name: backend for backend in (TritonBackend(), CudaBackend(), TorchBackend())
 }
 
 _ENVIRONMENT_VARIABLE = "FSP_KERNELS_BACKEND"

@@ -23,11 +23,11 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from fsp_kernels.backends.fused import on_device, why_no_nvidia_gpu
 from fsp_kernels.plan import LossPlan
 
 OLDEST_CAPABILITY = (8, 0)
@@ -75,7 +75,7 @@ class TritonBackend:
     ) -> tuple[Tensor, list[Tensor]]:
         from fsp_kernels.backends.triton.loss import loss
 
-        return _on_device(maps[0], loss, maps, plan, weights)
+        return on_device(maps[0], loss, maps, plan, weights)
 
     def scale(
         self,
@@ -86,22 +86,13 @@ class TritonBackend:
     ) -> list[Tensor]:
         from fsp_kernels.backends.triton.elementwise import scale
 
-        return _on_device(factor, scale, gradients, dtypes, factor, in_place)
+        return on_device(factor, scale, gradients, dtypes, factor, in_place)
 
 
 def _product(x: Tensor, y: Tensor, out: Tensor, positions: int) -> None:
     from fsp_kernels.backends.triton.product import batched_product
 
-    _on_device(x, batched_product, x, y, out, 1 / positions)
-
-
-def _on_device(tensor: Tensor, function: Any, *arguments: Any) -> Any:
-    """Call with the tensor's device current: kernels are launched where it is."""
-    index = tensor.get_device()
-    if index < 0 or index == torch.cuda.current_device():
-        return function(*arguments)
-    with torch.cuda.device(index):
-        return function(*arguments)
+    on_device(x, batched_product, x, y, out, 1 / positions)
 
 
 def _interpreting() -> bool:
@@ -115,10 +106,9 @@ def _why_unavailable(interpreting: bool) -> str | None:
         return "the package triton is not installed"
     if interpreting:
         return None
-    if not torch.cuda.is_available():
-        return "PyTorch sees no NVIDIA GPU"
-    if torch.version.hip is not None:
-        return "this PyTorch is built for ROCm; its kernels are for NVIDIA GPUs"
+    reason = why_no_nvidia_gpu()
+    if reason is not None:
+        return reason
     reasons = [_why_too_old(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
     return reasons[0] if all(reasons) else None
 

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fsp_kernels.backends.fused import raw_stream
 from fsp_kernels.backends.triton.arithmetic import cast
-from fsp_kernels.backends.triton.launch import Launch, raw_stream
+from fsp_kernels.backends.triton.launch import Launch
 
 BLOCK = 1024  # fp32 elements: 16 bytes for each thread of 8 warps
 

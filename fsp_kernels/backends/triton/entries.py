@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fsp_kernels.backends.fused import Slots, fp32_precision, partner_of
 from fsp_kernels.backends.triton.configurations import (
     ACCESSES,
     Configuration,
     configuration_of,
 )
-from fsp_kernels.backends.triton.launch import fp32_precision
 from fsp_kernels.backends.triton.maps import MapLayout, access_of, layout_of
 from fsp_kernels.backends.triton.residual import Entry, MatrixLayout
 from fsp_kernels.backends.triton.tiles import GradientEntry
@@ -27,9 +27,6 @@ from fsp_kernels.plan import (
     gram_blocks,
     stored_samples,
 )
-
-# Of one pair: a, b, c, d and their gradients, with None where there is none.
-Slots = tuple[Tensor | None, ...]
 
 
 class Pair:
@@ -208,11 +205,6 @@ class Pair:
         if self._ready:
             return "ready"
         return "direct" if teacher_positions == self.plan.positions else "apart"
-
-
-def partner_of(own: int) -> int:
-    """The other map of the same network."""
-    return own ^ 1
 
 
 def swap(slots: Slots) -> Slots:

@@ -11,7 +11,6 @@ from functools import reduce
 from operator import or_
 from typing import Any
 
-import torch
 import triton
 
 from fsp_kernels.backends.triton.arithmetic import INTERPRETED
@@ -59,19 +58,6 @@ def _addresses(tensors: Tensors, found: list[int]) -> Any:
     address = tensors.data_ptr()
     found.append(address)
     return address
-
-
-def fp32_precision() -> str:
-    """How fp32 maps are multiplied, after ``torch.get_float32_matmul_precision()``.
-
-    Read where PyTorch keeps it for CUDA: the function itself fails once the newer setting is used.
-    """
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
-
-
-def raw_stream(device: torch.device) -> int:
-    """The handle of the current stream of a device."""
-    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
 def device_family() -> str:

@@ -14,10 +14,11 @@ import torch
 import triton
 from torch import Tensor
 
+from fsp_kernels.backends.fused import Programs, Slots, partner_of, raw_stream, slots_of
 from fsp_kernels.backends.triton.elementwise import BLOCK, fsp_finish
-from fsp_kernels.backends.triton.entries import Pair, Slots, partner_of, swap
+from fsp_kernels.backends.triton.entries import Pair, swap
 from fsp_kernels.backends.triton.gram import fsp_gram
-from fsp_kernels.backends.triton.launch import Launch, device_family, fp32_precision, raw_stream
+from fsp_kernels.backends.triton.launch import Launch, device_family
 from fsp_kernels.backends.triton.one_pass import fsp_one_pass
 from fsp_kernels.backends.triton.recompute import fsp_recompute
 from fsp_kernels.backends.triton.residual import Entry
@@ -27,87 +28,13 @@ from fsp_kernels.backends.triton.tiles import (
     fsp_gradients,
     fsp_residual,
 )
-from fsp_kernels.plan import LossPlan, MapPlan
-from fsp_kernels.pooling import pool, unpool
+from fsp_kernels.plan import LossPlan
 
 Step = Callable[[int, Sequence[Slots], Sequence[float], Tensor], None]
 
 
-def loss(
-    maps: Sequence[Tensor], plan: LossPlan, weights: Sequence[float]
-) -> tuple[Tensor, list[Tensor]]:
-    """See :meth:`fsp_kernels.backends.Backend.loss`; on the current device."""
-    gradients = [
-        None if m.gradient_dtype is None else torch.empty_like(x, dtype=m.gradient_dtype)
-        for x, m in zip(maps, plan.maps, strict=True)
-    ]
-    if plan.fused_windows:
-        result = program_of(plan, maps, gradients)(maps, gradients, weights)
-    else:
-        result = _pooled_loss(maps, gradients, plan, weights)
-    return result, [g for g in gradients if g is not None]
-
-
-def _pooled_loss(
-    maps: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
-    plan: LossPlan,
-    weights: Sequence[float],
-) -> Tensor:
-    """The same where some maps have windows that no kernel takes."""
-    pooled = [
-        None if m.fused_windows else _Pooled(x, g, m, plan.pool)
-        for x, g, m in zip(maps, gradients, plan.maps, strict=True)
-    ]
-    read = [x if p is None else p.map for x, p in zip(maps, pooled, strict=True)]
-    written = [g if p is None else p.gradient for g, p in zip(gradients, pooled, strict=True)]
-    result = program_of(plan, read, written)(read, written, weights)
-    for x in pooled:
-        if x is not None:
-            x.unpool()
-    return result
-
-
-class _Pooled:
-    """A map whose windows no kernel takes, pooled by PyTorch before the kernels see it."""
-
-    def __init__(self, x: Tensor, gradient: Tensor | None, plan: MapPlan, mode: str):
-        assert plan.pooled_size is not None
-        self._target, self._size, self._mode = gradient, plan.pooled_size, mode
-        if mode == "avg":
-            x = x.float()
-        self.map, self._indices = pool(x, self._size, mode, indexed=gradient is not None)
-        self.map = self.map.view(*x.shape[:2], *self._size)
-        self.gradient = None
-        if gradient is not None:
-            self.gradient = torch.empty(self.map.shape, dtype=torch.float32, device=x.device)
-
-    def unpool(self) -> None:
-        if self._target is not None and self.gradient is not None:
-            flat = self.gradient.flatten(2)
-            unpool(flat, self._target, self._size, self._mode, self._indices)
-
-
-# What launches a plan, by all that a launch depends on. Strides of gradients follow from those of
-# the maps. Dropped as a whole should shapes never settle.
-_PROGRAMS: dict[Any, Program] = {}
-_MOST_PROGRAMS = 4096
 # Of one launch: a kernel has code for each of its pairs, and takes as long to compile.
 _MOST_PAIRS = 8
-
-
-def program_of(
-    plan: LossPlan, maps: Sequence[Tensor], gradients: Sequence[Tensor | None]
-) -> Program:
-    """The launches of a plan for maps that lie like these, on the current device."""
-    device = maps[0].device
-    key = (plan, device.index, fp32_precision(), tuple([x.stride() for x in maps]))
-    program = _PROGRAMS.get(key)
-    if program is None:
-        if len(_PROGRAMS) >= _MOST_PROGRAMS:
-            _PROGRAMS.clear()
-        program = _PROGRAMS[key] = Program(plan, maps, gradients)
-    return program
 
 
 class Program:
@@ -119,7 +46,7 @@ class Program:
         ]
         self._sizes = [len(p.maps) for p in plan.pairs]
         family = device_family()
-        slots = self._slots(maps, gradients)
+        slots = slots_of(self._sizes, maps, gradients)
         pairs = [
             Pair(i, pair, plan, s, family)
             for i, (pair, s) in enumerate(zip(plan.pairs, slots, strict=True))
@@ -143,7 +70,7 @@ class Program:
         weights: Sequence[float],
     ) -> Tensor:
         stream = raw_stream(maps[0].device)
-        slots = self._slots(maps, gradients)
+        slots = slots_of(self._sizes, maps, gradients)
         factors = [w / divisor for w, divisor in zip(weights, self._divisors, strict=True)]
         partials = maps[0].new_empty(self._partials, dtype=torch.float32)
         for step in self._steps:
@@ -151,15 +78,6 @@ class Program:
         result = maps[0].new_empty((), dtype=torch.float32)
         self._finish(stream, (partials, result))
         return result
-
-    def _slots(self, maps: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Slots]:
-        slots, start = [], 0
-        for size in self._sizes:
-            padding = (None,) * (4 - size)
-            stop = start + size
-            slots.append((*maps[start:stop], *padding, *gradients[start:stop], *padding))
-            start = stop
-        return slots
 
     def _take_partials(self, count: int) -> int:
         """The first of as many places for partial losses."""
@@ -205,6 +123,10 @@ class Program:
         for chunk in range(chunks):
             chosen = [p for p in pairs if chunk * p.plan.samples < p.plan.batch]
             self._steps.append(_Tiles(chosen, chunk, self._take_partials))
+
+
+_PROGRAMS = Programs(Program)
+loss = _PROGRAMS.loss
 
 
 class _OnSlots:

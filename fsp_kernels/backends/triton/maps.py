@@ -8,12 +8,12 @@ ever stored: the maximum is found again when its gradient is written.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
+from fsp_kernels.backends.fused import axes_of
 from fsp_kernels.backends.triton.arithmetic import cast
 
 INT32_LIMIT = 2**31 - 1
@@ -43,27 +43,20 @@ def layout_of(
     shape: Sequence[int], strides: Sequence[int], size: Sequence[int] | None, pool: str
 ) -> MapLayout:
     """The layout of a map that is pooled to ``size``, a divisor of its own axis by axis."""
-    spatial = [1] * (5 - len(shape)) + list(shape[2:])
-    pooled = spatial if size is None else [1] * (5 - len(shape)) + list(size)
-    steps = [0] * (5 - len(shape)) + list(strides[2:])
-    windows = [full // part for full, part in zip(spatial, pooled, strict=True)]
-    flat = windows == [1, 1, 1] and _is_flat(spatial, steps)
-    if flat:  # the stride of the innermost axis that has more than one position
-        longer = [t for s, t in zip(spatial, steps, strict=True) if s > 1]
-        steps = [0, 0, longer[-1] if longer else 1]
+    axes = axes_of(shape, strides, size)
     reach = sum((s - 1) * abs(t) for s, t in zip(shape[1:], strides[1:], strict=True))
     constant = tl.constexpr
     return MapLayout(
         sample=strides[0],
         channel=strides[1],
-        depth=steps[0],
-        height=steps[1],
-        width=steps[2],
-        rows=pooled[1],
-        columns=pooled[2],
-        window=tuple(constant(w) for w in windows),
-        pool=constant("none" if windows == [1, 1, 1] else pool),
-        flat=constant(flat),
+        depth=axes.strides[0],
+        height=axes.strides[1],
+        width=axes.strides[2],
+        rows=axes.sizes[1],
+        columns=axes.sizes[2],
+        window=tuple(constant(w) for w in axes.windows),
+        pool=constant("none" if axes.windows == (1, 1, 1) else pool),
+        flat=constant(axes.flat),
         wide=constant(reach > INT32_LIMIT),
     )
 
@@ -75,12 +68,6 @@ def access_of(layout: MapLayout, itemsize: int) -> str:
     strides = (layout.sample, layout.channel, layout.width)
     aligned = 1 in strides and all(t * itemsize % 16 == 0 for t in strides if t != 1)
     return "aligned" if aligned else "odd"
-
-
-def _is_flat(sizes: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether one stride leads from each position to the next, across the axes."""
-    axes = [(s, t) for s, t in zip(sizes, strides, strict=True) if s > 1]
-    return all(outer == inner_size * inner for (_, outer), (inner_size, inner) in pairwise(axes))
 
 
 @triton.jit

@@ -1,0 +1,145 @@
+// fsp_kernels._cuda: device addresses, sizes, strides and streams as integers, so that one module
+// serves every version of PyTorch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "program.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace fsp {
+namespace {
+
+using Strides = std::array<int64_t, 5>;  // sample, channel, depth, height, width
+using Window = std::array<uint8_t, 3>;
+
+MapSpec map_spec(int slot, Scalar scalar, Strides strides, int rows, int columns, Window window,
+                 Pool pool, bool flat, bool channels_inner, bool wide) {
+  Map map{};
+  map.sample = strides[0];
+  map.channel = strides[1];
+  map.depth = strides[2];
+  map.height = strides[3];
+  map.width = strides[4];
+  map.rows = rows;
+  map.columns = columns;
+  std::copy(window.begin(), window.end(), map.window);
+  map.pool = pool;
+  map.scalar = scalar;
+  map.flat = flat;
+  map.channels_inner = channels_inner;
+  map.wide = wide;
+  return {map, slot};
+}
+
+PairSpec pair_spec(std::array<OptionalMap, 4> maps, std::array<OptionalMap, 4> gradients,
+                   OptionalMap out, int64_t out_part, int samples, int first_sample,
+                   std::array<int, 2> channels, std::array<int, 2> positions, int parts, int own,
+                   Residual residual, Norm norm, bool split, bool finishes, int weight,
+                   float factor) {
+  Pair pair{};
+  pair.out_part = out_part;
+  pair.samples = samples;
+  pair.first_sample = first_sample;
+  pair.m = channels[0];
+  pair.n = channels[1];
+  std::copy(positions.begin(), positions.end(), pair.positions);
+  pair.parts = parts;
+  pair.own = own;
+  pair.residual = residual;
+  pair.norm = norm;
+  pair.split = split;
+  pair.finishes = finishes;
+  pair.factor = factor;
+  return {pair, maps, gradients, out, weight};
+}
+
+ProductSpec product_spec(OptionalMap own, MapSpec gradient, OptionalMap other, MapSpec slope,
+                         int samples, int first_sample, std::array<int, 2> channels, int positions, bool split,
+                         int weight, float factor) {
+  Product product{};
+  product.samples = samples;
+  product.first_sample = first_sample;
+  product.own_channels = channels[0];
+  product.other_channels = channels[1];
+  product.positions = positions;
+  product.split = split;
+  product.factor = factor;
+  return {product, {own, gradient, other, slope}, weight};
+}
+
+// from, out, elements, dtype of each
+using ScaledTuple = std::tuple<uintptr_t, uintptr_t, int64_t, Scalar, Scalar>;
+
+void scale_tuples(int device, uintptr_t stream, const std::vector<ScaledTuple>& tensors,
+                  uintptr_t factor, bool in_place) {
+  std::vector<Scaled> scaled;
+  scaled.reserve(tensors.size());
+  for (const auto& [from, out, size, from_scalar, out_scalar] : tensors) {
+    scaled.push_back({reinterpret_cast<const void*>(from), reinterpret_cast<void*>(out), size,
+                      from_scalar, out_scalar});
+  }
+  scale(device, stream, scaled, factor, in_place);
+}
+
+}  // namespace
+}  // namespace fsp
+
+PYBIND11_MODULE(_cuda, module) {
+  using namespace fsp;
+  module.doc() = "The CUDA C++ kernels of fsp_kernels; see csrc/.";
+  module.attr("architectures") = FSP_ARCHITECTURES;
+  py::enum_<Scalar>(module, "Scalar", py::module_local())
+      .value("fp32", Scalar::fp32)
+      .value("fp16", Scalar::fp16)
+      .value("bf16", Scalar::bf16);
+  py::enum_<Pool>(module, "Pool", py::module_local())
+      .value("none", Pool::none)
+      .value("max", Pool::max)
+      .value("avg", Pool::avg);
+  py::enum_<Norm>(module, "Norm", py::module_local())
+      .value("squares", Norm::squares)
+      .value("column", Norm::column);
+  py::enum_<Residual>(module, "Residual", py::module_local())
+      .value("difference", Residual::difference)
+      .value("direct", Residual::direct)
+      .value("apart", Residual::apart)
+      .value("ready", Residual::ready)
+      .value("plain", Residual::plain);
+
+  py::class_<MapSpec>(module, "Map", py::module_local())
+      .def(py::init(&map_spec), py::kw_only(), "slot"_a, "scalar"_a, "strides"_a, "rows"_a,
+           "columns"_a, "window"_a, "pool"_a, "flat"_a, "channels_inner"_a, "wide"_a);
+  py::class_<PairSpec>(module, "Pair", py::module_local())
+      .def(py::init(&pair_spec), py::kw_only(), "maps"_a, "gradients"_a, "out"_a, "out_part"_a,
+           "samples"_a, "first_sample"_a, "channels"_a, "positions"_a, "parts"_a, "own"_a,
+           "residual"_a, "norm"_a, "split"_a, "finishes"_a, "weight"_a, "factor"_a);
+  py::class_<ProductSpec>(module, "Product", py::module_local())
+      .def(py::init(&product_spec), py::kw_only(), "own"_a, "gradient"_a, "other"_a, "slope"_a,
+           "samples"_a, "first_sample"_a, "channels"_a, "positions"_a, "split"_a, "weight"_a,
+           "factor"_a);
+  py::class_<Program>(module, "Program", py::module_local())
+      .def(py::init<int, std::string>(), "device"_a, "what"_a)
+      .def("add_one_pass", &Program::add_one_pass, "operand"_a, "pairs"_a)
+      .def("add_gram", &Program::add_gram, "pairs"_a)
+      .def("add_recompute", &Program::add_recompute, "operand"_a, "pairs"_a)
+      .def("add_residual", &Program::add_residual, "operand"_a, "pairs"_a)
+      .def("add_combine", &Program::add_combine, "pairs"_a)
+      .def("add_gradients", &Program::add_gradients, "operand"_a, "products"_a)
+      .def("add_matrix_gradients", &Program::add_matrix_gradients, "products"_a)
+      .def_property_readonly("partials", &Program::partials)
+      .def("__call__", &Program::run, "stream"_a, "addresses"_a, "weights"_a);
+
+  module.attr("most_pairs") = Pairs::most;
+  module.attr("most_products") = Products::most;
+  module.def("why_not_on", &why_not_on, "device"_a,
+             "Why no kernel runs on a device, as CUDA tells; empty if they do.");
+  module.def("one_pass_tile", &one_pass_tile, "device"_a, "operand"_a, "channels"_a,
+             "Channels of the smallest tile for one pass; 0 if there is none.");
+  module.def("residual_tile", &residual_tile, "operand"_a, "Channels of a stored tile.");
+  module.def("gram_fits", &gram_fits, "device"_a, "positions"_a);
+  module.def("recompute_fits", &recompute_fits, "device"_a, "operand"_a, "positions"_a);
+  module.def("scale", &scale_tuples, "device"_a, "stream"_a, "tensors"_a, "factor"_a,
+             "in_place"_a);
+}

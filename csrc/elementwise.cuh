@@ -1,0 +1,80 @@
+// What multiplies no matrices: the gradient of a ready matrix from a stored residual; the last step
+// of forward, a sum; all of backward, a scaling.
+#pragma once
+
+#include "group.cuh"
+#include "product.cuh"
+
+namespace fsp {
+
+// factor * slope (m, n) as the gradient of a ready matrix; a block has a row.
+__global__ void __launch_bounds__(THREADS)
+    fsp_matrix_gradients(const __grid_constant__ Products group) {
+  const Place place = place_of_block(group);
+  const Product& product = group.entries[place.entry];
+  const Map &slope = product.slope, &gradient = product.gradient;
+  const int line = place.program % product.own_channels;
+  const int sample = place.program / product.own_channels;
+  const int64_t from = sample * slope.sample + line * slope.channel;
+  const int64_t to =
+      (product.first_sample + sample) * gradient.sample + line * gradient.channel;
+  for (int i = threadIdx.x; i < product.other_channels; i += THREADS) {
+    const float value = static_cast<const float*>(slope.data)[from + i * slope.width];
+    write(gradient.data, gradient.scalar, to + i * gradient.width, value * product.factor);
+  }
+}
+
+// The sum of all partial losses in a fixed order, by one block.
+__global__ void __launch_bounds__(THREADS) fsp_finish(const __grid_constant__ Sum sum) {
+  float total = 0;
+  for (int i = threadIdx.x; i < sum.count; i += THREADS) total += sum.partials[i];
+  total = block_sum(total, reinterpret_cast<float*>(shared_memory()));
+  if (threadIdx.x == 0) *sum.out = total;
+}
+
+// Four elements at a time, then what is left.
+template <class From, class To>
+__device__ void scale_all(const Scaled& x, float factor) {
+  const From* from = static_cast<const From*>(x.gradient);
+  To* to = static_cast<To*>(x.out);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * THREADS;
+  struct alignas(4 * sizeof(From)) Froms { From x[4]; };
+  struct alignas(4 * sizeof(To)) Tos { To x[4]; };
+  const auto aligned = reinterpret_cast<uintptr_t>(from) % sizeof(Froms) == 0 &&
+                       reinterpret_cast<uintptr_t>(to) % sizeof(Tos) == 0;
+  const int64_t fours = aligned ? x.size / 4 : 0;
+  for (int64_t i = first; i < fours; i += step) {
+    const Froms values = reinterpret_cast<const Froms*>(from)[i];
+    Tos results;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) results.x[e] = narrow<To>(widen(values.x[e]) * factor);
+    reinterpret_cast<Tos*>(to)[i] = results;
+  }
+  for (int64_t i = 4 * fours + first; i < x.size; i += step) {
+    to[i] = narrow<To>(widen(from[i]) * factor);
+  }
+}
+
+// out = gradient * factor for each pair of tensors; in place, a factor of 1 is no work.
+//
+// The factor is read on the device, so nobody waits for it; every block goes over all tensors.
+__global__ void __launch_bounds__(THREADS) fsp_scale(const __grid_constant__ Scales scales) {
+  const float factor = *scales.factor;
+  for (int i = 0; i < scales.count; ++i) {
+    const Scaled& x = scales.entries[i];
+    // Where a gradient waits in another dtype it has to be written whatever the factor.
+    if (scales.in_place && x.from == x.to && factor == 1) continue;
+    if (x.from == Scalar::bf16) {
+      scale_all<__nv_bfloat16, __nv_bfloat16>(x, factor);
+    } else if (x.from == Scalar::fp16) {
+      scale_all<__half, __half>(x, factor);
+    } else if (x.to == Scalar::fp16) {
+      scale_all<float, __half>(x, factor);
+    } else {
+      scale_all<float, float>(x, factor);
+    }
+  }
+}
+
+}  // namespace fsp

@@ -1,0 +1,204 @@
+// The loss in one pass, Gram form: few positions, many channels; one block for each sample.
+//
+// With the differences p = a - c and q = b - d of residual.cuh, and pp for p^T p,
+//
+//     ||D||^2 = <pp, bb> + 2 <cp, qb> + <cc, qq>
+//
+//     D b   = p bb + c qb                     D^T a = b (pp + cp^T) + q (cp + cc)
+//     D d   = p (bb - qb^T) + c (qb - qq)     D^T c = b cp^T + q cc
+//
+// so only six K x K blocks are accumulated, which the threads keep, and no m x n object exists.
+// Below, x, y stand for p, c on the side of the first maps and for b, q on that of the second.
+// Maps of any dtype become fp32 in shared memory, and products are of TF32.
+#pragma once
+
+#include "group.cuh"
+#include "residual.cuh"
+
+namespace fsp {
+
+// A sample of a pair with at most POSITIONS positions.
+template <int POSITIONS>
+struct Gram {
+  static constexpr int channels = 32;  // of a tile
+  static constexpr int line = POSITIONS + 4;
+  using Side = Tile<float, channels, POSITIONS>;
+  using Block = Accumulator<POSITIONS, POSITIONS>;
+
+  // x^T x, y^T x and y^T y of one side.
+  struct Blocks {
+    Block xx, yx, yy;
+  };
+
+  static constexpr int scratch_bytes = WARPS * sizeof(float);
+  static constexpr int block_bytes = POSITIONS * line * sizeof(float);
+  static constexpr int own_bytes = channels * line * sizeof(float);
+
+  static constexpr int shared_bytes(int stages) {
+    return scratch_bytes + 2 * block_bytes + own_bytes + stages * 2 * Side::bytes;
+  }
+
+  const Pair& pair;
+  int sample, stages;
+  float* scratch;
+  float* by_x;  // (POSITIONS, line): what x and y are multiplied with for a gradient
+  float* by_y;
+  float* own;     // a tile of a gradient
+  float* memory;  // tiles of a student's and a teacher's map, `stages` times
+
+  __device__ Gram(const Pair& pair, int sample, int stages)
+      : pair(pair), sample(sample), stages(stages) {
+    scratch = reinterpret_cast<float*>(shared_memory());
+    by_x = scratch + WARPS;
+    by_y = by_x + POSITIONS * line;
+    own = by_y + POSITIONS * line;
+    memory = own + channels * line;
+  }
+
+  // The loss of the sample, unweighted, for thread 0; and the gradients asked for.
+  __device__ float run() {
+    Blocks first, second;
+    accumulate(first, 0);
+    accumulate(second, 1);
+    const float scale = 1.0f / pair.positions[0] / pair.positions[0];
+    const float loss = block_sum(inner_product(first, second), scratch) * scale;
+    const float slope = 2 * pair.factor * scale;
+    if (wanted(0)) {
+      keep([&](Put put) { put(by_x, second.xx); put(by_y, second.yx); }, [](Put) {});
+      gradient(0, slope);
+    }
+    if (wanted(1)) {
+      keep([&](Put put) { put(by_x, first.xx); put(by_y, first.yy); },
+           [&](Put put) { put.transposed(by_x, first.yx); put(by_y, first.yx); });
+      gradient(1, slope);
+    }
+    if (wanted(2)) {
+      keep([&](Put put) { put(by_x, second.xx); put(by_y, second.yx); },
+           [&](Put put) { put.transposed(by_x, second.yx, -1); put(by_y, second.yy, -1); });
+      gradient(2, -slope);
+    }
+    if (wanted(3)) {
+      keep([&](Put put) { put.transposed(by_x, first.yx); put(by_y, first.yy); }, [](Put) {});
+      gradient(3, -slope);
+    }
+    return loss;
+  }
+
+  __device__ bool wanted(int map) const { return pair.gradients[map].data != nullptr; }
+
+  __device__ static float inner_product(Blocks& first, Blocks& second) {
+    float total = 0;
+    if (Block::Of::idle()) return total;
+#pragma unroll
+    for (int i = 0; i < Block::Of::down; ++i) {
+#pragma unroll
+      for (int j = 0; j < Block::Of::across; ++j) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          const auto of = [&](Block& block) { return block.values[i][j][e / 4][e % 4]; };
+          total += of(first.xx) * of(second.xx) + 2 * of(first.yx) * of(second.yx) +
+                   of(first.yy) * of(second.yy);
+        }
+      }
+    }
+    return total;
+  }
+
+  // What a thread has of a block into shared memory: set, or added to what it set before.
+  struct Put {
+    bool add;
+
+    __device__ void operator()(float* block, Block& from, float sign = 1) const {
+      from.for_each([&](int i, int j, float& value) { put(block[i * line + j], sign * value); });
+    }
+    __device__ void transposed(float* block, Block& from, float sign = 1) const {
+      from.for_each([&](int i, int j, float& value) { put(block[j * line + i], sign * value); });
+    }
+    __device__ void put(float& to, float value) const { to = add ? to + value : value; }
+  };
+
+  template <class First, class Second>
+  __device__ void keep(First set, Second add) {
+    set(Put{false});
+    __syncthreads();  // a transposed element is another thread's
+    add(Put{true});
+    __syncthreads();
+  }
+
+  __device__ float* tile(bool teacher, int stage) const {
+    return memory + (2 * stage + teacher) * Side::size;
+  }
+
+  // run(x, y) on each tile of channels of one side, with x and y by channel or by position.
+  template <bool BY_CHANNEL, class Run>
+  __device__ void for_tiles(int side, Run run) {
+    const int count = side == 0 ? pair.m : pair.n;
+    const Map &student = pair.maps[side], &teacher = pair.maps[2 + side];
+    const auto operand = [&](bool of_teacher, int stage) {
+      const Map& map = of_teacher ? teacher : student;
+      const float* from = tile(of_teacher, stage);
+      return BY_CHANNEL ? by_channel<Side>(from, map) : by_position<Side>(from, map);
+    };
+    pipeline(
+        0, (count + channels - 1) / channels, stages,
+        [&](int block, int stage) {
+          load_tile<Side>(tile(false, stage), student, sample, block * channels, 0, count,
+                          pair.positions[0]);
+          load_tile<Side>(tile(true, stage), teacher, sample, block * channels, 0, count,
+                          pair.positions[0]);
+        },
+        [&](int block, int stage) {
+          const Operand<float> a = operand(false, stage), c = operand(true, stage);
+          if (side == 0) {
+            run(block, Difference{a, c}, c);
+          } else {
+            run(block, a, Difference{a, c});
+          }
+        });
+  }
+
+  __device__ void accumulate(Blocks& blocks, int side) {
+    blocks.xx.clear();
+    blocks.yx.clear();
+    blocks.yy.clear();
+    for_tiles<false>(side, [&](int, const auto& x, const auto& y) {
+      if (Block::Of::idle()) return;
+      for (int k = 0; k < channels; k += 16) {
+        step_fp32(blocks.xx, x, x, k, pair.split, 1);
+        step_fp32(blocks.yx, y, x, k, pair.split, 1);
+        step_fp32(blocks.yy, y, y, k, pair.split, 1);
+      }
+    });
+  }
+
+  // Write scale * (x by_x + y by_y), the gradient of a map.
+  __device__ void gradient(int map, float scale) {
+    const Operand<float> columns_x{by_x, 1, line}, columns_y{by_y, 1, line};
+    for_tiles<true>(map % 2, [&](int block, const auto& x, const auto& y) {
+      Accumulator<channels, POSITIONS> result;
+      result.clear();
+      if (!Share<channels, POSITIONS>::idle()) {
+        for (int k = 0; k < pair.positions[0]; k += 16) {
+          step_fp32(result, x, columns_x, k, pair.split, 1);
+          step_fp32(result, y, columns_y, k, pair.split, 1);
+        }
+      }
+      result.store(own, line, scale);
+      __syncthreads();
+      write_gradient<channels, POSITIONS>(own, pair.gradients[map], pair.maps[map], sample,
+                                          block * channels, 0, map % 2 == 0 ? pair.m : pair.n,
+                                          pair.positions[0]);
+    });
+  }
+};
+
+// Weighted losses, one for each block, into `partials`, and all gradients asked for.
+template <int POSITIONS>
+__global__ void __launch_bounds__(THREADS, 1) fsp_gram(const __grid_constant__ Pairs group) {
+  const Place place = place_of_block(group);
+  const Pair& pair = group.entries[place.entry];
+  const float loss = Gram<POSITIONS>(pair, place.program, group.stages).run();
+  if (threadIdx.x == 0) group.partials[pair.partial + place.program] = loss * pair.factor;
+}
+
+}  // namespace fsp

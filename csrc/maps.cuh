@@ -1,0 +1,323 @@
+// Feature maps: reading a tile into shared memory, pooled on the way, and writing its gradient.
+//
+// A map is read as it lies, by strides. What is contiguous in memory, positions or channels, is
+// contiguous in a tile, so that neither reading nor copying ever transposes; products take tiles
+// either way. Where a map is pooled each position of a tile stands for a window, and nothing pooled
+// is stored anywhere else: the maximum is found again when its gradient is written.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "ptx.cuh"
+#include "types.h"
+
+namespace fsp {
+
+// --- numbers -------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ __forceinline__ T narrow(float x);
+template <>
+__device__ __forceinline__ float narrow<float>(float x) { return x; }
+template <>
+__device__ __forceinline__ __half narrow<__half>(float x) { return __float2half_rn(x); }
+template <>
+__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+__device__ __forceinline__ float read(const void* data, Scalar scalar, int64_t offset) {
+  switch (scalar) {
+    case Scalar::fp16: return widen(static_cast<const __half*>(data)[offset]);
+    case Scalar::bf16: return widen(static_cast<const __nv_bfloat16*>(data)[offset]);
+    default: return static_cast<const float*>(data)[offset];
+  }
+}
+
+__device__ __forceinline__ void write(void* data, Scalar scalar, int64_t offset, float x) {
+  switch (scalar) {
+    case Scalar::fp16: static_cast<__half*>(data)[offset] = narrow<__half>(x); break;
+    case Scalar::bf16: static_cast<__nv_bfloat16*>(data)[offset] = narrow<__nv_bfloat16>(x); break;
+    default: static_cast<float*>(data)[offset] = x;
+  }
+}
+
+// --- tiles in shared memory ----------------------------------------------------------------------
+
+// (CHANNELS, POSITIONS) of T with 16 bytes after each line: eight lines then start in different
+// banks, and each at a multiple of 16 bytes.
+template <class T, int CHANNELS, int POSITIONS>
+struct Tile {
+  static constexpr int channels = CHANNELS, positions = POSITIONS;
+  static constexpr int padding = 16 / sizeof(T);
+  static constexpr int channel_line = CHANNELS + padding;    // of neighbouring channels
+  static constexpr int position_line = POSITIONS + padding;  // of neighbouring positions
+  static constexpr int either[] = {CHANNELS * position_line, POSITIONS * channel_line};
+  static constexpr int size = either[0] > either[1] ? either[0] : either[1];
+  static constexpr int bytes = size * sizeof(T);
+
+  static __device__ __forceinline__ int channel_stride(bool channels_inner) {
+    return channels_inner ? 1 : position_line;
+  }
+  static __device__ __forceinline__ int position_stride(bool channels_inner) {
+    return channels_inner ? channel_line : 1;
+  }
+};
+
+// --- places in a map -----------------------------------------------------------------------------
+
+// Offset of a position, of the first element of its window, within a channel.
+__device__ __forceinline__ int64_t position_offset(const Map& map, int position) {
+  if (map.flat) return position * map.width;
+  const int line = position / map.columns;
+  return (position % map.columns) * (map.width * map.window[2]) +
+         (line % map.rows) * (map.height * map.window[1]) +
+         (line / map.rows) * (map.depth * map.window[0]);
+}
+
+// visit(offset, number) of every element of the window whose first is at `offset`.
+template <class Visit>
+__device__ __forceinline__ void for_window(const Map& map, int64_t offset, Visit visit) {
+  int number = 0;
+#pragma unroll 1
+  for (int d = map.window[0]; d > 0; --d) {
+#pragma unroll 1
+    for (int h = map.window[1]; h > 0; --h) {
+#pragma unroll 1
+      for (int w = map.window[2]; w > 0; --w) {
+        visit(offset, number++);
+        offset += map.width;
+      }
+      offset += map.height - map.window[2] * map.width;
+    }
+    offset += map.depth - map.window[1] * map.height;
+  }
+}
+
+__device__ __forceinline__ float window_share(const Map& map) {
+  return 1.0f / (map.window[0] * map.window[1] * map.window[2]);
+}
+
+struct Maximum {
+  float value;
+  int number;  // of the element within its window
+};
+
+// As PyTorch has it: the first among equals, the last among those that are not a number.
+__device__ __forceinline__ Maximum window_maximum(const Map& map, int64_t first) {
+  Maximum best{-INFINITY, 0};
+  for_window(map, first, [&](int64_t offset, int number) {
+    const float value = read(map.data, map.scalar, offset);
+    if (value > best.value || value != value) best = {value, number};
+  });
+  return best;
+}
+
+__device__ __forceinline__ float window_average(const Map& map, int64_t first) {
+  float total = 0;
+  for_window(map, first, [&](int64_t offset, int) {
+    total += read(map.data, map.scalar, offset);
+  });
+  return total * window_share(map);
+}
+
+inline __device__ __noinline__ float pooled(const Map& map, int64_t first) {
+  return map.pool == Pool::max ? window_maximum(map, first).value : window_average(map, first);
+}
+
+// visit(channel, position) of a tile, by neighbouring threads for what is neighbours in memory.
+//
+// UNROLL elements of a thread are under way at a time.
+template <int CHANNELS, int POSITIONS, int UNROLL, class Visit>
+__device__ __forceinline__ void for_elements(bool channels_inner, Visit visit) {
+  const int i = threadIdx.x;
+  int c = channels_inner ? i % CHANNELS : i / POSITIONS;
+  int k = channels_inner ? i / CHANNELS : i % POSITIONS;
+  const int c_step = channels_inner ? 0 : THREADS / POSITIONS;
+  const int k_step = channels_inner ? THREADS / CHANNELS : 0;
+#pragma unroll UNROLL
+  for (int e = 0; e < CHANNELS * POSITIONS / THREADS; ++e) {
+    visit(c, k);
+    c += c_step;
+    k += k_step;
+  }
+}
+
+// --- reading -------------------------------------------------------------------------------------
+
+// Copies to shared memory are waited for by the whole block, in pipeline.cuh.
+template <class T>
+__device__ __forceinline__ void copy_16(T* shared, const T* global, int elements) {
+#if FSP_AMPERE
+  cp_async_16(shared, global, elements * sizeof(T));
+#else
+  constexpr int whole = 16 / sizeof(T);
+  if (elements == whole) {
+    *reinterpret_cast<uint4*>(shared) = *reinterpret_cast<const uint4*>(global);
+  } else {
+    for (int i = 0; i < whole; ++i) shared[i] = i < elements ? global[i] : narrow<T>(0.0f);
+  }
+#endif
+}
+
+// 16 bytes at a time along `inner`, from `lines` lines of `size` elements.
+template <class T, int LINES, int INNER>
+__device__ __forceinline__ void load_lines(T* tile, int stride, const T* global, int64_t step,
+                                           int lines, int size) {
+  constexpr int vector = 16 / sizeof(T), vectors = INNER / vector;
+#pragma unroll 1  // nobody waits for a copy, and registers are scarce
+  for (int i = threadIdx.x; i < LINES * vectors; i += THREADS) {
+    const int line = i / vectors, inner = i % vectors * vector;
+    const int left = line < lines ? size - inner : 0;
+    const int elements = left < 0 ? 0 : left < vector ? left : vector;
+    // Nothing is read where there are no elements, but the address has to be one.
+    const T* source = elements ? global + line * step + inner : global;
+    copy_16(tile + line * stride + inner, source, elements);
+  }
+}
+
+// One element as the tile holds it.
+template <class T>
+__device__ __forceinline__ T element(const Map& map, int64_t offset) {
+  if constexpr (sizeof(T) == 2) {
+    return static_cast<const T*>(map.data)[offset];  // halves are multiplied as they are
+  } else {
+    return read(map.data, map.scalar, offset);
+  }
+}
+
+// (CHANNELS, POSITIONS) from `channel` and `position` on, zero beyond the map's end.
+template <class Shape, class T>
+__device__ void load_tile(T* tile, const Map& map, int sample, int channel, int position,
+                          int channels, int positions) {
+  constexpr int C = Shape::channels, K = Shape::positions;
+  const int64_t start = sample * map.sample + channel * map.channel;
+  channels -= channel;
+  positions -= position;
+  if (map.wide) {
+    const T* data = static_cast<const T*>(map.data) + start + position * map.width;
+    if (map.channels_inner) {
+      load_lines<T, K, C>(tile, Shape::channel_line, data, map.width, positions, channels);
+    } else {
+      load_lines<T, C, K>(tile, Shape::position_line, data, map.channel, channels, positions);
+    }
+    return;
+  }
+  const int line = Shape::channel_stride(map.channels_inner);
+  const int step = Shape::position_stride(map.channels_inner);
+  const auto inside = [&](int c, int k) { return c < channels && k < positions; };
+  const auto offset = [&](int c, int k) {
+    return start + c * map.channel + position_offset(map, position + k);
+  };
+  if (map.pool != Pool::none) {
+    for_elements<C, K, 1>(map.channels_inner, [&](int c, int k) {
+      tile[c * line + k * step] = narrow<T>(inside(c, k) ? pooled(map, offset(c, k)) : 0.0f);
+    });
+    return;
+  }
+#if FSP_AMPERE
+  if constexpr (sizeof(T) == 4) {
+    if (map.scalar == Scalar::fp32) {
+      const T* data = static_cast<const T*>(map.data);
+      for_elements<C, K, 1>(map.channels_inner, [&](int c, int k) {
+        const bool copied = inside(c, k);
+        const T* from = copied ? data + offset(c, k) : data;
+        cp_async_4(tile + c * line + k * step, from, copied ? 4 : 0);
+      });
+      return;
+    }
+  }
+#endif
+  for_elements<C, K, C < 128 ? 4 : 1>(map.channels_inner, [&](int c, int k) {
+    tile[c * line + k * step] = inside(c, k) ? element<T>(map, offset(c, k)) : narrow<T>(0.0f);
+  });
+}
+
+// --- writing -------------------------------------------------------------------------------------
+
+// Two elements as bf16, the first in the lower half.
+__device__ __forceinline__ uint32_t bf16_pair(float x, float y) {
+  return __bfloat16_as_ushort(narrow<__nv_bfloat16>(x)) |
+         static_cast<uint32_t>(__bfloat16_as_ushort(narrow<__nv_bfloat16>(y))) << 16;
+}
+
+// Four neighbours, of which `size` exist.
+__device__ __forceinline__ void write_4(const Map& map, int64_t offset, float4 x, int size) {
+  if (size < 4) {
+    write(map.data, map.scalar, offset, x.x);
+    if (size > 1) write(map.data, map.scalar, offset + 1, x.y);
+    if (size > 2) write(map.data, map.scalar, offset + 2, x.z);
+  } else if (map.scalar == Scalar::fp32) {
+    *reinterpret_cast<float4*>(static_cast<float*>(map.data) + offset) = x;
+  } else {  // what is wide and not fp32 is bf16: gradients of fp16 wait in fp32
+    *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(map.data) + offset) =
+        make_uint2(bf16_pair(x.x, x.y), bf16_pair(x.z, x.w));
+  }
+}
+
+// The gradient of one pooled element, spread over its window.
+inline __device__ __noinline__ void write_window(const Map& gradient, const Map& own, int64_t to, int64_t from,
+                                    float value) {
+  if (own.pool == Pool::avg) {
+    const float share = value * window_share(own);
+    for_window(gradient, to, [&](int64_t offset, int) {
+      write(gradient.data, gradient.scalar, offset, share);
+    });
+  } else {
+    const int chosen = window_maximum(own, from).number;
+    for_window(gradient, to, [&](int64_t offset, int number) {
+      write(gradient.data, gradient.scalar, offset, number == chosen ? value : 0.0f);
+    });
+  }
+}
+
+// Write `tile`, (CHANNELS, POSITIONS) of fp32 in lines of positions, as the gradient of `own`.
+//
+// Windows of an integer ratio do not overlap, so that each element is written once.
+template <int CHANNELS, int POSITIONS>
+__device__ void write_gradient(const float* tile, const Map& gradient, const Map& own, int sample,
+                               int channel, int position, int channels, int positions) {
+  constexpr int line = Tile<float, CHANNELS, POSITIONS>::position_line;
+  const int64_t to = sample * gradient.sample + channel * gradient.channel;
+  channels -= channel;
+  positions -= position;
+  if (gradient.wide) {
+    const bool inner = gradient.channels_inner;
+    const int step = inner ? line : 1;
+    const auto four = [&](int c, int k, int left) {
+      const float* x = tile + c * line + k;
+      write_4(gradient, to + c * gradient.channel + (position + k) * gradient.width,
+              make_float4(x[0], x[step], x[2 * step], x[3 * step]), left);
+    };
+    if (inner) {
+      for_elements<CHANNELS / 4, POSITIONS, 1>(true, [&](int c, int k) {
+        if (4 * c < channels && k < positions) four(4 * c, k, channels - 4 * c);
+      });
+    } else {
+      for_elements<CHANNELS, POSITIONS / 4, 1>(false, [&](int c, int k) {
+        if (c < channels && 4 * k < positions) four(c, 4 * k, positions - 4 * k);
+      });
+    }
+    return;
+  }
+  const int64_t from = sample * own.sample + channel * own.channel;
+  for_elements<CHANNELS, POSITIONS, 1>(gradient.channels_inner, [&](int c, int k) {
+    if (c >= channels || k >= positions) return;
+    const float value = tile[c * line + k];
+    const int64_t offset = to + c * gradient.channel + position_offset(gradient, position + k);
+    if (own.pool == Pool::none) {
+      write(gradient.data, gradient.scalar, offset, value);
+    } else {
+      const int64_t read_at = from + c * own.channel + position_offset(own, position + k);
+      write_window(gradient, own, offset, read_at, value);
+    }
+  });
+}
+
+}  // namespace fsp

@@ -1,0 +1,285 @@
+#include "program.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace fsp {
+
+namespace {
+
+const Kernels& kernels_of(Scalar operand) {
+  static const Kernels fp32 = fp32_kernels(), fp16 = fp16_kernels(), bf16 = bf16_kernels();
+  return operand == Scalar::fp16 ? fp16 : operand == Scalar::bf16 ? bf16 : fp32;
+}
+
+int divide_up(int x, int y) { return (x + y - 1) / y; }
+
+int attribute(int device, cudaDeviceAttr which) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "asking for an attribute of the device");
+  return value;
+}
+
+int most_shared_bytes(int device) {
+  return attribute(device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+
+bool fits(int device, const Kernel& kernel, int tile) {
+  return kernel.launch != nullptr && kernel.shared_bytes(tile, 1) <= most_shared_bytes(device);
+}
+
+// Two, so that a tile comes while another is multiplied, where the chip copies on its own and has
+// the memory.
+int stages_of(int device, const Kernel& kernel, int tile) {
+  const bool copies = attribute(device, cudaDevAttrComputeCapabilityMajor) >= 8;
+  return copies && kernel.shared_bytes(tile, 2) <= most_shared_bytes(device) ? 2 : 1;
+}
+
+void place(Map& map, const OptionalMap& spec, const std::vector<uintptr_t>& addresses) {
+  if (!spec) return;
+  const uintptr_t address = addresses.at(spec->slot);
+  map.data = reinterpret_cast<void*>(address);
+  map.wide = spec->map.wide && address % 16 == 0;
+}
+
+void place(Pair& pair, const PairSpec& spec, const std::vector<uintptr_t>& addresses) {
+  for (int i = 0; i < 4; ++i) {
+    place(pair.maps[i], spec.maps[i], addresses);
+    place(pair.gradients[i], spec.gradients[i], addresses);
+  }
+  place(pair.out, spec.out, addresses);
+}
+
+void place(Product& product, const ProductSpec& spec, const std::vector<uintptr_t>& addresses) {
+  Map* const maps[] = {&product.own, &product.gradient, &product.other, &product.slope};
+  for (int i = 0; i < 4; ++i) place(*maps[i], spec.maps[i], addresses);
+}
+
+Map map_of(const OptionalMap& spec) { return spec ? spec->map : Map{}; }
+
+Pair entry_of(const PairSpec& spec) {
+  Pair pair = spec.pair;
+  for (int i = 0; i < 4; ++i) {
+    pair.maps[i] = map_of(spec.maps[i]);
+    pair.gradients[i] = map_of(spec.gradients[i]);
+  }
+  pair.out = map_of(spec.out);
+  return pair;
+}
+
+Product entry_of(const ProductSpec& spec) {
+  Product product = spec.product;
+  product.own = map_of(spec.maps[0]);
+  product.gradient = map_of(spec.maps[1]);
+  product.other = map_of(spec.maps[2]);
+  product.slope = map_of(spec.maps[3]);
+  return product;
+}
+
+template <class Group, class Spec>
+class Launch : public Step {
+ public:
+  // `programs_of` tells how many blocks an entry needs.
+  template <class ProgramsOf>
+  Launch(int device, const std::string& what, const Kernel& kernel, int tile,
+         std::vector<Spec> specs, ProgramsOf programs_of)
+      : kernel_(kernel), specs_(std::move(specs)), what_(kernel.name + (" on " + what)) {
+    if (specs_.empty() || specs_.size() > Group::most) {
+      throw std::invalid_argument("a launch takes 1 to " + std::to_string(Group::most) +
+                                  " entries, got " + std::to_string(specs_.size()));
+    }
+    group_.stages = stages_of(device, kernel, tile);
+    group_.count = static_cast<int>(specs_.size());
+    for (size_t i = 0; i < specs_.size(); ++i) {
+      group_.entries[i] = entry_of(specs_[i]);
+      group_.entries[i].programs = programs_of(group_.entries[i]);
+      blocks_ += group_.entries[i].programs;
+    }
+    shared_bytes_ = kernel.shared_bytes(tile, group_.stages);
+    check(kernel.allow_shared_bytes(shared_bytes_), what_);
+  }
+
+  // As each entry's first partial loss the next of `count`.
+  void take_partials(int& count) {
+    for (int i = 0; i < group_.count; ++i) {
+      if (!group_.entries[i].finishes) continue;
+      group_.entries[i].partial = count;
+      count += group_.entries[i].programs;
+    }
+  }
+
+  void run(cudaStream_t stream, const std::vector<uintptr_t>& addresses,
+           const std::vector<float>& weights, float* partials) const override {
+    Group group = group_;
+    group.partials = partials;
+    for (int i = 0; i < group.count; ++i) {
+      place(group.entries[i], specs_[i], addresses);
+      group.entries[i].factor *= weights.at(specs_[i].weight);
+    }
+    check(kernel_.launch(&group, blocks_, shared_bytes_, stream), what_);
+  }
+
+ private:
+  Kernel kernel_;
+  std::vector<Spec> specs_;
+  std::string what_;
+  Group group_{};
+  int blocks_ = 0, shared_bytes_ = 0;
+};
+
+using PairLaunch = Launch<Pairs, PairSpec>;
+using ProductLaunch = Launch<Products, ProductSpec>;
+
+int samples_of(const Pair& pair) { return pair.samples; }
+
+}  // namespace
+
+void check(cudaError_t status, const std::string& what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // it is told here, so that the next call does not stumble over it
+  throw std::runtime_error("fsp_kernels: " + what + ": CUDA error: " + cudaGetErrorString(status) +
+                           " (" + cudaGetErrorName(status) + ")");
+}
+
+std::string why_not_on(int device) {
+  cudaFuncAttributes attributes;
+  cudaError_t status = cudaSetDevice(device);
+  if (status == cudaSuccess) status = finish_kernel().attributes(&attributes);
+  if (status == cudaSuccess) return "";
+  cudaGetLastError();
+  return cudaGetErrorString(status);
+}
+
+int one_pass_tile(int device, Scalar operand, int channels) {
+  const int largest = operand == Scalar::fp32 ? 64 : 128;
+  for (const int tile : ONE_PASS_TILES) {
+    if (tile < channels || tile > largest) continue;
+    return fits(device, kernels_of(operand).one_pass, tile) ? tile : 0;
+  }
+  return 0;
+}
+
+int residual_tile(Scalar operand) { return kernels_of(operand).residual_channels; }
+
+bool gram_fits(int device, int positions) {
+  return positions <= GRAM_POSITIONS && fits(device, gram_kernel_64(), 0);
+}
+
+bool recompute_fits(int device, Scalar operand, int positions) {
+  return positions <= RECOMPUTE_POSITIONS && fits(device, kernels_of(operand).recompute, 0);
+}
+
+Program::Program(int device, std::string what) : device_(device), what_(std::move(what)) {
+  check(cudaSetDevice(device_), what_);
+}
+
+void Program::add_one_pass(Scalar operand, std::vector<PairSpec> pairs) {
+  const Kernel& kernel = kernels_of(operand).one_pass;
+  // Tiles of all sizes run in one launch, with the memory that the largest wants.
+  int largest = 0;
+  for (PairSpec& spec : pairs) {
+    spec.pair.tile = one_pass_tile(device_, operand, std::max(spec.pair.m, spec.pair.n));
+    if (spec.pair.tile == 0) throw std::invalid_argument("one pass: too many channels");
+    const auto bytes = [&](int tile) { return tile ? kernel.shared_bytes(tile, 2) : 0; };
+    if (bytes(spec.pair.tile) > bytes(largest)) largest = spec.pair.tile;
+  }
+  auto launch = std::make_unique<PairLaunch>(device_, what_, kernel, largest, std::move(pairs),
+                                             samples_of);
+  launch->take_partials(partials_);
+  steps_.push_back(std::move(launch));
+}
+
+void Program::add_gram(std::vector<PairSpec> pairs) {
+  const bool small = std::all_of(pairs.begin(), pairs.end(),
+                                 [](const PairSpec& x) { return x.pair.positions[0] <= 32; });
+  auto launch = std::make_unique<PairLaunch>(device_, what_,
+                                             small ? gram_kernel_32() : gram_kernel_64(), 0,
+                                             std::move(pairs), samples_of);
+  launch->take_partials(partials_);
+  steps_.push_back(std::move(launch));
+}
+
+void Program::add_recompute(Scalar operand, std::vector<PairSpec> pairs) {
+  auto launch = std::make_unique<PairLaunch>(
+      device_, what_, kernels_of(operand).recompute, 0, std::move(pairs), [](const Pair& pair) {
+        return pair.samples * divide_up(pair.m, RECOMPUTE_CHANNELS);
+      });
+  launch->take_partials(partials_);
+  steps_.push_back(std::move(launch));
+}
+
+void Program::add_residual(Scalar operand, std::vector<PairSpec> pairs) {
+  const int tile = kernels_of(operand).residual_channels;
+  auto launch = std::make_unique<PairLaunch>(
+      device_, what_, kernels_of(operand).residual, 0, std::move(pairs), [&](const Pair& pair) {
+        return pair.samples * pair.parts * divide_up(pair.m, tile) * divide_up(pair.n, tile);
+      });
+  launch->take_partials(partials_);
+  steps_.push_back(std::move(launch));
+}
+
+void Program::add_combine(std::vector<PairSpec> pairs) {
+  auto launch = std::make_unique<PairLaunch>(
+      device_, what_, combine_kernel(), 0, std::move(pairs), [](const Pair& pair) {
+        return pair.samples * divide_up(pair.n, COMBINED_COLUMNS);
+      });
+  launch->take_partials(partials_);
+  steps_.push_back(std::move(launch));
+}
+
+void Program::add_gradients(Scalar operand, std::vector<ProductSpec> products) {
+  steps_.push_back(std::make_unique<ProductLaunch>(
+      device_, what_, kernels_of(operand).gradients, 0, std::move(products), [](const Product& x) {
+        return x.samples * divide_up(x.own_channels, GRADIENT_CHANNELS) *
+               divide_up(x.positions, GRADIENT_POSITIONS);
+      }));
+}
+
+void Program::add_matrix_gradients(std::vector<ProductSpec> products) {
+  steps_.push_back(std::make_unique<ProductLaunch>(
+      device_, what_, matrix_gradients_kernel(), 0, std::move(products),
+      [](const Product& x) { return x.samples * x.own_channels; }));
+}
+
+void Program::run(uintptr_t stream, const std::vector<uintptr_t>& addresses,
+                  const std::vector<float>& weights) const {
+  check(cudaSetDevice(device_), what_);
+  const auto on = reinterpret_cast<cudaStream_t>(stream);
+  Sum sum{nullptr, nullptr, partials_};
+  if (partials_ > 0) {
+    sum.partials = reinterpret_cast<const float*>(addresses.at(addresses.size() - 2));
+    sum.out = reinterpret_cast<float*>(addresses.back());
+  }
+  for (const auto& step : steps_) {
+    step->run(on, addresses, weights, const_cast<float*>(sum.partials));
+  }
+  if (partials_ > 0) {
+    const Kernel kernel = finish_kernel();
+    check(kernel.launch(&sum, 1, kernel.shared_bytes(0, 1), on), kernel.name + (" on " + what_));
+  }
+}
+
+void scale(int device, uintptr_t stream, const std::vector<Scaled>& tensors, uintptr_t factor,
+           bool in_place) {
+  // Enough blocks to saturate memory; few enough that to start them all for nothing takes no time.
+  constexpr int64_t most_blocks = 1024;
+  check(cudaSetDevice(device), "fsp_scale");
+  const Kernel kernel = scale_kernel();
+  for (size_t first = 0; first < tensors.size(); first += Scales::most) {
+    Scales scales{};
+    scales.count = static_cast<int>(std::min<size_t>(tensors.size() - first, Scales::most));
+    scales.factor = reinterpret_cast<const float*>(factor);
+    scales.in_place = in_place;
+    int64_t largest = 1;
+    for (int i = 0; i < scales.count; ++i) {
+      scales.entries[i] = tensors[first + i];
+      largest = std::max(largest, scales.entries[i].size);
+    }
+    const int64_t blocks = (largest + SCALED_AT_A_TIME - 1) / SCALED_AT_A_TIME;
+    check(kernel.launch(&scales, static_cast<int>(std::min(blocks, most_blocks)), 0,
+                        reinterpret_cast<cudaStream_t>(stream)),
+          kernel.name + (" on " + std::to_string(tensors.size()) + " gradients"));
+  }
+}
+
+}  // namespace fsp

@@ -1,0 +1,89 @@
+// What is launched for one call, prepared once: grids, shared memory and everything that depends on
+// shapes and strides. A call then brings addresses and weights.
+#pragma once
+
+#include <array>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace fsp {
+
+// Places in the list of addresses that a call brings, of what the parameters of an entry point to.
+struct MapSpec {
+  Map map;   // but for its address, and `wide` only as far as strides tell
+  int slot;  // of the address
+};
+
+using OptionalMap = std::optional<MapSpec>;
+
+struct PairSpec {
+  Pair pair;  // but for addresses, weight and place of losses
+  std::array<OptionalMap, 4> maps, gradients;
+  OptionalMap out;
+  int weight;  // place in the list of weights
+};
+
+struct ProductSpec {
+  Product product;                  // likewise; its factor is that of the weight
+  std::array<OptionalMap, 4> maps;  // own, gradient, other, slope
+  int weight;
+};
+
+// Throws std::runtime_error with what CUDA says, unless all is well.
+void check(cudaError_t status, const std::string& what);
+
+// Why no kernel here runs on a device, as CUDA tells; empty if they do.
+std::string why_not_on(int device);
+
+// Channels of the smallest tile of the one-pass kernel that holds a sample of such a pair on a
+// device, 0 if there is none; of the tiles of stored residuals; whether the other kernels fit.
+int one_pass_tile(int device, Scalar operand, int channels);
+int residual_tile(Scalar operand);
+bool gram_fits(int device, int positions);
+bool recompute_fits(int device, Scalar operand, int positions);
+
+// One launch.
+class Step {
+ public:
+  virtual ~Step() = default;
+  virtual void run(cudaStream_t stream, const std::vector<uintptr_t>& addresses,
+                   const std::vector<float>& weights, float* partials) const = 0;
+};
+
+class Program {
+ public:
+  // `what` tells the call in error messages.
+  Program(int device, std::string what);
+
+  void add_one_pass(Scalar operand, std::vector<PairSpec> pairs);
+  void add_gram(std::vector<PairSpec> pairs);
+  void add_recompute(Scalar operand, std::vector<PairSpec> pairs);
+  void add_residual(Scalar operand, std::vector<PairSpec> pairs);
+  void add_combine(std::vector<PairSpec> pairs);
+  void add_gradients(Scalar operand, std::vector<ProductSpec> products);
+  void add_matrix_gradients(std::vector<ProductSpec> products);
+
+  // How many partial losses the launches leave, a float each.
+  int partials() const { return partials_; }
+
+  // Launch everything on a stream. The last two addresses are of the partial losses and of their
+  // sum, unless there are none.
+  void run(uintptr_t stream, const std::vector<uintptr_t>& addresses,
+           const std::vector<float>& weights) const;
+
+ private:
+  int device_;
+  std::string what_;
+  int partials_ = 0;
+  std::vector<std::unique_ptr<Step>> steps_;
+};
+
+// Gradients times a factor on the device, each to another tensor or in its place.
+void scale(int device, uintptr_t stream, const std::vector<Scaled>& tensors, uintptr_t factor,
+           bool in_place);
+
+}  // namespace fsp

@@ -1,0 +1,111 @@
+// The loss for maps whose residual no single block can hold: tile by tile, then the gradients.
+//
+// The first launch writes the residual to memory; where the tiles would not fill the device,
+// several blocks share one, each with a part of the positions. Then, or where the norm needs whole
+// columns, a second launch adds the parts and takes the norm. The last writes the gradients. The
+// first alone, without a teacher, computes FSP matrices and their derivatives.
+#pragma once
+
+#include "group.cuh"
+#include "residual.cuh"
+
+namespace fsp {
+
+template <class T>
+struct ResidualTiles {
+  static constexpr int channels = sizeof(T) == 2 ? 128 : 64;  // of a tile, on either side
+  static constexpr int positions = 32;
+  using Stages = Maps<T, channels, positions>;
+
+  static constexpr int scratch_bytes = WARPS * sizeof(float);
+  static constexpr int shared_bytes(int stages) { return scratch_bytes + stages * Stages::bytes; }
+};
+
+// D / K to `out`, if there is one, and the losses of the tiles of pairs that finish here.
+template <class T>
+__global__ void __launch_bounds__(THREADS, 2)
+    fsp_residual(const __grid_constant__ Pairs group) {
+  using Of = ResidualTiles<T>;
+  constexpr int C = Of::channels;
+  const Place place = place_of_block(group);
+  const Pair& pair = group.entries[place.entry];
+  // The tiles of a sample are neighbours, so that they find its maps in cache.
+  const int across = (pair.n + C - 1) / C, down = (pair.m + C - 1) / C;
+  const int line = place.program / across % down * C, column = place.program % across * C;
+  const int part = place.program / (across * down) % pair.parts;
+  const int sample = place.program / (across * down * pair.parts);
+  float* scratch = reinterpret_cast<float*>(shared_memory());
+  Accumulator<C, C> tile;
+  residual_tile<T, C, Of::positions>(tile, pair, pair.first_sample + sample, line, column, part,
+                                        group.stages, reinterpret_cast<T*>(scratch + WARPS));
+  if (pair.out.data != nullptr) {
+    const Map& out = pair.out;
+    const int64_t start = sample * out.sample + part * pair.out_part;
+    tile.for_each([&](int i, int j, float& value) {
+      if (line + i < pair.m && column + j < pair.n) {
+        write(out.data, out.scalar,
+              start + (line + i) * out.channel + (column + j) * out.width, value);
+      }
+    });
+  }
+  if (pair.finishes) {
+    const float loss = block_sum(squares(tile), scratch);
+    if (threadIdx.x == 0) group.partials[pair.partial + place.program] = loss * pair.factor;
+  }
+}
+
+template <class T>
+struct GradientTiles {
+  static constexpr int own = 128, other = 32, positions = 64;
+  using Slope = Tile<float, own, other>;
+  using Other = Tile<T, other, positions>;
+  using Own = Tile<float, own, positions>;
+  static constexpr int own_bytes = own * Own::position_line * sizeof(float);
+
+  static constexpr int shared_bytes(int stages) {
+    return own_bytes + stages * (Slope::bytes + Other::bytes);
+  }
+};
+
+// factor * slope @ other for every gradient; a block has a tile of channels and positions.
+template <class T>
+__global__ void __launch_bounds__(THREADS, 2)
+    fsp_gradients(const __grid_constant__ Products group) {
+  using Of = GradientTiles<T>;
+  const Place place = place_of_block(group);
+  const Product& product = group.entries[place.entry];
+  const int down = (product.own_channels + Of::own - 1) / Of::own;
+  const int across = (product.positions + Of::positions - 1) / Of::positions;
+  const int channel = place.program % down * Of::own;
+  const int position = place.program / down % across * Of::positions;
+  const int sample = place.program / (down * across);
+  const int map_sample = product.first_sample + sample;
+
+  float* const own = reinterpret_cast<float*>(shared_memory());
+  float* const slopes = reinterpret_cast<float*>(shared_memory() + Of::own_bytes);
+  T* const others = reinterpret_cast<T*>(slopes + group.stages * Of::Slope::size);
+  Accumulator<Of::own, Of::positions> result;
+  result.clear();
+  pipeline(
+      0, (product.other_channels + Of::other - 1) / Of::other, group.stages,
+      [&](int block, int stage) {
+        load_tile<typename Of::Slope>(slopes + stage * Of::Slope::size, product.slope, sample,
+                                      channel, block * Of::other, product.own_channels,
+                                      product.other_channels);
+        load_tile<typename Of::Other>(others + stage * Of::Other::size, product.other, map_sample,
+                                      block * Of::other, position, product.other_channels,
+                                      product.positions);
+      },
+      [&](int, int stage) {
+        multiply(result,
+                 by_channel<typename Of::Slope>(slopes + stage * Of::Slope::size, product.slope),
+                 by_position<typename Of::Other>(others + stage * Of::Other::size, product.other),
+                 Of::other, product.split);
+      });
+  result.store(own, Of::Own::position_line, product.factor);
+  __syncthreads();
+  write_gradient<Of::own, Of::positions>(own, product.gradient, product.own, map_sample, channel,
+                                         position, product.own_channels, product.positions);
+}
+
+}  // namespace fsp

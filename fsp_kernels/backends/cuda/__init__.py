@@ -1,0 +1,106 @@
+"""The CUDA C++ backend: NVIDIA GPUs from Turing on, without Triton; kernels and launches in csrc/.
+
+    extension.py    the compiled module, or why there is none
+    maps.py         what kernels are told of a map
+    product.py      FSP matrices and their derivatives
+    entries.py      what kernels are told of a pair
+    loss.py         what is launched for a plan
+
+The module knows nothing of PyTorch: it is told addresses, sizes, strides and the stream. Launches
+are prepared once for all shapes and strides of a call, which then brings addresses and weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fsp_kernels.backends.cuda.extension import (
+    index_of,
+    module,
+    on_host,
+    scalar_of,
+    why_missing,
+    why_not_on,
+)
+from fsp_kernels.backends.cuda.loss import PROGRAMS
+from fsp_kernels.backends.cuda.product import batched_product
+from fsp_kernels.backends.fused import on_device, raw_stream, why_no_nvidia_gpu
+from fsp_kernels.plan import LossPlan
+
+
+class CudaBackend:
+    """See :class:`fsp_kernels.backends.Backend` for what each method promises."""
+
+    name = "cuda"
+
+    @property
+    def automatic(self) -> bool:
+        return not on_host()
+
+    def why_unavailable(self) -> str | None:
+        reason = why_missing()
+        if reason is not None or on_host():
+            return reason
+        reason = why_no_nvidia_gpu()
+        if reason is not None:
+            return reason
+        reasons = [why_not_on(i) for i in range(torch.cuda.device_count())]
+        return reasons[0] if all(reasons) else None
+
+    def why_unsupported(self, device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+        if torch.float64 in dtypes:
+            return "its kernels take fp32, fp16 and bf16, not fp64"
+        if on_host():
+            return None if device.type == "cpu" else "it is built for the host: it serves the CPU"
+        if device.type != "cuda":
+            return f"its kernels run on NVIDIA GPUs, not on {device.type}"
+        return why_not_on(torch.cuda.current_device() if device.index is None else device.index)
+
+    def matrix(self, first: Tensor, second: Tensor) -> Tensor:
+        dtype = torch.promote_types(first.dtype, second.dtype)
+        out = first.new_empty(first.shape[0], first.shape[1], second.shape[1], dtype=dtype)
+        on_device(first, batched_product, first, second.mT, out, first.shape[2])
+        return out
+
+    def matrix_backward(self, gradient: Tensor, other: Tensor, channels_last: bool) -> Tensor:
+        dtype = torch.promote_types(gradient.dtype, other.dtype)
+        batch, channels, positions = gradient.shape[0], gradient.shape[1], other.shape[2]
+        if channels_last:
+            out = gradient.new_empty(batch, positions, channels, dtype=dtype).mT
+        else:
+            out = gradient.new_empty(batch, channels, positions, dtype=dtype)
+        on_device(gradient, batched_product, gradient, other, out, positions)
+        return out
+
+    def loss(
+        self, maps: Sequence[Tensor], plan: LossPlan, weights: Sequence[float]
+    ) -> tuple[Tensor, list[Tensor]]:
+        return on_device(maps[0], PROGRAMS.loss, maps, plan, weights)
+
+    def scale(
+        self,
+        gradients: Sequence[Tensor],
+        dtypes: Sequence[torch.dtype],
+        factor: Tensor,
+        in_place: bool,
+    ) -> list[Tensor]:
+        return on_device(factor, _scale, gradients, dtypes, factor, in_place)
+
+
+def _scale(
+    gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype], factor: Tensor, in_place: bool
+) -> list[Tensor]:
+    scaled = [
+        g if in_place and g.dtype == dtype else torch.empty_like(g, dtype=dtype)
+        for g, dtype in zip(gradients, dtypes, strict=True)
+    ]
+    pointers = [
+        (g.data_ptr(), out.data_ptr(), g.numel(), scalar_of(g.dtype), scalar_of(out.dtype))
+        for g, out in zip(gradients, scaled, strict=True)
+    ]
+    stream = raw_stream(factor.device)
+    module().scale(index_of(factor), stream, pointers, factor.data_ptr(), in_place)
+    return scaled

@@ -1,0 +1,215 @@
+"""From a planned pair and how its maps lie to what kernels are told of it: types.h, ``Pair``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fsp_kernels.backends.cuda.extension import index_of, module, scalar_of
+from fsp_kernels.backends.cuda.maps import map_spec, matrix_spec, operand_of, splits
+from fsp_kernels.backends.fused import Slots, fp32_precision, partner_of
+from fsp_kernels.plan import HALF, LossPlan, MapPlan, PairPlan, Residual, stored_samples
+
+# Addresses of a pair: a, b, c, d, their gradients, and its stored residual.
+SLOTS = 9
+_STORED = 8
+
+
+class Pair:
+    """A pair of a plan and how its maps lie: what entries are made of."""
+
+    def __init__(self, index: int, plan: PairPlan, loss_plan: LossPlan, slots: Slots):
+        self._index = index
+        self._norm, self._pool = loss_plan.norm, loss_plan.pool
+        self._ready = len(plan.teacher) == 1
+        multiplied = [x for x in slots[: 2 if self._ready else 4] if x is not None]
+        # Averages of half-precision elements are not half-precision numbers.
+        averaged = self._pool == "avg" and any(m.pooled_size for m in plan.maps)
+        dtypes = [torch.float32] if averaged else [x.dtype for x in multiplied]
+        self._split = splits(dtypes, fp32_precision())
+        self.plan = _for_this_chip(plan, index_of(multiplied[0]), dtypes)
+        # What is subtracted before it is multiplied, as in Gram form, is fp32 for that.
+        self.operand = torch.float32 if self.plan.form == "gram" else operand_of(dtypes)
+        # Of the evaluation by stored tiles: whether the launch that computes a tile can tell its
+        # loss, and whether anything reads the tile afterwards.
+        self.finishes = plan.parts == 1 and self._norm != "column"
+        self.stores = plan.wants_gradients or not self.finishes
+        entries = math.prod(plan.channels) if self._norm == "mse" else 1
+        self._factor = 1 / (plan.batch * entries)
+        planned = (*plan.maps, *(None,) * (4 - len(plan.maps)))
+        self._maps = [
+            self._map(i, x, m) for i, (x, m) in enumerate(zip(slots, planned * 2, strict=True))
+        ]
+        ready = slots[2]
+        self._transposed = (
+            matrix_spec(self._slot(2), ready.mT) if self._ready and ready is not None else None
+        )
+
+    def _slot(self, i: int) -> int:
+        return SLOTS * self._index + i
+
+    def _map(self, i: int, x: Tensor | None, plan: MapPlan | None) -> Any:
+        if x is None or plan is None:
+            return None
+        if self._ready and i % 4 == 2:
+            return matrix_spec(self._slot(i), x)
+        # A gradient is as large as its map, and written in its own dtype.
+        size = plan.pooled_size if plan.fused_windows else None
+        return map_spec(self._slot(i), x, self.operand if i < 4 else x.dtype, size, self._pool)
+
+    @property
+    def stored_elements(self) -> int:
+        """Of the workspace: the parts of the residuals of as many samples as one chunk has."""
+        return self.plan.parts * self.plan.samples * math.prod(self.plan.channels)
+
+    def _has_gradient(self, own: int) -> bool:
+        return self._maps[4 + own] is not None
+
+    def one_pass_entry(self) -> Any:
+        return self._entry()
+
+    def recompute_entries(self) -> list[Any]:
+        """One for each map that wants a gradient; the first tells the loss.
+
+        Sides are swapped for second maps. A ready matrix gets its gradient beside the first map.
+        """
+        owners = [own for own in range(2 if self._ready else 4) if self._has_gradient(own)]
+        if self._ready and self._has_gradient(2) and 0 not in owners:
+            owners.insert(0, 0)
+        return [self._entry(own=own, finishes=own == owners[0]) for own in owners]
+
+    def residual_entry(self, chunk: int) -> Any:
+        return self._entry(finishes=self.finishes, chunk=chunk, out=self._stored(chunk))
+
+    def combine_entry(self, chunk: int) -> Any:
+        return self._entry(chunk=chunk, out=self._stored(chunk))
+
+    def gradient_entries(self, chunk: int) -> list[Any]:
+        """One for each map that wants a gradient."""
+        m, n = self.plan.channels
+        found = []
+        for own in range(2 if self._ready else 4):
+            if self._has_gradient(own):
+                first, positions = own % 2 == 0, self.plan.maps[own].positions
+                sign = 1 if own < 2 else -1
+                found.append(
+                    module().Product(
+                        own=self._maps[own],
+                        gradient=self._maps[4 + own],
+                        other=self._maps[partner_of(own)],
+                        slope=self._stored(chunk, transposed=not first),
+                        channels=(m, n) if first else (n, m),
+                        positions=positions,
+                        factor=sign * self._slope_factor / positions,
+                        **self._product_fields(chunk),
+                    )
+                )
+        return found
+
+    def matrix_gradient_entries(self, chunk: int) -> list[Any]:
+        """One, if there is a ready matrix that wants its gradient."""
+        if not (self._ready and self._has_gradient(2)):
+            return []
+        return [
+            module().Product(
+                own=None,
+                gradient=self._maps[6],
+                other=None,
+                slope=self._stored(chunk),
+                channels=self.plan.channels,
+                positions=1,
+                factor=-self._slope_factor,
+                **self._product_fields(chunk),
+            )
+        ]
+
+    @property
+    def _slope_factor(self) -> float:
+        return self._factor * (1 if self._norm == "column" else 2)
+
+    def _product_fields(self, chunk: int) -> dict[str, Any]:
+        first, samples = self._samples_of(chunk)
+        return {
+            "samples": samples,
+            "first_sample": first,
+            "split": self._split,
+            "weight": self._index,
+        }
+
+    def _samples_of(self, chunk: int) -> tuple[int, int]:
+        """The first sample of a chunk, and how many it has."""
+        first = chunk * self.plan.samples
+        return first, min(self.plan.samples, self.plan.batch - first)
+
+    def _stored(self, chunk: int, transposed: bool = False) -> Any:
+        """The workspace as the first part of the residuals of a chunk."""
+        if not self.stores:
+            return None
+        _, samples = self._samples_of(chunk)
+        x = torch.empty(samples, *self.plan.channels, device="meta")
+        return matrix_spec(self._slot(_STORED), x.mT if transposed else x)
+
+    def _entry(
+        self, own: int = 0, finishes: bool = True, chunk: int | None = None, out: Any = None
+    ) -> Any:
+        """Of a chunk of samples or of all; sides are swapped if ``own`` is a second map."""
+        first, samples = (0, self.plan.batch) if chunk is None else self._samples_of(chunk)
+        maps, gradients, (m, n) = self._maps[:4], self._maps[4:], self.plan.channels
+        if own % 2 == 1:
+            a, b, c, d = maps
+            ga, gb, gc, gd = gradients
+            maps, gradients, (m, n) = [b, a, d, c], [gb, ga, gd, gc], (n, m)
+            if self._ready:
+                maps[2:], gradients[2:] = [self._transposed, None], [None, None]
+        positions = self.plan.positions
+        return module().Pair(
+            maps=maps,
+            gradients=gradients,
+            out=out,
+            out_part=samples * m * n,
+            samples=samples,
+            first_sample=first,
+            channels=(m, n),
+            positions=(positions, positions if self._ready else self.plan.teacher[0].positions),
+            parts=self.plan.parts,
+            own=own - own % 2,
+            residual=getattr(module().Residual, self._residual),
+            norm=module().Norm.column if self._norm == "column" else module().Norm.squares,
+            split=self._split,
+            finishes=finishes,
+            weight=self._index,
+            factor=self._factor,
+        )
+
+    @property
+    def _residual(self) -> str:
+        if self.plan.residual == "difference":
+            return "difference"
+        if self._ready:
+            return "ready"
+        return "direct" if self.plan.teacher[0].positions == self.plan.positions else "apart"
+
+
+def _for_this_chip(plan: PairPlan, device: int, dtypes: Sequence[torch.dtype]) -> PairPlan:
+    """The plan, or stored tiles where a block of this chip has no room for it."""
+    operand = scalar_of(operand_of(dtypes))
+    if plan.evaluation == "recomputed tiles":
+        networks = (plan.student, plan.teacher)[: len(plan.teacher)]
+        positions = max(maps[0].positions for maps in networks)
+        fits = module().recompute_fits(device, operand, positions)
+    elif plan.form == "gram":
+        fits = module().gram_fits(device, plan.positions)
+    elif plan.evaluation == "one pass":
+        fits = module().one_pass_tile(device, operand, max(plan.channels)) > 0
+    else:
+        return plan
+    if fits:
+        return plan
+    residual: Residual = "direct" if all(x in HALF for x in dtypes) else plan.residual
+    samples = stored_samples(plan)
+    return replace(plan, form="matrix", residual=residual, evaluation="tiles", samples=samples)

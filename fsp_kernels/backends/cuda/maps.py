@@ -1,0 +1,56 @@
+"""What kernels are told of a map: types.h, ``Map``; and how maps are multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fsp_kernels.backends.cuda.extension import module, scalar_of
+from fsp_kernels.backends.fused import axes_of
+from fsp_kernels.plan import HALF
+
+
+def map_spec(
+    slot: int,
+    x: Tensor,
+    operand: torch.dtype,
+    size: Sequence[int] | None = None,
+    pool: str = "none",
+) -> Any:
+    """A map or gradient ``(B, C, *spatial)`` that is read, or written, as ``operand``."""
+    strides = x.stride()
+    axes = axes_of(x.shape, strides, size)
+    channel, position = strides[1], axes.strides[2]
+    channels_inner = channel < position
+    inner, outer = (channel, position) if channels_inner else (position, channel)
+    whole = all(t * x.element_size() % 16 == 0 for t in (strides[0], outer))
+    return module().Map(
+        slot=slot,
+        scalar=scalar_of(x.dtype),
+        strides=(strides[0], channel, *axes.strides),
+        rows=axes.sizes[1],
+        columns=axes.sizes[2],
+        window=axes.windows,
+        pool=getattr(module().Pool, "none" if axes.windows == (1, 1, 1) else pool),
+        flat=axes.flat,
+        channels_inner=channels_inner,
+        wide=axes.flat and x.dtype == operand and inner == 1 and whole,
+    )
+
+
+def matrix_spec(slot: int, x: Tensor) -> Any:
+    """A matrix ``(B, m, n)`` as a map of m channels and n positions."""
+    return map_spec(slot, x, x.dtype)
+
+
+def operand_of(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """What maps are multiplied as: their own dtype, or fp32 where they differ."""
+    return dtypes[0] if len(set(dtypes)) == 1 else torch.float32
+
+
+def splits(dtypes: Sequence[torch.dtype], precision: str) -> bool:
+    """Whether fp32 operands take three products of TF32: one holds half precision exactly."""
+    return precision == "tf32x3" and any(dtype not in HALF for dtype in dtypes)

@@ -1,0 +1,84 @@
+"""FSP matrices and their derivatives: csrc/tiles.cuh, with no teacher.
+
+``G = F1 F2^T / K`` and ``dF1 = dG F2 / K`` are one kernel with different strides. Where the tiles
+of a result would not fill the device, several blocks share one; their parts are added up after.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fsp_kernels import plan as planning
+from fsp_kernels.backends.cuda.extension import index_of, module, scalar_of
+from fsp_kernels.backends.cuda.maps import map_spec, matrix_spec, operand_of, splits
+from fsp_kernels.backends.fused import fp32_precision, raw_stream
+
+
+def batched_product(x: Tensor, y: Tensor, out: Tensor, positions: int) -> None:
+    """``out = x @ y / positions``: ``(B, M, R), (B, R, N) -> (B, M, N)``."""
+    key = (x.shape, y.shape[2], x.stride(), y.stride(), out.stride(), x.dtype, y.dtype)
+    program, parts = _product_program(*key, fp32_precision(), index_of(x))
+    result = out
+    if parts > 1:
+        result = out.new_empty((parts, *out.shape), dtype=torch.float32)
+    addresses = [x.data_ptr(), y.data_ptr(), result.data_ptr()]
+    program(raw_stream(x.device), addresses, [1 / positions])
+    if parts > 1:
+        out.copy_(result.sum(0))
+
+
+@lru_cache(maxsize=1024)
+def _product_program(
+    shape: torch.Size,
+    columns: int,
+    x_strides: tuple[int, ...],
+    y_strides: tuple[int, ...],
+    out_strides: tuple[int, ...],
+    x_dtype: torch.dtype,
+    y_dtype: torch.dtype,
+    precision: str,
+    device: int,
+) -> tuple[Any, int]:
+    """The launch of a product, and in how many parts it leaves the sum."""
+    batch, m, r = shape
+    operand = operand_of([x_dtype, y_dtype])
+    tile = module().residual_tile(scalar_of(operand))
+    tiles = batch * math.ceil(m / tile) * math.ceil(columns / tile)
+    parts = max(1, min(planning.GPU_PROGRAMS // tiles, r // planning.GPU_PART_POSITIONS))
+
+    def meta(size: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided(tuple(size), tuple(strides), dtype=dtype, device="meta")
+
+    x = meta((batch, m, r), x_strides, x_dtype)
+    y = meta((batch, r, columns), y_strides, y_dtype).mT
+    if parts > 1:
+        out = torch.empty(batch, m, columns, device="meta")
+    else:
+        out = meta((batch, m, columns), out_strides, torch.promote_types(x_dtype, y_dtype))
+    pair = module().Pair(
+        maps=[map_spec(0, x, operand), map_spec(1, y, operand), None, None],
+        gradients=[None] * 4,
+        out=matrix_spec(2, out),
+        out_part=batch * m * columns,
+        samples=batch,
+        first_sample=0,
+        channels=(m, columns),
+        positions=(r, r),
+        parts=parts,
+        own=0,
+        residual=module().Residual.plain,
+        norm=module().Norm.squares,
+        split=splits([x_dtype, y_dtype], precision),
+        finishes=False,
+        weight=0,
+        factor=1.0,
+    )
+    program = module().Program(device, f"{batch} products ({m}, {r}) x ({r}, {columns})")
+    program.add_residual(scalar_of(operand), [pair])
+    return program, parts

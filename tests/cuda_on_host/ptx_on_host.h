@@ -1,0 +1,58 @@
+// What csrc/ptx.cuh wraps, for the host: the same functions with the same meaning.
+#pragma once
+
+#include "execution.h"
+
+// As csrc/ptx.cuh has it.
+#if __CUDA_ARCH__ >= 800
+#define FSP_AMPERE 1
+#else
+#define FSP_AMPERE 0
+#endif
+
+namespace fsp {
+
+using on_host::Site;
+
+// The block's dynamic shared memory.
+inline unsigned char* shared_memory() { return on_host::shared_memory(); }
+
+// Every lane gives the address of one row of eight 16-bit elements.
+void ldmatrix_x4(std::uint32_t (&r)[4], const void* row, Site site = Site::here());
+void ldmatrix_x4_trans(std::uint32_t (&r)[4], const void* row, Site site = Site::here());
+
+// d += a b, rounded once and toward zero.
+void mma_f16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1,
+             Site site = Site::here());
+
+#if FSP_AMPERE
+
+void mma_bf16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1,
+              Site site = Site::here());
+void mma_tf32(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1,
+              Site site = Site::here());
+
+// To nearest, ties away from zero.
+inline std::uint32_t to_tf32(float x) {
+  const std::uint32_t bits = on_host::bits_as<std::uint32_t>(x);
+  if ((bits & 0x7FFFFFFFU) > 0x7F800000U) return 0x7FFFFFFFU;
+  return (bits + 0x1000U) & ~0x1FFFU;
+}
+
+// Copies the first `bytes` and sets the rest of the 16 or 4 to zero, both seen after the wait.
+inline void cp_async_16(void* shared, const void* global, int bytes, Site site = Site::here()) {
+  on_host::start_copy("cp_async_16", shared, global, bytes, 16, site);
+}
+inline void cp_async_4(void* shared, const void* global, int bytes, Site site = Site::here()) {
+  if (bytes != 0 && bytes != 4) on_host::fail("cp_async_4", "copies 0 or 4 bytes", site);
+  on_host::start_copy("cp_async_4", shared, global, bytes, 4, site);
+}
+inline void cp_async_commit() { on_host::commit_copies(); }
+template <int N>
+inline void cp_async_wait() {
+  on_host::wait_for_copies(N);
+}
+
+#endif  // FSP_AMPERE
+
+}  // namespace fsp
