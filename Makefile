@@ -16,7 +16,7 @@ help:
 	@echo "make test   run the tests"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  time the loss against its peers on this machine; prints one table"
-	@echo "make kernels  compile every Triton kernel for five generations of GPUs; prints what it takes"
+	@echo "make kernels  compile every kernel for all generations of GPUs; prints what it takes"
 	@echo "make gpu    on a machine with an NVIDIA GPU: tests, compute-sanitizer, benchmarks with results;"
 	@echo "            each alone: make gpu-tests, gpu-sanitizer, gpu-bench"
 	@echo "make clean  remove .venv, caches, builds and runs/"
@@ -37,6 +37,7 @@ bench: .venv/installed
 
 kernels: .venv/installed
 	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.extension
 
 # All parts run, whatever becomes of an earlier one; the whole fails if any does.
 gpu: $(if $(INSTALL),gpu-install)
@@ -53,7 +54,7 @@ gpu-install:
 
 # Compiling kernels takes most of the time and one core each: files side by side.
 gpu-tests:
-	printf '%s\n' tests/triton/test_*.py | xargs -P $(GPU_JOBS) -n 1 $(GPU_PYTHON) -m pytest -m gpu -q -ra
+	printf '%s\n' tests/fused/test_*.py tests/triton/test_*.py tests/cuda/test_*.py | xargs -P $(GPU_JOBS) -n 1 $(GPU_PYTHON) -m pytest -m gpu -q -ra
 
 gpu-sanitizer:
 	$(GPU_PYTHON) -m benchmarks.sanitize

@@ -21,6 +21,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from fsp_kernels.backends import registered_backends
+
 ROOT = Path(__file__).resolve().parents[1]
 OURS = "fsp_"  # what the names of our kernels start with
 FOUND = 99  # exit status where a tool found something, unlike any of the smoke test's own
@@ -74,7 +76,7 @@ def clean(tool: str, status: int, log: str) -> bool:
 
 def check(sanitizer: str, tool: str, backend: str) -> bool:
     """Run one tool and say what it found."""
-    print(f"== {tool}", flush=True)
+    print(f"== {tool}, {backend}", flush=True)
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "log"
@@ -83,14 +85,30 @@ def check(sanitizer: str, tool: str, backend: str) -> bool:
         log = path.read_text() if path.exists() else ""
     print(log)
     found_nothing = clean(tool, status, log)
-    print(f"== {tool}: {'clean' if found_nothing else f'FAILED, exit status {status}'}", flush=True)
+    print(
+        f"== {tool}, {backend}: {'clean' if found_nothing else f'FAILED, exit status {status}'}",
+        flush=True,
+    )
     return found_nothing
+
+
+def working() -> list[str]:
+    """The backends with kernels of their own that work here; says why others do not."""
+    reasons = {
+        name: backend.why_unavailable()
+        for name, backend in registered_backends().items()
+        if name != "torch"
+    }
+    for name, reason in reasons.items():
+        if reason is not None:
+            print(f"== {name} is not available: {reason}")
+    return [name for name, reason in reasons.items() if reason is None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all tools, also after one found something."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__)
-    parser.add_argument("--backend", default="triton")
+    parser.add_argument("--backend", nargs="+", help="whose kernels; of all that work by default")
     options = parser.parse_args(arguments)
     sanitizer = find_sanitizer()
     if sanitizer is None:
@@ -99,8 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "is part of the CUDA toolkit."
         )
         return 1
-    results = [check(sanitizer, tool, options.backend) for tool in TOOLS]
-    return 0 if all(results) else 1
+    backends = options.backend or working()
+    results = [check(sanitizer, tool, name) for name in backends for tool in TOOLS]
+    return 0 if results and all(results) else 1
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ PairSpec pair_spec(std::array<OptionalMap, 4> maps, std::array<OptionalMap, 4> g
 }
 
 ProductSpec product_spec(OptionalMap own, MapSpec gradient, OptionalMap other, MapSpec slope,
-                         int samples, int first_sample, std::array<int, 2> channels, int positions, bool split,
-                         int weight, float factor) {
+                         int samples, int first_sample, std::array<int, 2> channels,
+                         int positions, bool split, int weight, float factor) {
   Product product{};
   product.samples = samples;
   product.first_sample = first_sample;
@@ -135,6 +135,8 @@ PYBIND11_MODULE(_cuda, module) {
   module.attr("most_products") = Products::most;
   module.def("why_not_on", &why_not_on, "device"_a,
              "Why no kernel runs on a device, as CUDA tells; empty if they do.");
+  module.def("shared_bytes", &shared_bytes,
+             "Of every kernel: name, operand, tile, bytes of a block with one stage, with two.");
   module.def("one_pass_tile", &one_pass_tile, "device"_a, "operand"_a, "channels"_a,
              "Channels of the smallest tile for one pass; 0 if there is none.");
   module.def("residual_tile", &residual_tile, "operand"_a, "Channels of a stored tile.");

@@ -163,11 +163,15 @@ struct Gram {
     blocks.yy.clear();
     for_tiles<false>(side, [&](int, const auto& x, const auto& y) {
       if (Block::Of::idle()) return;
-      for (int k = 0; k < channels; k += 16) {
-        step_fp32(blocks.xx, x, x, k, pair.split, 1);
-        step_fp32(blocks.yx, y, x, k, pair.split, 1);
-        step_fp32(blocks.yy, y, y, k, pair.split, 1);
-      }
+      const auto add = [&](Block& block, const auto& left, const auto& right) {
+        in_short_sums<float>(block, [&](Block& sum) {
+#pragma unroll 1
+          for (int k = 0; k < channels; k += 16) step_fp32(sum, left, right, k, pair.split, 1);
+        });
+      };
+      add(blocks.xx, x, x);
+      add(blocks.yx, y, x);
+      add(blocks.yy, y, y);
     });
   }
 
@@ -178,6 +182,7 @@ struct Gram {
       Accumulator<channels, POSITIONS> result;
       result.clear();
       if (!Share<channels, POSITIONS>::idle()) {
+#pragma unroll 1
         for (int k = 0; k < pair.positions[0]; k += 16) {
           step_fp32(result, x, columns_x, k, pair.split, 1);
           step_fp32(result, y, columns_y, k, pair.split, 1);

@@ -27,9 +27,7 @@ Kernel kernel_of(const char* name, int (*shared_bytes)(int tile, int stages)) {
 
 template <class T>
 int one_pass_shared_bytes(int tile, int stages) {
-  if (tile == 32) return OnePass<T, 32>::shared_bytes(stages);
-  if (tile == 64) return OnePass<T, 64>::shared_bytes(stages);
-  return OnePass<T, 128>::shared_bytes(stages);
+  return tile == 32 ? OnePass<T, 32>::shared_bytes(stages) : OnePass<T, 64>::shared_bytes(stages);
 }
 
 // A kernel that has tiles of one size.
@@ -39,27 +37,26 @@ int shared_bytes_of(int, int stages) {
 }
 
 template <class T>
-Kernel recompute_kernel() {
-  if constexpr (sizeof(T) == 4) {
-    return {};
-  } else {
-    static_assert(Recompute<T>::channels == RECOMPUTE_CHANNELS);
-    static_assert(Recompute<T>::chunk * Recompute<T>::most_chunks == RECOMPUTE_POSITIONS);
-    return kernel_of<Pairs, fsp_recompute<T>>("fsp_recompute", shared_bytes_of<Recompute<T>>);
-  }
-}
-
-template <class T>
 Kernels kernels_of_type() {
   static_assert(GradientTiles<T>::own == GRADIENT_CHANNELS);
   static_assert(GradientTiles<T>::positions == GRADIENT_POSITIONS);
-  return {
-      kernel_of<Pairs, fsp_one_pass<T>>("fsp_one_pass", one_pass_shared_bytes<T>),
-      kernel_of<Pairs, fsp_residual<T>>("fsp_residual", shared_bytes_of<ResidualTiles<T>>),
-      kernel_of<Products, fsp_gradients<T>>("fsp_gradients", shared_bytes_of<GradientTiles<T>>),
-      recompute_kernel<T>(),
-      ResidualTiles<T>::channels,
-  };
+  static_assert(Recompute<T>::channels == RECOMPUTE_CHANNELS);
+  static_assert(Recompute<T>::chunk * Recompute<T>::most_chunks == RECOMPUTE_POSITIONS);
+  Kernels result{};
+  result.one_pass =
+      kernel_of<Pairs, fsp_one_pass<T, false>>("fsp_one_pass", one_pass_shared_bytes<T>);
+  if constexpr (sizeof(T) == 2) {
+    result.wide_one_pass = kernel_of<Pairs, fsp_one_pass<T, true>>(
+        "fsp_one_pass", shared_bytes_of<OnePass<T, WIDE_ONE_PASS_TILE>>);
+    result.recompute =
+        kernel_of<Pairs, fsp_recompute<T>>("fsp_recompute", shared_bytes_of<Recompute<T>>);
+  }
+  result.residual =
+      kernel_of<Pairs, fsp_residual<T>>("fsp_residual", shared_bytes_of<ResidualTiles<T>>);
+  result.gradients =
+      kernel_of<Products, fsp_gradients<T>>("fsp_gradients", shared_bytes_of<GradientTiles<T>>);
+  result.residual_channels = ResidualTiles<T>::channels;
+  return result;
 }
 
 template <int POSITIONS>

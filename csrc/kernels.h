@@ -19,8 +19,11 @@ struct Kernel {
 
 // Kernels that multiply operands of one type: of the maps, or fp32 where these differ.
 struct Kernels {
-  Kernel one_pass, residual, gradients;
-  Kernel recompute;  // nothing for fp32: beside a residual of fp32 the gradient does not fit
+  Kernel one_pass;  // with tiles of 32 or 64 channels
+  // Nothing for fp32: what they keep in registers does not fit there.
+  Kernel wide_one_pass;  // with tiles of 128 channels
+  Kernel recompute;
+  Kernel residual, gradients;
   int residual_channels;  // of a tile
 };
 
@@ -38,7 +41,8 @@ Kernel finish_kernel();
 Kernel scale_kernel();
 
 // Sizes that follow from the tiles of kernels, which are alike for all types.
-constexpr int ONE_PASS_TILES[] = {32, 64, 128};  // 128 for 16-bit operands alone
+constexpr int ONE_PASS_TILES[] = {32, 64};
+constexpr int WIDE_ONE_PASS_TILE = 128;
 constexpr int GRADIENT_CHANNELS = 128, GRADIENT_POSITIONS = 64;
 constexpr int RECOMPUTE_CHANNELS = 64, RECOMPUTE_POSITIONS = 256;
 constexpr int GRAM_POSITIONS = 64;

@@ -127,6 +127,7 @@ __device__ __forceinline__ float window_average(const Map& map, int64_t first) {
   return total * window_share(map);
 }
 
+// Called, not inlined, as write_window below: most maps are not pooled, and registers are scarce.
 inline __device__ __noinline__ float pooled(const Map& map, int64_t first) {
   return map.pool == Pool::max ? window_maximum(map, first).value : window_average(map, first);
 }
@@ -262,8 +263,8 @@ __device__ __forceinline__ void write_4(const Map& map, int64_t offset, float4 x
 }
 
 // The gradient of one pooled element, spread over its window.
-inline __device__ __noinline__ void write_window(const Map& gradient, const Map& own, int64_t to, int64_t from,
-                                    float value) {
+inline __device__ __noinline__ void write_window(const Map& gradient, const Map& own, int64_t to,
+                                                 int64_t from, float value) {
   if (own.pool == Pool::avg) {
     const float share = value * window_share(own);
     for_window(gradient, to, [&](int64_t offset, int) {

@@ -118,19 +118,20 @@ struct OnePass {
   }
 };
 
-// Weighted losses, one for each block, into `partials`, and all gradients asked for.
-template <class T>
-__global__ void __launch_bounds__(THREADS, 2)
+// Weighted losses, one for each block, into `partials`, and all gradients asked for: of pairs whose
+// tiles have 128 channels (WIDE), of which a multiprocessor has registers for one block, or less.
+template <class T, bool WIDE>
+__global__ void __launch_bounds__(THREADS, WIDE ? 1 : 2)
     fsp_one_pass(const __grid_constant__ Pairs group) {
   const Place place = place_of_block(group);
   const Pair& pair = group.entries[place.entry];
   float loss;
-  if (pair.tile == 32) {
-    loss = OnePass<T, 32>{pair, place.program, group.stages}.run();
-  } else if (sizeof(T) == 4 || pair.tile == 64) {
+  if constexpr (WIDE) {
+    loss = OnePass<T, 128>{pair, place.program, group.stages}.run();
+  } else if (pair.tile == 64) {
     loss = OnePass<T, 64>{pair, place.program, group.stages}.run();
   } else {
-    loss = OnePass<T, sizeof(T) == 4 ? 64 : 128>{pair, place.program, group.stages}.run();
+    loss = OnePass<T, 32>{pair, place.program, group.stages}.run();
   }
   if (threadIdx.x == 0) group.partials[pair.partial + place.program] = loss * pair.factor;
 }

@@ -1,4 +1,4 @@
-// Tiles come to shared memory while the ones before them are multiplied: every loop of every kernel.
+// Tiles come to shared memory while the ones before them are multiplied: every loop of the kernels.
 #pragma once
 
 #include "ptx.cuh"

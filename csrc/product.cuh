@@ -2,9 +2,9 @@
 // where the chip has them for the operands at hand, else by fused multiply-adds of fp32.
 //
 // Halves are multiplied as they are, exactly, into fp32. fp32 is multiplied in three products of
-// TF32 (`split`), which keep 22 bits, or in one. What a kernel computed itself, a residual, is fp32;
-// beside bf16 it is split in two terms of bf16, beside fp16, whose range it may exceed, rounded to
-// TF32, which holds fp16 exactly.
+// TF32 (`split`), which keep 22 bits, or in one. What a kernel computed itself, a residual, is
+// fp32; beside bf16 it is split in two terms of bf16, beside fp16, whose range it may exceed,
+// rounded to TF32, which holds fp16 exactly.
 #pragma once
 
 #include <type_traits>
@@ -23,7 +23,6 @@ struct Operand {
   __device__ __forceinline__ float at(int i, int k) const {
     return widen(data[i * line + k * inner]);
   }
-  __device__ __forceinline__ Operand from(int i) const { return {data + i * line, line, inner}; }
 };
 
 // x - y, in fp32: what is multiplied in the difference form.
@@ -31,7 +30,6 @@ struct Difference {
   Operand<float> x, y;
 
   __device__ __forceinline__ float at(int i, int k) const { return x.at(i, k) - y.at(i, k); }
-  __device__ __forceinline__ Difference from(int i) const { return {x.from(i), y.from(i)}; }
 };
 
 // A tile as an operand whose lines are channels, or positions.
@@ -54,9 +52,8 @@ __device__ __forceinline__ Operand<T> by_position(const T* tile, const Map& map)
 template <int LINES, int COLUMNS>
 struct Share {
   static constexpr int warps_down = LINES / 16 < 4 ? LINES / 16 : 4;
-  static constexpr int wanted_across = COLUMNS / 16 < WARPS / warps_down ? COLUMNS / 16
-                                                                         : WARPS / warps_down;
-  static constexpr int warps_across = wanted_across;
+  static constexpr int warps_left = WARPS / warps_down;
+  static constexpr int warps_across = COLUMNS / 16 < warps_left ? COLUMNS / 16 : warps_left;
   static constexpr int down = LINES / 16 / warps_down;
   static constexpr int across = COLUMNS / 16 / warps_across;
 
@@ -101,6 +98,17 @@ struct Accumulator {
     }
   }
 
+  __device__ __forceinline__ void add(const Accumulator& other) {
+#pragma unroll
+    for (int i = 0; i < Of::down; ++i) {
+#pragma unroll
+      for (int j = 0; j < Of::across; ++j) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) values[i][j][e / 4][e % 4] += other.values[i][j][e / 4][e % 4];
+      }
+    }
+  }
+
   // Put into shared memory, in lines of `stride` elements.
   __device__ __forceinline__ void store(float* tile, int stride, float scale = 1) {
     for_each([&](int line, int column, float& value) {
@@ -111,8 +119,9 @@ struct Accumulator {
 
 // --- fragments -----------------------------------------------------------------------------------
 
-// 16 lines of an operand by as many summed elements as one mma takes. As the first operand of an mma
-// it is `a`; as the second, registers 0 and 2 are `b` of lines 0 to 7, 1 and 3 of lines 8 to 15.
+// 16 lines of an operand by as many summed elements as one mma takes. As the first operand of an
+// mma it is `a`; as the second, registers 0 and 2 are `b` of lines 0 to 7, 1 and 3 of lines 8 to
+// 15.
 struct Fragment {
   uint32_t r[4];
 };
@@ -250,7 +259,7 @@ __device__ __forceinline__ void step_fp32(Accumulator<LINES, COLUMNS>& result, c
                                           const Y& y, int k, bool split, float sign) {
 #if FSP_AMPERE
   using Of = Share<LINES, COLUMNS>;
-#pragma unroll
+#pragma unroll 1
   for (int half = 0; half < 16; half += 8) {
     Terms lines[Of::down];
 #pragma unroll
@@ -347,10 +356,24 @@ __device__ __forceinline__ void multiply(Accumulator<LINES, COLUMNS>& result, co
   for (int k = 0; k < count; k += 16) step(result, x, y, k, split);
 }
 
+// result += what add(sum) adds to a sum of its own. Tensor cores cut their sums off where fp32
+// would be rounded, which over thousands of terms adds up: fp32 operands get short sums only.
+template <class T, int LINES, int COLUMNS, class Add>
+__device__ __forceinline__ void in_short_sums(Accumulator<LINES, COLUMNS>& result, Add add) {
+  if constexpr (sizeof(T) == 4) {
+    Accumulator<LINES, COLUMNS> sum;
+    sum.clear();
+    add(sum);
+    result.add(sum);
+  } else {
+    add(result);
+  }
+}
+
 // --- sums over a block ---------------------------------------------------------------------------
 
-// The sum of `value` over all threads, in a fixed order, for thread 0. Uses and then frees `scratch`,
-// WARPS numbers in shared memory.
+// The sum of `value` over all threads, in a fixed order, for thread 0. Uses and then frees
+// `scratch`, WARPS numbers in shared memory.
 __device__ inline float block_sum(float value, float* scratch) {
   for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;

@@ -150,13 +150,39 @@ std::string why_not_on(int device) {
   return cudaGetErrorString(status);
 }
 
-int one_pass_tile(int device, Scalar operand, int channels) {
-  const int largest = operand == Scalar::fp32 ? 64 : 128;
-  for (const int tile : ONE_PASS_TILES) {
-    if (tile < channels || tile > largest) continue;
-    return fits(device, kernels_of(operand).one_pass, tile) ? tile : 0;
+std::vector<SharedBytes> shared_bytes() {
+  std::vector<SharedBytes> result;
+  const auto add = [&](const Kernel& kernel, const std::string& operand, int tile) {
+    if (kernel.launch == nullptr) return;
+    result.emplace_back(kernel.name, operand, tile, kernel.shared_bytes(tile, 1),
+                        kernel.shared_bytes(tile, 2));
+  };
+  const std::pair<Scalar, const char*> operands[] = {
+      {Scalar::fp32, "fp32"}, {Scalar::fp16, "fp16"}, {Scalar::bf16, "bf16"}};
+  for (const auto& [operand, name] : operands) {
+    const Kernels& kernels = kernels_of(operand);
+    for (const int tile : ONE_PASS_TILES) add(kernels.one_pass, name, tile);
+    add(kernels.wide_one_pass, name, WIDE_ONE_PASS_TILE);
+    add(kernels.residual, name, 0);
+    add(kernels.gradients, name, 0);
+    add(kernels.recompute, name, 0);
   }
-  return 0;
+  add(gram_kernel_32(), "", 32);
+  add(gram_kernel_64(), "", 64);
+  for (const Kernel& kernel :
+       {combine_kernel(), matrix_gradients_kernel(), finish_kernel(), scale_kernel()}) {
+    add(kernel, "", 0);
+  }
+  return result;
+}
+
+int one_pass_tile(int device, Scalar operand, int channels) {
+  const Kernels& kernels = kernels_of(operand);
+  for (const int tile : ONE_PASS_TILES) {
+    if (tile >= channels) return fits(device, kernels.one_pass, tile) ? tile : 0;
+  }
+  const bool wide = channels <= WIDE_ONE_PASS_TILE && fits(device, kernels.wide_one_pass, 0);
+  return wide ? WIDE_ONE_PASS_TILE : 0;
 }
 
 int residual_tile(Scalar operand) { return kernels_of(operand).residual_channels; }
@@ -174,19 +200,25 @@ Program::Program(int device, std::string what) : device_(device), what_(std::mov
 }
 
 void Program::add_one_pass(Scalar operand, std::vector<PairSpec> pairs) {
-  const Kernel& kernel = kernels_of(operand).one_pass;
-  // Tiles of all sizes run in one launch, with the memory that the largest wants.
+  // Tiles of 32 and 64 run in one launch, with the memory that the larger wants.
+  const auto add = [&](const Kernel& kernel, int tile, std::vector<PairSpec> some) {
+    if (some.empty()) return;
+    auto launch =
+        std::make_unique<PairLaunch>(device_, what_, kernel, tile, std::move(some), samples_of);
+    launch->take_partials(partials_);
+    steps_.push_back(std::move(launch));
+  };
+  std::vector<PairSpec> narrow, wide;
   int largest = 0;
   for (PairSpec& spec : pairs) {
-    spec.pair.tile = one_pass_tile(device_, operand, std::max(spec.pair.m, spec.pair.n));
-    if (spec.pair.tile == 0) throw std::invalid_argument("one pass: too many channels");
-    const auto bytes = [&](int tile) { return tile ? kernel.shared_bytes(tile, 2) : 0; };
-    if (bytes(spec.pair.tile) > bytes(largest)) largest = spec.pair.tile;
+    const int tile = one_pass_tile(device_, operand, std::max(spec.pair.m, spec.pair.n));
+    if (tile == 0) throw std::invalid_argument("one pass: too many channels");
+    spec.pair.tile = tile;
+    (tile == WIDE_ONE_PASS_TILE ? wide : narrow).push_back(spec);
+    if (tile != WIDE_ONE_PASS_TILE) largest = std::max(largest, tile);
   }
-  auto launch = std::make_unique<PairLaunch>(device_, what_, kernel, largest, std::move(pairs),
-                                             samples_of);
-  launch->take_partials(partials_);
-  steps_.push_back(std::move(launch));
+  add(kernels_of(operand).wide_one_pass, WIDE_ONE_PASS_TILE, std::move(wide));
+  add(kernels_of(operand).one_pass, largest, std::move(narrow));
 }
 
 void Program::add_gram(std::vector<PairSpec> pairs) {

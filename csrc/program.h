@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "kernels.h"
@@ -38,6 +39,11 @@ void check(cudaError_t status, const std::string& what);
 
 // Why no kernel here runs on a device, as CUDA tells; empty if they do.
 std::string why_not_on(int device);
+
+// Shared memory of a block of every kernel: name, operand ("" where there is only one), tile (0
+// where there is only one), bytes with one stage and with two.
+using SharedBytes = std::tuple<std::string, std::string, int, int, int>;
+std::vector<SharedBytes> shared_bytes();
 
 // Channels of the smallest tile of the one-pass kernel that holds a sample of such a pair on a
 // device, 0 if there is none; of the tiles of stored residuals; whether the other kernels fit.

@@ -1,8 +1,8 @@
 // The loss for many channels and few positions where no residual is stored, in one launch.
 //
 // A block owns some channels of one map, and with them their gradient over all positions. It goes
-// over the other map's channels, computes the residual tile of each block and adds what it gives the
-// gradient at once. Every tile is computed again for each map that wants a gradient, and never
+// over the other map's channels, computes the residual tile of each block and adds what it gives
+// the gradient at once. Every tile is computed again for each map that wants a gradient, and never
 // written. Sides are alike but for their names: for the second maps, a pair comes with its sides
 // swapped.
 #pragma once
@@ -80,7 +80,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      load_tile<typename Of::Other>(memory, other, sample, column, chunk * Of::chunk, pair.n, count);
+      load_tile<typename Of::Other>(memory, other, sample, column, chunk * Of::chunk, pair.n,
+                                    count);
       commit_copies();
       wait_for_copies<0>();
       __syncthreads();

@@ -71,26 +71,28 @@ __device__ __forceinline__ void residual_tile(Accumulator<CHANNELS, CHANNELS>& r
           const auto operand = [&](int map) {
             return by_channel<Shape>(Stages::tile(memory, map, stage), pair.maps[map]);
           };
-          if (!both) {
-            multiply(result, operand(first), operand(first + 1), count, pair.split);
-            return;
-          }
-          const Operand<T> a = operand(0), b = operand(1), c = operand(2), d = operand(3);
-          if constexpr (sizeof(T) == 4) {
-            if (pair.residual == Residual::difference) {
-#pragma unroll 1
-              for (int k = 0; k < count; k += 16) {
-                step(result, Difference{a, c}, b, k, pair.split);
-                step(result, c, Difference{b, d}, k, pair.split);
-              }
+          in_short_sums<T>(result, [&](auto& sum) {
+            if (!both) {
+              multiply(sum, operand(first), operand(first + 1), count, pair.split);
               return;
             }
-          }
+            const Operand<T> a = operand(0), b = operand(1), c = operand(2), d = operand(3);
+            if constexpr (sizeof(T) == 4) {
+              if (pair.residual == Residual::difference) {
 #pragma unroll 1
-          for (int k = 0; k < count; k += 16) {
-            step(result, a, b, k, pair.split);
-            step(result, c, d, k, pair.split, -1);
-          }
+                for (int k = 0; k < count; k += 16) {
+                  step(sum, Difference{a, c}, b, k, pair.split);
+                  step(sum, c, Difference{b, d}, k, pair.split);
+                }
+                return;
+              }
+            }
+#pragma unroll 1
+            for (int k = 0; k < count; k += 16) {
+              step(sum, a, b, k, pair.split);
+              step(sum, c, d, k, pair.split, -1);
+            }
+          });
         });
   }
   const Map& ready = pair.maps[2];
@@ -119,7 +121,7 @@ __device__ __forceinline__ float inverse_length(float length) {
   return length == 0 ? 0.0f : 1.0f / length;
 }
 
-// Write `scale` times `tile`, (LINES, COLUMNS) of D's derivative, as the gradient of a ready matrix.
+// Write `scale` times `tile`, (LINES, COLUMNS) of D's derivative, as a ready matrix's gradient.
 template <int LINES, int COLUMNS>
 __device__ void write_matrix_gradient(const float* tile, int stride, const Pair& pair, int sample,
                                       int line, int column, float scale) {

@@ -23,7 +23,7 @@ struct ResidualTiles {
 
 // D / K to `out`, if there is one, and the losses of the tiles of pairs that finish here.
 template <class T>
-__global__ void __launch_bounds__(THREADS, 2)
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 1 : 2)
     fsp_residual(const __grid_constant__ Pairs group) {
   using Of = ResidualTiles<T>;
   constexpr int C = Of::channels;
@@ -97,10 +97,11 @@ __global__ void __launch_bounds__(THREADS, 2)
                                       product.positions);
       },
       [&](int, int stage) {
-        multiply(result,
-                 by_channel<typename Of::Slope>(slopes + stage * Of::Slope::size, product.slope),
-                 by_position<typename Of::Other>(others + stage * Of::Other::size, product.other),
-                 Of::other, product.split);
+        const auto x = by_channel<typename Of::Slope>(slopes + stage * Of::Slope::size,
+                                                      product.slope);
+        const auto y = by_position<typename Of::Other>(others + stage * Of::Other::size,
+                                                       product.other);
+        in_short_sums<T>(result, [&](auto& sum) { multiply(sum, x, y, Of::other, product.split); });
       });
   result.store(own, Of::Own::position_line, product.factor);
   __syncthreads();

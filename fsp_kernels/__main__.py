@@ -12,6 +12,7 @@ import torch
 
 from fsp_kernels._version import __version__
 from fsp_kernels.backends import registered_backends, requested_backend
+from fsp_kernels.backends.cuda.extension import extension
 
 
 def environment() -> dict[str, str]:
@@ -22,6 +23,7 @@ def environment() -> dict[str, str]:
         "platform": platform.platform(),
         "torch": torch.__version__,
         "triton": _installed("triton"),
+        "cuda extension": _extension(),
         "cpu": f"{_cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "blas": "MKL" if torch.backends.mkl.is_available() else "not MKL",
@@ -39,6 +41,12 @@ def environment() -> dict[str, str]:
         report[f"backend {name}"] = "works" if reason is None else f"not available: {reason}"
     report["backend requested"] = requested_backend(None) or "none: the best that works"
     return report
+
+
+def _extension() -> str:
+    """The chips that the compiled extension has machine code for, or why there is none."""
+    found = extension()
+    return f"not there: {found}" if isinstance(found, str) else f"for {found.architectures}"
 
 
 def _installed(package: str) -> str:

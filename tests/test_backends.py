@@ -199,7 +199,7 @@ def test_use_backend_none_restores_the_automatic_choice(named):  # noqa: ARG001
 
 def test_use_backend_refuses_an_unknown_name():
     with pytest.raises(
-        ValueError, match=r"^backend: got 'tritn', expected one of 'triton', 'torch'"
+        ValueError, match=r"^backend: got 'tritn', expected one of 'triton', 'cuda', 'torch'"
     ):
         fsp.use_backend("tritn")
 
@@ -290,7 +290,7 @@ def test_an_unknown_backend_lists_the_known_ones(register, call):
 @every_call
 def test_an_unknown_name_in_the_environment_is_an_error(monkeypatch, call):
     monkeypatch.setenv("FSP_KERNELS_BACKEND", "fats")
-    with pytest.raises(ValueError, match=r"got 'fats', expected one of 'triton', 'torch'"):
+    with pytest.raises(ValueError, match=r"got 'fats', expected one of 'triton', 'cuda', 'torch'"):
         call(maps(), None)
 
 

@@ -1,6 +1,7 @@
 """``python -m fsp_kernels``."""
 
 import json
+import types
 
 import pytest
 import torch
@@ -35,3 +36,15 @@ def test_it_says_why_a_backend_is_missing(monkeypatch: pytest.MonkeyPatch) -> No
 def test_it_says_which_backend_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FSP_KERNELS_BACKEND", "torch")
     assert report.environment()["backend requested"] == "torch"
+
+
+def test_it_says_for_which_chips_the_extension_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.SimpleNamespace(architectures="90-real 90-virtual")
+    monkeypatch.setattr(report, "extension", lambda: module)
+    assert report.environment()["cuda extension"] == "for 90-real 90-virtual"
+
+
+def test_it_says_why_there_is_no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "extension", lambda: "it is not built: nvcc was not found")
+    wanted = "not there: it is not built: nvcc was not found"
+    assert report.environment()["cuda extension"] == wanted

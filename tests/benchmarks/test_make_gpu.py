@@ -7,7 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = [
-    "printf '%s\\n' tests/triton/test_*.py | xargs -P 8 -n 1 some-python -m pytest -m gpu -q -ra",
+    "printf '%s\\n' tests/fused/test_*.py tests/triton/test_*.py tests/cuda/test_*.py | "
+    "xargs -P 8 -n 1 some-python -m pytest -m gpu -q -ra",
     "some-python -m benchmarks.sanitize",
     "some-python -m benchmarks --device cuda --dtype bf16 fp32 --output some/results",
 ]
@@ -30,7 +31,7 @@ def test_each_part_can_be_called_alone() -> None:
 
 
 def test_the_package_is_installed_first_where_asked() -> None:
-    install = "some-python -m pip install --no-build-isolation --no-deps ."
+    install = "some-python -m pip install --no-build-isolation --no-deps --editable ."
     assert dry_run("gpu", "INSTALL=1") == [install, *PARTS]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -89,7 +90,26 @@ def test_all_tools_run_also_after_one_found_something(
 
     monkeypatch.setattr(sanitize, "find_sanitizer", lambda: "compute-sanitizer")
     monkeypatch.setattr(subprocess, "run", run)
-    assert sanitize.main([]) == 1
+    assert sanitize.main(["--backend", "triton", "cuda"]) == 1
     printed = capsys.readouterr().out
-    assert "== memcheck: FAILED, exit status 99" in printed
-    assert "log of initcheck\n== initcheck: clean" in printed
+    for backend in ("triton", "cuda"):
+        assert f"== memcheck, {backend}: FAILED, exit status 99" in printed
+        assert f"log of initcheck\n== initcheck, {backend}: clean" in printed
+
+
+def test_a_backend_that_does_not_work_here_is_left_out_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def backend(reason: str | None) -> SimpleNamespace:
+        return SimpleNamespace(why_unavailable=lambda: reason)
+
+    registry = {"triton": backend(None), "cuda": backend("not built"), "torch": backend(None)}
+    monkeypatch.setattr(sanitize, "registered_backends", lambda: registry)
+    assert sanitize.working() == ["triton"]
+    assert "== cuda is not available: not built" in capsys.readouterr().out
+
+
+def test_nothing_to_check_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sanitize, "find_sanitizer", lambda: "compute-sanitizer")
+    monkeypatch.setattr(sanitize, "working", list)
+    assert sanitize.main([]) == 1

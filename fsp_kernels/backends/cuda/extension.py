@@ -13,7 +13,6 @@ from torch import Tensor
 
 # What setup.py leaves where it does not build the extension: why.
 NOTE = Path(__file__).parents[2] / "cuda_build.txt"
-_SCALARS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @lru_cache
@@ -63,4 +62,10 @@ def index_of(tensor: Tensor) -> int:
 
 
 def scalar_of(dtype: torch.dtype) -> Any:
-    return getattr(module().Scalar, _SCALARS[dtype])
+    return _scalars(module())[dtype]
+
+
+@lru_cache
+def _scalars(extension: Any) -> dict[torch.dtype, Any]:
+    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    return {dtype: getattr(extension.Scalar, name) for dtype, name in names.items()}
