@@ -121,8 +121,7 @@ struct Gram {
   __device__ void keep(First set, Second add) {
     set(Put{false});
     __syncthreads();  // a transposed element is another thread's
-    add(Put{true});
-    __syncthreads();
+    add(Put{true});   // there for all threads when a pipeline has its first tile
   }
 
   __device__ float* tile(bool teacher, int stage) const {

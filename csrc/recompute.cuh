@@ -91,7 +91,6 @@ __global__ void __launch_bounds__(THREADS, 1)
       });
       __syncthreads();
     }
-    __syncthreads();  // nobody reads the slope any more
   }
   float* const own = reinterpret_cast<float*>(memory);
   const float scale = (network == 0 ? 2 : -2) * pair.factor / count;

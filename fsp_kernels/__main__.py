@@ -46,7 +46,9 @@ def environment() -> dict[str, str]:
 def _extension() -> str:
     """The chips that the compiled extension has machine code for, or why there is none."""
     found = extension()
-    return f"not there: {found}" if isinstance(found, str) else f"for {found.architectures}"
+    if isinstance(found, str):
+        return found.removeprefix("its extension ")
+    return f"built for {found.architectures}"
 
 
 def _installed(package: str) -> str:

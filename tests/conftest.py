@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from cuda_on_host.module import HOST_BUILDS
 from hypothesis import settings
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which is asked for before they are
@@ -16,11 +17,27 @@ settings.register_profile("fsp_kernels", deadline=None, derandomize=True, databa
 settings.load_profile("fsp_kernels")
 
 
+# Tests of fused kernels, which run on a GPU where there is one.
+FUSED = {"fused", "triton", "cuda"}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--host-cuda",
+        choices=HOST_BUILDS,
+        default="80",
+        help="without a GPU: the chip that csrc/ is compiled for the host as, and whether "
+        "AddressSanitizer watches (the process must have been started for it); default: 80",
+    )
+
+
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
+    gpu = torch.cuda.is_available()
+    quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.path.parent.name in FUSED:
+            item.add_marker(pytest.mark.gpu if gpu else quiet)
+        if item.get_closest_marker("gpu") and not gpu:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
 
 

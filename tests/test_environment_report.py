@@ -41,10 +41,9 @@ def test_it_says_which_backend_was_asked_for(monkeypatch: pytest.MonkeyPatch) ->
 def test_it_says_for_which_chips_the_extension_is(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.SimpleNamespace(architectures="90-real 90-virtual")
     monkeypatch.setattr(report, "extension", lambda: module)
-    assert report.environment()["cuda extension"] == "for 90-real 90-virtual"
+    assert report.environment()["cuda extension"] == "built for 90-real 90-virtual"
 
 
 def test_it_says_why_there_is_no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "extension", lambda: "it is not built: nvcc was not found")
-    wanted = "not there: it is not built: nvcc was not found"
-    assert report.environment()["cuda extension"] == wanted
+    monkeypatch.setattr(report, "extension", lambda: "its extension is not built: no nvcc")
+    assert report.environment()["cuda extension"] == "is not built: no nvcc"

@@ -184,6 +184,12 @@ def test_gram_form_holds_its_blocks(gradients, blocks):
     assert got.workspace_bytes == 32 * blocks * 64 * 64 * 4
 
 
+def test_gram_form_in_cuda_holds_its_blocks_on_chip():
+    got = plan(512, 512, 7, backend="cuda")
+    assert got.pairs[0].form == "gram"
+    assert got.workspace_bytes == 0
+
+
 def test_pairs_in_one_launch_hold_their_workspaces_together():
     maps = tuple((spec(32, c, 14, BF16, True),) * 2 for c in (256, 320))
     got = plan_loss(maps, maps, "max", "frobenius", "triton")

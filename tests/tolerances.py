@@ -27,9 +27,9 @@ TOLERANCES = {
     torch.bfloat16: Tolerance(4e-3, 1e-6, "an fp32 result rounded once, unit roundoff 3.9e-3"),
 }
 
-# What the Triton backend states, of ``|error| / |expected|`` in norms over a whole tensor: a single
-# element of a thousand that is wrong shows as 3e-2. By the form of the evaluation and the dtype of
-# a map, which its gradient has too.
+# What backends with fused kernels state, of ``|error| / |expected|`` in norms over a whole tensor:
+# a single element of a thousand that is wrong shows as 3e-2. By the form of the evaluation and the
+# dtype of a map, which its gradient has too.
 
 
 class Fused(NamedTuple):

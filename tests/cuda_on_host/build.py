@@ -70,12 +70,10 @@ def build_library(
     sanitize: bool = False,
 ) -> Path:
     """A shared library of the sources and the shim, in a folder named after all that went in."""
-    flags = [*FLAGS, f"-D__CUDA_ARCH__={architecture}0", f"-I{SHIM}"]
-    flags += [f"-I{path}" for path in includes]
-    if sanitize:
-        flags += SANITIZER_FLAGS
+    flags = [*FLAGS, f"-D__CUDA_ARCH__={architecture}0", *(SANITIZER_FLAGS if sanitize else [])]
     sources = [*sources, *SHIM_SOURCES]
-    folder = BUILDS / _key(name, sources, flags)
+    folder = BUILDS / _key(name, sources, flags)  # by what is in the sources, wherever they lie
+    flags += [f"-I{path}" for path in [SHIM, *includes]]
     library = folder / name
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / "lock"):

@@ -1,13 +1,12 @@
-"""Launching a compiled kernel: what it is looked up by, and how fp32 is multiplied."""
+"""Launching a compiled kernel, and what it is looked up by."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from calls import DEVICE, FP32, REGIMES, four_of, run
 
-from fsp_kernels.backends.triton import launch, loss
-from fsp_kernels.backends.triton.launch import Launch, fp32_precision
+from fsp_kernels.backends.triton import launch
+from fsp_kernels.backends.triton.launch import Launch
 
 
 class FakeKernel:
@@ -97,80 +96,3 @@ def test_the_interpreter_compiles_nothing():
     for _ in range(2):
         bound(0, (aligned_by(0),))
     assert len(kernel.started) == 2
-
-
-# --- how fp32 is multiplied -----------------------------------------------------------------------
-
-
-@pytest.fixture
-def _precision_restored():
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-@pytest.mark.usefixtures("_precision_restored")
-@pytest.mark.parametrize(
-    ("precision", "wanted"), [("highest", "tf32x3"), ("high", "tf32"), ("medium", "tf32")]
-)
-def test_fp32_products_follow_the_precision_that_was_set(precision, wanted):
-    torch.set_float32_matmul_precision(precision)
-    assert fp32_precision() == wanted
-
-
-@pytest.mark.usefixtures("_precision_restored")
-def test_fp32_products_follow_the_older_switch():
-    torch.backends.cuda.matmul.allow_tf32 = True
-    assert fp32_precision() == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = False
-    assert fp32_precision() == "tf32x3"
-
-
-@pytest.mark.usefixtures("tf32")
-def test_fp32_products_follow_the_newer_setting():
-    assert fp32_precision() == "tf32"
-
-
-def test_fp32_products_are_accurate_unless_told_otherwise():
-    assert fp32_precision() == "tf32x3"
-
-
-# --- what is prepared for a signature -------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("small")
-def test_a_signature_is_prepared_once(programs):
-    student, teacher = four_of(REGIMES["one pass"])
-    for _ in range(3):
-        run(student, teacher)
-    assert len(programs) == 1
-
-
-@pytest.mark.usefixtures("small")
-def test_strides_are_part_of_the_signature(programs):
-    regime = REGIMES["one pass"]
-    for layout in ("contiguous", "channels last", "contiguous", "cropped"):
-        run(*four_of(regime, layout=layout))
-    assert len(programs) == 3
-
-
-@pytest.mark.usefixtures("small")
-def test_weights_are_no_part_of_the_signature(programs):
-    student, teacher = four_of(REGIMES["one pass"])
-    for weight in (1.0, 2.0, 0.0):
-        run(student, teacher, weights=[weight])
-    assert len(programs) == 1
-
-
-@pytest.mark.usefixtures("small")
-def test_what_is_prepared_does_not_grow_without_bound(programs, monkeypatch):
-    monkeypatch.setattr(loss, "_MOST_PROGRAMS", 3)
-    for batch in range(1, 6):
-        student, teacher = four_of(REGIMES["one pass"], batch=batch, grad=False)
-        run(student, teacher)
-        assert len(programs) <= 3
-
-
-def test_the_stream_of_a_cpu_is_none():
-    x = torch.empty(1, dtype=FP32, device=DEVICE)
-    assert isinstance(launch.raw_stream(x.device), int)

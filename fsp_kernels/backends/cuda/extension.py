@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -11,8 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+NEVER = "nothing has compiled it: `pip install .` does, where it finds nvcc 12.0 or newer"
 # What setup.py leaves where it does not build the extension: why.
 NOTE = Path(__file__).parents[2] / "cuda_build.txt"
+
+
+def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Evaluated, not traced, where a call is compiled.
+
+    As ``torch.compiler.assume_constant_result`` has it, which takes seconds to import the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @lru_cache
@@ -21,18 +32,20 @@ def extension() -> ModuleType | str:
     try:
         return importlib.import_module("fsp_kernels._cuda")
     except ModuleNotFoundError:
-        why = NOTE.read_text().strip() if NOTE.exists() else "it was never compiled"
+        why = NOTE.read_text().strip() if NOTE.exists() else NEVER
         return f"its extension is not built: {why}"
     except ImportError as error:
         return f"its extension cannot be loaded: {error}"
 
 
+@_constant
 def why_missing() -> str | None:
     """``None`` if the extension is there, whatever it is built for."""
     found = extension()
     return found if isinstance(found, str) else None
 
 
+@_constant
 def on_host() -> bool:
     """Whether the kernels are compiled for the CPU, as tests do."""
     return getattr(extension(), "architectures", None) == "host"
@@ -45,6 +58,7 @@ def module() -> Any:
 
 
 @lru_cache
+@_constant
 def why_not_on(device: int) -> str | None:
     reason = module().why_not_on(device)
     if not reason:

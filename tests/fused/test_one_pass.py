@@ -1,4 +1,4 @@
-"""The loss in one pass, matrix form: what the sizes of its tile, a power of two, may leave over."""
+"""The loss in one pass, matrix form: what the sizes of its tiles, powers of two, may leave over."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from calls import BF16, FP16, FP32, REGIMES, Regime, check, four_of, pair_of, tensor
+from calls import BF16, FP16, FP32, Regime, check, four_of, pair_of, tensor
 from tolerances import assert_near, oracle
 
 import fsp_kernels as fsp
@@ -36,15 +36,15 @@ def test_positions_may_be_any_number(size, dtype):
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("count", [32, 33, 48])
-def test_positions_take_as_many_blocks_as_they_need(count):
-    regime = one_pass(5, 6, (count,))
+@pytest.mark.parametrize(("blocks", "more"), [(2, 0), (2, 1), (3, 0)])
+def test_positions_take_as_many_blocks_as_they_need(tile, blocks, more):
+    regime = one_pass(5, 6, (blocks * tile.positions + more,))
     check(*four_of(regime), regime)
 
 
 @pytest.mark.parametrize("wanted", list(itertools.product((False, True), repeat=3)), ids=str)
 def test_gradients_reach_those_who_require_them_beside_a_ready_matrix(wanted):
-    regime = REGIMES["one pass"]
+    regime = one_pass(7, 13, (6, 3))
     a, b = pair_of(regime, grad=False)
     matrix = tensor(1, *regime.channels, grad=False)
     for x, needs in zip((a, b, matrix), wanted, strict=True):
@@ -54,7 +54,7 @@ def test_gradients_reach_those_who_require_them_beside_a_ready_matrix(wanted):
 
 def test_one_map_as_first_and_second_gets_both_gradients():
     a, c = tensor(2, 12, 3, 3), tensor(2, 12, 3, 3)
-    loss = fsp.fsp_loss([(a, a)], [(c, c)], backend="triton")
+    loss = fsp.fsp_loss([(a, a)], [(c, c)])
     to_a, to_a_again, to_c, to_c_again = oracle([(a, a)], [(c, c)]).gradients
     gradients = torch.autograd.grad(loss, (a, c))
     for gradient, wanted in zip(gradients, (to_a + to_a_again, to_c + to_c_again), strict=True):
@@ -62,12 +62,12 @@ def test_one_map_as_first_and_second_gets_both_gradients():
 
 
 def test_a_column_of_the_residual_that_is_zero_has_no_gradient():
-    a, b = pair_of(REGIMES["one pass"])
+    a, b = pair_of(one_pass(7, 13, (6, 3)))
     c, d = (x.detach().clone() for x in (a, b))
     with torch.no_grad():
         d[:, :4] += 1
     c.requires_grad_()
-    loss = fsp.fsp_loss([(a, b)], [(c, d)], norm="column", backend="triton")
+    loss = fsp.fsp_loss([(a, b)], [(c, d)], norm="column")
     expected = oracle([(a, b)], [(c, d)], norm="column")
     assert_near(loss, expected.loss, 1e-5, "fp32")
     to_a, to_b = torch.autograd.grad(loss, (a, b))
@@ -83,7 +83,7 @@ def test_a_loss_scale_rescues_fp16_gradients_from_underflow(incoming):
     student = [(maps[0].requires_grad_(), maps[1].requires_grad_())]
     teacher = [(maps[2], maps[3])]
     weights = [2.0**-3]
-    loss = fsp.fsp_loss(student, teacher, weights=weights, backend="triton")
+    loss = fsp.fsp_loss(student, teacher, weights=weights)
     expected = oracle(student, teacher, weights).gradients
     assert (expected[0].half() == 0).double().mean() > 0.9
     found = torch.autograd.grad(loss, student[0], loss.new_tensor(incoming))

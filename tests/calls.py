@@ -1,4 +1,7 @@
-"""Calls that take each of the kernels' roads, and what every result of one is held to."""
+"""Calls that take each of the fused kernels' roads, and what every result of one is held to.
+
+The backend is the one that is in force: the fixture ``backend``.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,10 @@ FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (FP32, FP16, BF16)
 NORMS = ("frobenius", "mse", "column")
 POOLS = ("max", "avg")
+
+ROADS = ("one pass", "gram", "tiles", "tiles in parts", "recomputed tiles")
+MATRIX_ROADS = tuple(road for road in ROADS if road != "gram")
+FP32_ROADS = tuple(road for road in ROADS if road != "recomputed tiles")
 
 
 class Regime(NamedTuple):
@@ -40,14 +47,56 @@ class Regime(NamedTuple):
         return self
 
 
-REGIMES = {
-    "one pass": Regime((7, 13), (6, 3), "one pass"),
-    "gram": Regime((20, 17), (1, 3), "one pass", form="gram"),
-    "tiles": Regime((17, 20), (6, 3), "tiles"),
-    "tiles in parts": Regime((20, 15), (5, 9), "tiles", parts=2),
-    "recomputed tiles": Regime((20, 17), (3, 3), "recomputed tiles", dtype=BF16),
+class Tile(NamedTuple):
+    """What a kernel for fp32 holds of a map under the limits of ``small``."""
+
+    channels: int
+    positions: int
+
+
+class Sizes(NamedTuple):
+    """Shapes that suit the tiles of a backend's kernels."""
+
+    tile: Tile
+    regimes: dict[str, Regime]
+    long: Regime  # recomputed, and positions do not fit a tile
+    limits: dict[str, int]  # of the planner, for small maps to take every road
+
+
+SIZES = {
+    # Triton's tiles are what a table says, 16 wide in ``small``.
+    "triton": Sizes(
+        tile=Tile(16, 16),
+        regimes={
+            "one pass": Regime((7, 13), (6, 3), "one pass"),
+            "gram": Regime((20, 17), (1, 3), "one pass", form="gram"),
+            "tiles": Regime((17, 20), (6, 3), "tiles"),
+            "tiles in parts": Regime((20, 15), (5, 9), "tiles", parts=2),
+            "recomputed tiles": Regime((20, 17), (3, 3), "recomputed tiles", dtype=BF16),
+        },
+        long=Regime((40, 37), (3, 6), "recomputed tiles", dtype=BF16),
+        limits={
+            "GPU_TILE_CHANNELS": 16,
+            "GPU_TILE_CHANNELS_FP32": 16,
+            "GPU_GRAM_POSITIONS": 4,
+            "GPU_PART_POSITIONS": 20,
+        },
+    ),
+    # Those of CUDA C++ are what csrc/ says: residuals of 64 or 128 channels by 32 positions,
+    # gradients of 128 by 64, recomputed ones of 64 by 64, Gram forms of 32 channels.
+    "cuda": Sizes(
+        tile=Tile(64, 32),
+        regimes={
+            "one pass": Regime((35, 40), (6, 11), "one pass"),
+            "gram": Regime((140, 35), (3, 5), "one pass", form="gram"),
+            "tiles": Regime((131, 140), (6, 12), "tiles"),
+            "tiles in parts": Regime((131, 15), (9, 9), "tiles", parts=2),
+            "recomputed tiles": Regime((140, 131), (6, 11), "recomputed tiles", dtype=BF16),
+        },
+        long=Regime((140, 131), (6, 11), "recomputed tiles", dtype=BF16),
+        limits={"GPU_PART_POSITIONS": 40},
+    ),
 }
-MATRIX = {name: regime for name, regime in REGIMES.items() if regime.form == "matrix"}
 
 
 def tensor(*shape: int, dtype=FP32, layout="contiguous", grad=True) -> torch.Tensor:
@@ -80,8 +129,8 @@ def gradients_of(loss: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[to
 
 
 def run(student, teacher, **options) -> list[torch.Tensor]:
-    """Loss and all gradients there are, by the Triton backend."""
-    loss = fsp.fsp_loss(student, teacher, backend="triton", **options)
+    """Loss and all gradients there are."""
+    loss = fsp.fsp_loss(student, teacher, **options)
     gradients = gradients_of(loss, flatten(student, teacher))
     return [loss, *(g for g in gradients if g is not None)]
 
@@ -91,10 +140,10 @@ def check(student, teacher, *regimes: Regime, weights=None, **options) -> fsp.Lo
 
     Returns the plan.
     """
-    plan = fsp.explain(student, teacher, backend="triton", **options)
+    plan = fsp.explain(student, teacher, **options)
     ways = [(pair.evaluation, pair.form, pair.parts) for pair in plan.pairs]
     assert ways == [(r.evaluation, r.form, r.parts) for r in regimes]
-    loss = fsp.fsp_loss(student, teacher, backend="triton", weights=weights, **options)
+    loss = fsp.fsp_loss(student, teacher, weights=weights, **options)
     assert (loss.dtype, loss.shape) == (FP32, ())
     tensors = flatten(student, teacher)
     gradients = gradients_of(loss, tensors)

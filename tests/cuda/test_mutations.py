@@ -1,0 +1,520 @@
+"""The test of the tests: kernels with a bug, run on the host, do not pass for correct.
+
+Each mutation is a piece of csrc/ and a wrong one to take its place. All are compiled into one
+module, in which a number says which of them is in force.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from calls import BF16, FP16, FP32, SIZES, Regime, check, four_of, pair_of, run, tensor
+from cuda_on_host.build import ROOT, build, load
+from cuda_on_host.module import extension_is
+from tolerances import oracle
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="calls of the tests run on the GPU, these kernels do not"
+)
+
+# --- calls that bugs have to show in --------------------------------------------------------------
+
+REGIMES = SIZES["cuda"].regimes
+
+
+def maps(road: str, dtype: torch.dtype = FP32, norm: str = "frobenius", **options) -> None:
+    regime = REGIMES[road]
+    student, teacher = four_of(regime, dtypes=(dtype, dtype), **options)
+    check(student, teacher, regime.of(dtype, norm=norm), norm=norm)
+
+
+def to_the_bit() -> None:
+    """Bounds leave room for a residual in bf16 beside a gradient that is rounded to bf16."""
+    student, teacher = four_of(REGIMES["one pass"], dtypes=(BF16, BF16))
+    _, *gradients = run(student, teacher)
+    for gradient, expected in zip(gradients, oracle(student, teacher).gradients, strict=True):
+        assert (gradient == expected.to(BF16)).double().mean() > 0.9
+
+
+def ready(road: str, dtype: torch.dtype = FP32) -> None:
+    regime = REGIMES[road]
+    student = [pair_of(regime, dtypes=(dtype, dtype), batch=2)]
+    check(student, [tensor(2, *regime.channels, dtype=dtype)], regime.of(dtype))
+
+
+def apart() -> None:
+    regime = REGIMES["one pass"]
+    check([pair_of(regime)], [pair_of(regime, size=(5, 7))], regime)
+
+
+def equal_columns() -> None:
+    regime = REGIMES["one pass"]
+    student, _ = four_of(regime)
+    teacher = [tuple(x.detach().clone().requires_grad_() for x in student[0])]
+    check(student, teacher, regime, norm="column")
+
+
+def pooled(pool: str, dtype: torch.dtype) -> None:
+    def whole(*shape: int) -> torch.Tensor:
+        return torch.randint(-2, 2, shape).to(dtype).requires_grad_()  # many maxima are shared
+
+    student, teacher = ([(whole(2, 20, 4, 6), whole(2, 33, 2, 3))] for _ in range(2))
+    check(student, teacher, Regime((20, 33), (2, 3), "one pass"), pool=pool)
+
+
+def padded() -> None:
+    """Lines that are read 16 bytes at a time end in the middle of these, and NaN follows."""
+
+    def lines(channels: int) -> torch.Tensor:
+        x = torch.full((2, channels, 24), torch.nan, dtype=BF16)[..., :21]
+        return x.copy_(torch.randn(x.shape)).requires_grad_()
+
+    student, teacher = ([(lines(35), lines(40))] for _ in range(2))
+    check(student, teacher, Regime((35, 40), (21,), "one pass"))
+
+
+CALLS: dict[str, Callable[[], None]] = {
+    "one pass": partial(maps, "one pass"),
+    "one pass bf16": partial(maps, "one pass", BF16),
+    "one pass bf16, to the bit": to_the_bit,
+    "one pass fp16": partial(maps, "one pass", FP16),
+    "column": partial(maps, "one pass", norm="column"),
+    "ready": partial(ready, "one pass"),
+    "apart": apart,
+    "equal columns": equal_columns,
+    "max pooled": partial(pooled, "max", BF16),
+    "avg pooled": partial(pooled, "avg", FP32),
+    "padded bf16": padded,
+    "Gram form": partial(maps, "gram"),
+    "tiles": partial(maps, "tiles", BF16),
+    "tiles, column": partial(maps, "tiles", norm="column"),
+    "parts": partial(maps, "tiles in parts"),
+    "parts, ready": partial(ready, "tiles in parts"),
+    "recomputed": partial(maps, "recomputed tiles", BF16),
+    "recomputed, aligned": partial(maps, "recomputed tiles", BF16, size=(8, 8)),
+    "recomputed, ready": partial(ready, "recomputed tiles", BF16),
+}
+
+# --- bugs -----------------------------------------------------------------------------------------
+
+
+class Mutation(NamedTuple):
+    """``new``, statements or an expression, in place of ``old``; ``call`` has to show it.
+
+    ``within`` is found once in the file, and ``old`` once in it.
+    """
+
+    name: str
+    call: str
+    file: str
+    within: str
+    old: str
+    new: str
+
+    def planted(self, text: str, number: int) -> str:
+        """The file's text with both, of which the number in force chooses."""
+        for part, whole in ((self.within, text), (self.old, self.within)):
+            assert whole.count(part) == 1, f"out of date, {self.file} has changed: {part}"
+        if ";" in self.old:
+            either = f"if (fsp_mutant == {number}) {{ {self.new} }} else {{ {self.old} }}"
+        else:
+            either = f"(fsp_mutant == {number} ? ({self.new}) : ({self.old}))"
+        return text.replace(self.within, self.within.replace(self.old, either))
+
+
+def instead(name: str, call: str, file: str, old: str, new: str) -> Mutation:
+    return Mutation(name, call, file, old, old, new)
+
+
+def without(name: str, call: str, file: str, old: str, within: str = "") -> Mutation:
+    return Mutation(name, call, file, within or old, old, "")
+
+
+def no_barrier(name: str, call: str, file: str, within: str) -> Mutation:
+    return without(name, call, file, "__syncthreads();", within)
+
+
+NONE = -1
+MUTATIONS = [
+    # Barriers.
+    no_barrier(
+        "others' copies are not awaited",
+        "one pass bf16",
+        "pipeline.cuh",
+        "__syncthreads();  // what other threads copied",
+    ),
+    no_barrier(
+        "a stage is loaded while it is read",
+        "one pass",
+        "pipeline.cuh",
+        "__syncthreads();  // nobody reads this stage",
+    ),
+    no_barrier(
+        "columns are measured before they are there",
+        "column",
+        "one_pass.cuh",
+        "__syncthreads();\n    float length = 0;",
+    ),
+    no_barrier(
+        "columns are divided by lengths that are not there",
+        "column",
+        "one_pass.cuh",
+        "__syncthreads();\n    for (int e = threadIdx.x; e < CHANNELS * CHANNELS",
+    ),
+    no_barrier(
+        "a gradient is written before it is there: one pass",
+        "one pass bf16",
+        "one_pass.cuh",
+        "scale);\n          __syncthreads();",
+    ),
+    no_barrier(
+        "a gradient is written before it is there: Gram form",
+        "Gram form",
+        "gram.cuh",
+        "scale);\n      __syncthreads();",
+    ),
+    no_barrier(
+        "a gradient is written before it is there: tiles",
+        "tiles",
+        "tiles.cuh",
+        "product.factor);\n  __syncthreads();",
+    ),
+    no_barrier(
+        "a gradient is written before it is there: recomputed",
+        "recomputed",
+        "recompute.cuh",
+        "Of::Own::position_line, scale); });\n    __syncthreads();",
+    ),
+    no_barrier(
+        "a gradient's tile is replaced while it is written",
+        "recomputed",
+        "recompute.cuh",
+        "pair.m, count);\n    __syncthreads();",
+    ),
+    no_barrier(
+        "a matrix gets its gradient before the slope is there",
+        "recomputed, ready",
+        "recompute.cuh",
+        "tile.store(slope, Of::line);\n    }\n    __syncthreads();",
+    ),
+    no_barrier(
+        "a map's tile is replaced while it is multiplied",
+        "recomputed",
+        "recompute.cuh",
+        "Of::channels, pair.split);\n      });\n      __syncthreads();",
+    ),
+    no_barrier(
+        "a block is added to before others have set it",
+        "Gram form",
+        "gram.cuh",
+        "__syncthreads();  // a transposed element",
+    ),
+    no_barrier(
+        "a block's sum misses warps",
+        "one pass bf16",
+        "product.cuh",
+        "__syncthreads();\n  value = 0;",
+    ),
+    no_barrier(
+        "a column's sum misses warps",
+        "tiles, column",
+        "combine.cuh",
+        "sums[threadIdx.x] = length;\n  __syncthreads();",
+    ),
+    no_barrier(
+        "a column's sum is overwritten",
+        "tiles, column",
+        "combine.cuh",
+        "sums[i * 32 + lane];\n  __syncthreads();",
+    ),
+    # Copies to shared memory.
+    without("copies are not awaited", "one pass", "pipeline.cuh", "wait_for_copies<1>();"),
+    instead(
+        "copies are awaited a stage too late",
+        "one pass",
+        "pipeline.cuh",
+        "wait_for_copies<1>();",
+        "wait_for_copies<2>();",
+    ),
+    without("copies are not committed", "one pass", "pipeline.cuh", "commit_copies();"),
+    without(
+        "copies outside of a pipeline are not awaited",
+        "recomputed, aligned",
+        "recompute.cuh",
+        "wait_for_copies<0>();",
+    ),
+    # Masks.
+    Mutation(
+        "positions beyond the end are read",
+        "one pass",
+        "maps.cuh",
+        "return c < channels && k < positions",
+        "c < channels && k < positions",
+        "c < channels",
+    ),
+    Mutation(
+        "channels beyond the end are read",
+        "one pass",
+        "maps.cuh",
+        "copied = inside(c, k)",
+        "inside(c, k)",
+        "k < positions",
+    ),
+    instead(
+        "zeros are not copied as such: an element at a time",
+        "one pass",
+        "maps.cuh",
+        "copied ? 4 : 0",
+        "4",
+    ),
+    instead(
+        "zeros are not copied as such: 16 bytes at a time",
+        "padded bf16",
+        "maps.cuh",
+        "elements * sizeof(T)",
+        "16",
+    ),
+    instead(
+        "the last 16 bytes of a line are read as a whole",
+        "padded bf16",
+        "maps.cuh",
+        "left < vector ? left : vector",
+        "vector",
+    ),
+    instead(
+        "lines beyond the last are read",
+        "padded bf16",
+        "maps.cuh",
+        "line < lines ? size - inner : 0",
+        "size - inner",
+    ),
+    # Fragments.
+    instead(
+        "registers of b swapped",
+        "one pass bf16",
+        "product.cuh",
+        "Sixteen<T>::mma(result.values[i][j][e], lines[i], columns.r[e], columns.r[2 + e]);",
+        "Sixteen<T>::mma(result.values[i][j][e], lines[i], columns.r[2 + e], columns.r[e]);",
+    ),
+    instead("rows of ldmatrix", "one pass bf16", "product.cuh", "(line + half)", "line + lane % 8"),
+    instead(
+        "rows of transposed ldmatrix",
+        "one pass bf16",
+        "product.cuh",
+        "line + (half & 8)",
+        "line + 8 * other",
+    ),
+    instead(
+        "elements of a TF32 fragment",
+        "one pass",
+        "product.cuh",
+        "x.at(line + lane / 4 + i % 2 * 8, k + lane % 4 + i / 2 * 4)",
+        "x.at(line + lane / 4 + i / 2 * 8, k + lane % 4 + i % 2 * 4)",
+    ),
+    instead(
+        "elements of a pair of bf16",
+        "one pass bf16",
+        "product.cuh",
+        "x.at(at_line, at + 1)",
+        "x.at(at_line, at)",
+    ),
+    instead(
+        "places of results",
+        "one pass",
+        "product.cuh",
+        "line + 16 * i + e / 2 % 2 * 8",
+        "line + 16 * i + e / 4 * 8",
+    ),
+    # Terms and signs.
+    without(
+        "a product of three",
+        "one pass",
+        "product.cuh",
+        "mma_tf32(d, lines[i].high.r, columns.low.r[e], columns.low.r[2 + e]);",
+    ),
+    without(
+        "the lower term of a residual",
+        "one pass bf16, to the bit",
+        "product.cuh",
+        "mma_bf16(result.values[i][j][e], lines[i].low.r, columns.r[e], columns.r[2 + e]);",
+    ),
+    without(
+        "the teacher's sign in a product", "one pass bf16", "product.cuh", "lines[i].r[e] ^= signs;"
+    ),
+    instead(
+        "a difference of zero", "one pass", "residual.cuh", "Difference{b, d}", "Difference{b, b}"
+    ),
+    instead(
+        "the teacher's sign where it comes alone",
+        "apart",
+        "residual.cuh",
+        "-1.0f / positions",
+        "1.0f / positions",
+    ),
+    without(
+        "the teacher's sign in its gradient",
+        "one pass",
+        "one_pass.cuh",
+        "if (teacher) scale = -scale;",
+    ),
+    Mutation(
+        "the teacher's sign in its gradient: Gram form",
+        "Gram form",
+        "gram.cuh",
+        "gradient(3, -slope);",
+        "-slope",
+        "slope",
+    ),
+    instead(
+        "the teacher's sign in its gradient: recomputed",
+        "recomputed",
+        "recompute.cuh",
+        "network == 0 ? 2 : -2",
+        "2",
+    ),
+    instead(
+        "an inner product counted once", "Gram form", "gram.cuh", "2 * of(first.yx)", "of(first.yx)"
+    ),
+    instead(
+        "a block taken from itself",
+        "Gram form",
+        "gram.cuh",
+        "put.transposed(by_x, first.yx); put(by_y, first.yy);",
+        "put(by_x, first.yx); put(by_y, first.yy);",
+    ),
+    instead(
+        "the slope of a column of zeros",
+        "equal columns",
+        "residual.cuh",
+        "length == 0 ? 0.0f : 1.0f / length",
+        "1.0f / length",
+    ),
+    # Parts.
+    instead(
+        "the last blocks of positions in no part",
+        "parts",
+        "residual.cuh",
+        "(blocks + parts - 1) / parts",
+        "blocks / parts",
+    ),
+    instead(
+        "the last part is not added",
+        "parts",
+        "combine.cuh",
+        "part < pair.parts",
+        "part < pair.parts - 1",
+    ),
+    instead(
+        "the ready matrix in every part",
+        "parts, ready",
+        "residual.cuh",
+        "pair.residual == Residual::ready && part == 0",
+        "pair.residual == Residual::ready",
+    ),
+    # Pooling.
+    instead(
+        "the last of equal maxima",
+        "max pooled",
+        "maps.cuh",
+        "value > best.value",
+        "value >= best.value",
+    ),
+    instead(
+        "a maximum's gradient everywhere",
+        "max pooled",
+        "maps.cuh",
+        "number == chosen ? value : 0.0f",
+        "value",
+    ),
+    instead(
+        "windows one after another",
+        "max pooled",
+        "maps.cuh",
+        "map.height - map.window[2] * map.width",
+        "map.height",
+    ),
+    instead(
+        "an average's gradient as it is",
+        "avg pooled",
+        "maps.cuh",
+        "value * window_share(own)",
+        "value",
+    ),
+    # The rest.
+    instead(
+        "the first element after the last four",
+        "one pass fp16",
+        "elementwise.cuh",
+        "4 * fours + first",
+        "4 * fours + first + 1",
+    ),
+]
+
+
+# --- the module with all of them ------------------------------------------------------------------
+
+
+def plant(csrc: Path) -> None:
+    """Add all bugs to a copy of the sources."""
+    for number, mutation in enumerate(MUTATIONS):
+        file = csrc / mutation.file
+        file.write_text(mutation.planted(file.read_text(), number))
+    for name in {mutation.file for mutation in MUTATIONS}:
+        file = csrc / name
+        file.write_text('extern "C" int fsp_mutant;\n' + file.read_text())
+    (csrc / "mutant.cpp").write_text(
+        'extern "C" __attribute__((visibility("default"))) int fsp_mutant;\n'
+        f"int fsp_mutant = {NONE};\n"
+    )
+
+
+@pytest.fixture(scope="module")
+def mutants(tmp_path_factory):
+    """The module, and the number that is in force in it."""
+    csrc = tmp_path_factory.mktemp("mutants") / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    plant(csrc)
+    path = build(csrc=csrc)
+    return load(path), ctypes.c_int.in_dll(ctypes.CDLL(str(path)), "fsp_mutant")
+
+
+@pytest.fixture
+def cuda_extension(mutants):
+    module, _ = mutants
+    with extension_is(module):
+        yield
+
+
+@pytest.fixture
+def mutant(mutants):
+    _, number = mutants
+    yield number
+    number.value = NONE
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_a_bug_is_one_of_the_kernels_as_they_are(mutation):
+    mutation.planted((ROOT / "csrc" / mutation.file).read_text(), NONE)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_kernels_without_a_bug_pass(call):
+    call()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("number", range(len(MUTATIONS)), ids=[m.name for m in MUTATIONS])
+def test_a_bug_is_found(number, mutant):
+    mutant.value = number
+    with pytest.raises((AssertionError, RuntimeError)):
+        CALLS[MUTATIONS[number].call]()

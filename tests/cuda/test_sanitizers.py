@@ -1,0 +1,82 @@
+"""The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, compiled for the host.
+
+Every tensor is an allocation of its own, so that whoever reads or writes beyond one is seen.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cuda_on_host.build import ROOT, build, sanitizer_environment
+from cuda_on_host.module import HOST_BUILDS
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="compute-sanitizer watches the kernels"),
+]
+
+# Every operation, by compute-sanitizer's cases but for those that are split along positions, whose
+# million elements take as long as all others together; and every layout by every road, parts too.
+TESTS = [
+    "tests/cuda/test_smoke_cases.py",
+    *(
+        f"tests/fused/test_loss.py::{name}"
+        for name in (
+            "test_maps_may_lie_in_memory_in_any_way",
+            "test_tiles_of_maps_may_lie_in_memory_in_any_way",
+            "test_half_precision_maps_may_lie_in_memory_in_any_way",
+        )
+    ),
+]
+CHOSEN = "cuda and not split"
+
+# One map's storage is an element short of what its shape says.
+ONE_SHORT = """
+import torch
+import fsp_kernels as fsp
+from cuda_on_host.module import HOST_BUILDS, extension_is, host_cuda_module
+
+student, teacher = ([tuple(torch.randn(2, 2, 7, {positions}).to({dtype}))] for _ in range(2))
+teacher = [tuple(x.clone() for x in teacher[0])]
+with extension_is(host_cuda_module(*HOST_BUILDS["{name}"])):
+    fsp.fsp_loss(student, teacher, backend="cuda")
+    print("clean", flush=True)
+    storage = teacher[0][1].untyped_storage()
+    storage.resize_(storage.nbytes() - teacher[0][1].element_size())
+    fsp.fsp_loss(student, teacher, backend="cuda")
+    print("done")
+"""
+
+
+@pytest.fixture(scope="module", params=["80-sanitized", "75-sanitized"])
+def sanitized(request):
+    """The name of a build, which is there."""
+    build(*HOST_BUILDS[request.param])  # no compiler should run under a sanitizer
+    return request.param
+
+
+def run(*arguments):
+    """Python in a process that is ready for sanitized code."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **sanitizer_environment(), "PYTHONPATH": str(ROOT / "tests")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_kernels_stay_within_their_maps_and_do_nothing_undefined(sanitized):
+    result = run("-m", "pytest", "-q", f"--host-cuda={sanitized}", "-k", CHOSEN, *TESTS)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("positions", [5, 8], ids=["one at a time", "16 bytes at a time"])
+def test_an_element_beyond_the_end_is_seen(sanitized, positions, dtype):
+    result = run("-c", ONE_SHORT.format(name=sanitized, positions=positions, dtype=dtype))
+    assert result.stdout == "clean\n", result.stderr
+    assert "heap-buffer-overflow" in result.stderr

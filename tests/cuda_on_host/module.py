@@ -1,0 +1,44 @@
+"""csrc/ compiled for the host as the extension: the CUDA backend then serves the CPU."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+
+import pytest
+from cuda_on_host.build import build, load
+
+from fsp_kernels.backends.cuda import extension, loss, product
+
+NAME = "fsp_kernels._cuda"
+# What ``pytest --host-cuda`` chooses from: the architecture, and whether sanitizers watch.
+HOST_BUILDS = {
+    "80": (80, False),
+    "75": (75, False),
+    "80-sanitized": (80, True),
+    "75-sanitized": (75, True),
+}
+
+
+@cache  # a process loads each build once
+def host_cuda_module(architecture: int = 80, sanitize: bool = False) -> ModuleType:
+    """csrc/ as that chip would run it, compiled unless that has been done before."""
+    return load(build(architecture, sanitize))
+
+
+@contextmanager
+def extension_is(module: ModuleType | None) -> Iterator[None]:
+    """The backend finds this module for its extension, or none; nothing is prepared by another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, NAME, module)
+        _forget()
+        yield
+    _forget()
+
+
+def _forget() -> None:
+    extension.extension.cache_clear()
+    extension.why_not_on.cache_clear()
+    product._product_program.cache_clear()
+    loss.PROGRAMS.clear()

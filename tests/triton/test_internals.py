@@ -1,0 +1,117 @@
+"""Ways of the Triton kernels that no call small enough for a test would take by itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from calls import BF16, DEVICE, DTYPES, FP32, ROADS, check, four_of, tensor
+from tolerances import assert_near
+
+import fsp_kernels as fsp
+from fsp_kernels import reference
+from fsp_kernels.backends import get_backend
+from fsp_kernels.backends.fused import raw_stream
+from fsp_kernels.backends.triton import configurations, elementwise, maps, product
+from fsp_kernels.backends.triton.launch import Launch
+
+every_regime = pytest.mark.parametrize("regime", ROADS, indirect=True)
+
+
+# --- offsets of 64 bits ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _offsets_of_64_bits(monkeypatch, small):
+    monkeypatch.setattr(maps, "INT32_LIMIT", 3)
+    monkeypatch.setattr(product, "INT32_LIMIT", 3)
+    small()
+
+
+@pytest.mark.usefixtures("_offsets_of_64_bits")
+@every_regime
+def test_offsets_of_64_bits_find_the_same_elements(regime):
+    check(*four_of(regime, layout="cropped"), regime)
+
+
+@pytest.mark.usefixtures("_offsets_of_64_bits")
+def test_products_with_offsets_of_64_bits_find_the_same_elements():
+    x, y = tensor(2, 17, 18), tensor(2, 5, 18, layout="channels last")
+    exact = [t.detach().double().requires_grad_() for t in (x, y)]
+    found, wanted = fsp.fsp_matrix(x, y), reference.fsp_matrix(*exact)
+    assert_near(found, wanted, 1e-5, "fp32")
+    gradients = torch.autograd.grad(found.square().sum(), (x, y))
+    expected = torch.autograd.grad(wanted.square().sum(), exact)
+    for gradient, w in zip(gradients, expected, strict=True):
+        assert_near(gradient, w, 1e-5, "fp32")
+
+
+# --- chips with few registers ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("regime", "kernel"), [("one pass", "one_pass"), ("gram", "gram")], indirect=["regime"]
+)
+def test_a_chip_without_the_registers_for_one_pass_stores_tiles(
+    small, regime, kernel, dtype, monkeypatch
+):
+    launched = set()
+    start = Launch.__call__
+
+    def remember(self, *arguments):
+        launched.add(self.kernel.__name__)
+        return start(self, *arguments)
+
+    monkeypatch.setattr(Launch, "__call__", remember)
+    student, teacher = four_of(regime, batch=2, dtypes=(dtype, dtype))
+    with configurations.using([r for r in configurations.rows() if r.kernel != kernel]):
+        small()
+        check(student, teacher, regime)
+    assert "fsp_residual" in launched
+    assert "fsp_" + kernel not in launched
+
+
+# --- sums and scalings ----------------------------------------------------------------------------
+
+
+def scaled(gradients, factor, in_place):
+    dtypes = [g.dtype for g in gradients]
+    return get_backend("triton").scale(
+        gradients, dtypes, torch.tensor(factor, device=DEVICE), in_place
+    )
+
+
+def test_more_elements_than_programs_times_block(monkeypatch):
+    monkeypatch.setattr(elementwise, "_PROGRAMS", 2)
+    elementwise._scale_launch.cache_clear()
+    gradient = tensor(5 * elementwise.BLOCK + 3, grad=False)
+    (found,) = scaled([gradient], 3.0, in_place=False)
+    elementwise._scale_launch.cache_clear()
+    assert torch.equal(found, 3 * gradient)
+
+
+def test_each_launch_sees_tensors_of_the_same_dtypes_every_time(monkeypatch):
+    # What it compiled for the first is what it launches for the others.
+    seen: dict[int, set] = {}
+    call = Launch.__call__
+
+    def record(self, stream, tensors, *scalars):
+        seen.setdefault(id(self), set()).add(tuple(x.dtype for pair in tensors[0] for x in pair))
+        return call(self, stream, tensors, *scalars)
+
+    monkeypatch.setattr(Launch, "__call__", record)
+    kinds = [FP32] * elementwise._MOST_TENSORS + [BF16] * elementwise._MOST_TENSORS
+    scaled([tensor(4, dtype=dtype, grad=False) for dtype in kinds], 3.0, in_place=True)
+    assert len(seen) == 2
+    assert all(len(dtypes) == 1 for dtypes in seen.values())
+
+
+@pytest.mark.parametrize("count", [1, 1023, 1024, 1025, 5000])
+def test_the_sum_takes_every_partial_loss(count):
+    partials = torch.randn(count, dtype=torch.float64).to(DEVICE, FP32)
+    result = partials.new_empty(())
+    Launch(elementwise.fsp_finish, 1, 8, count, elementwise.BLOCK)(
+        raw_stream(partials.device), (partials, result)
+    )
+    scale_of_terms = partials.double().abs().sum()
+    assert (result.double() - partials.double().sum()).abs() <= 1e-6 * scale_of_terms
