@@ -163,7 +163,7 @@ struct Gram {
     for_tiles<false>(side, [&](int, const auto& x, const auto& y) {
       if (Block::Of::idle()) return;
       const auto add = [&](Block& block, const auto& left, const auto& right) {
-        in_short_sums<float>(block, [&](Block& sum) {
+        in_short_sums(block, [&](Block& sum) {
 #pragma unroll 1
           for (int k = 0; k < channels; k += 16) step_fp32(sum, left, right, k, pair.split, 1);
         });

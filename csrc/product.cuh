@@ -357,17 +357,13 @@ __device__ __forceinline__ void multiply(Accumulator<LINES, COLUMNS>& result, co
 }
 
 // result += what add(sum) adds to a sum of its own. Tensor cores cut their sums off where fp32
-// would be rounded, which over thousands of terms adds up: fp32 operands get short sums only.
-template <class T, int LINES, int COLUMNS, class Add>
+// would be rounded, and always towards zero: over thousands of terms that adds up.
+template <int LINES, int COLUMNS, class Add>
 __device__ __forceinline__ void in_short_sums(Accumulator<LINES, COLUMNS>& result, Add add) {
-  if constexpr (sizeof(T) == 4) {
-    Accumulator<LINES, COLUMNS> sum;
-    sum.clear();
-    add(sum);
-    result.add(sum);
-  } else {
-    add(result);
-  }
+  Accumulator<LINES, COLUMNS> sum;
+  sum.clear();
+  add(sum);
+  result.add(sum);
 }
 
 // --- sums over a block ---------------------------------------------------------------------------

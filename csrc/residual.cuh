@@ -71,7 +71,7 @@ __device__ __forceinline__ void residual_tile(Accumulator<CHANNELS, CHANNELS>& r
           const auto operand = [&](int map) {
             return by_channel<Shape>(Stages::tile(memory, map, stage), pair.maps[map]);
           };
-          in_short_sums<T>(result, [&](auto& sum) {
+          in_short_sums(result, [&](auto& sum) {
             if (!both) {
               multiply(sum, operand(first), operand(first + 1), count, pair.split);
               return;

@@ -101,7 +101,12 @@ __global__ void __launch_bounds__(THREADS, 2)
                                                       product.slope);
         const auto y = by_position<typename Of::Other>(others + stage * Of::Other::size,
                                                        product.other);
-        in_short_sums<T>(result, [&](auto& sum) { multiply(sum, x, y, Of::other, product.split); });
+        const auto add = [&](auto& sum) { multiply(sum, x, y, Of::other, product.split); };
+        if constexpr (sizeof(T) == 4) {
+          in_short_sums(result, add);
+        } else {
+          add(result);  // which will be rounded to 16 bits
+        }
       });
   result.store(own, Of::Own::position_line, product.factor);
   __syncthreads();

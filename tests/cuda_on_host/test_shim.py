@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-import build
+from cuda_on_host import build
 
 INVALID_VALUE, INVALID_CONFIGURATION = "cudaErrorInvalidValue", "cudaErrorInvalidConfiguration"
 HERE = Path(__file__).resolve().parent

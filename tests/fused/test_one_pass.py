@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from calls import BF16, FP16, FP32, Regime, check, four_of, pair_of, tensor
-from tolerances import assert_near, oracle
+from tolerances import assert_near, flatten, oracle
 
 import fsp_kernels as fsp
 
@@ -74,6 +74,18 @@ def test_a_column_of_the_residual_that_is_zero_has_no_gradient():
     assert_near(to_a, expected.gradients[0], 1e-5, "fp32")
     assert_near(to_b, expected.gradients[1], 1e-5, "fp32")
     assert not to_b[:, 4:].any()
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_sums_over_many_positions_are_not_cut_short(dtype):
+    # Tensor cores cut sums off where fp32 would be rounded; of one sign, that adds up.
+    regime = one_pass(8, 5, (4096,))
+    student, teacher = four_of(regime, dtypes=(dtype, dtype))
+    with torch.no_grad():
+        for x in flatten(student, teacher):
+            x.abs_()
+        teacher[0][0].mul_(0.5)
+    check(student, teacher, regime)
 
 
 @pytest.mark.parametrize("incoming", [65536.0, 1024.0])
