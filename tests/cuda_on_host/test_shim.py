@@ -406,9 +406,10 @@ def sanitized_kernels():
     ],
 )
 def test_sanitizers(name, n, report):
+    path = os.pathsep.join([str(HERE), str(HERE.parent)])
     result = subprocess.run(
         [sys.executable, "-c", SANITIZED.format(name=name, n=n)],
-        env={**os.environ, **build.sanitizer_environment(), "PYTHONPATH": str(HERE)},
+        env={**os.environ, **build.sanitizer_environment(), "PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=False,
