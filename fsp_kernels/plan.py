@@ -387,10 +387,15 @@ def _evaluate_fused(
         products = 2 * m * n * sum(plan.positions for plan in networks)
         return _Evaluation("recomputed tiles", batch, 2, pooled, extra_flops=products)
     tiles = batch * math.ceil(m / GPU_TILE_CHANNELS) * math.ceil(n / GPU_TILE_CHANNELS)
-    parts = max(1, min(GPU_PROGRAMS // tiles, k // GPU_PART_POSITIONS))
+    parts = parts_of(tiles, k)
     stored = 4 * m * n * parts if gradients or parts > 1 or norm == "column" else 0
     samples = _equal_chunks(batch, max(1, CHUNK_BYTES["cuda"] // max(1, stored)))
     return _Evaluation("tiles", samples, 2, pooled + samples * stored, parts)
+
+
+def parts_of(tiles: int, positions: int) -> int:
+    """Into how many a sum over positions is split, so that the tiles of a result fill a device."""
+    return max(1, min(GPU_PROGRAMS // tiles, positions // GPU_PART_POSITIONS))
 
 
 def stored_samples(pair: PairPlan) -> int:

@@ -112,8 +112,6 @@ def limits(monkeypatch):
     def set_to(**constants):
         for name, value in constants.items():
             monkeypatch.setattr(plan, name, value)
-            if hasattr(triton_product, name):
-                monkeypatch.setattr(triton_product, name, value)
         forget()
 
     yield set_to

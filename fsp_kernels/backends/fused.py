@@ -12,6 +12,43 @@ from torch import Tensor
 from fsp_kernels.plan import LossPlan, MapPlan
 from fsp_kernels.pooling import pool, unpool
 
+# --- FSP matrices and the scaling of gradients --------------------------------------------------
+
+
+class FusedBackend:
+    """See :class:`fsp_kernels.backends.Backend` for what each method promises."""
+
+    def product(self, x: Tensor, y: Tensor, out: Tensor, positions: int) -> None:
+        """``out = x @ y / positions``: ``(B, M, R), (B, R, N) -> (B, M, N)``."""
+        raise NotImplementedError
+
+    def matrix(self, first: Tensor, second: Tensor) -> Tensor:
+        dtype = torch.promote_types(first.dtype, second.dtype)
+        out = first.new_empty(first.shape[0], first.shape[1], second.shape[1], dtype=dtype)
+        self.product(first, second.mT, out, first.shape[2])
+        return out
+
+    def matrix_backward(self, gradient: Tensor, other: Tensor, channels_last: bool) -> Tensor:
+        dtype = torch.promote_types(gradient.dtype, other.dtype)
+        batch, channels, positions = gradient.shape[0], gradient.shape[1], other.shape[2]
+        if channels_last:
+            out = gradient.new_empty(batch, positions, channels, dtype=dtype).mT
+        else:
+            out = gradient.new_empty(batch, channels, positions, dtype=dtype)
+        self.product(gradient, other, out, positions)
+        return out
+
+
+def targets_of(
+    gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype], in_place: bool
+) -> list[Tensor]:
+    """Where scaled gradients go: their own place, or a new one."""
+    return [
+        g if in_place and g.dtype == dtype else torch.empty_like(g, dtype=dtype)
+        for g, dtype in zip(gradients, dtypes, strict=True)
+    ]
+
+
 # --- how maps lie -------------------------------------------------------------------------------
 
 

@@ -27,11 +27,17 @@ from fsp_kernels.backends.cuda.extension import (
 )
 from fsp_kernels.backends.cuda.loss import PROGRAMS
 from fsp_kernels.backends.cuda.product import batched_product
-from fsp_kernels.backends.fused import on_device, raw_stream, why_no_nvidia_gpu
+from fsp_kernels.backends.fused import (
+    FusedBackend,
+    on_device,
+    raw_stream,
+    targets_of,
+    why_no_nvidia_gpu,
+)
 from fsp_kernels.plan import LossPlan
 
 
-class CudaBackend:
+class CudaBackend(FusedBackend):
     """See :class:`fsp_kernels.backends.Backend` for what each method promises."""
 
     name = "cuda"
@@ -59,21 +65,8 @@ class CudaBackend:
             return f"its kernels run on NVIDIA GPUs, not on {device.type}"
         return why_not_on(torch.cuda.current_device() if device.index is None else device.index)
 
-    def matrix(self, first: Tensor, second: Tensor) -> Tensor:
-        dtype = torch.promote_types(first.dtype, second.dtype)
-        out = first.new_empty(first.shape[0], first.shape[1], second.shape[1], dtype=dtype)
-        on_device(first, batched_product, first, second.mT, out, first.shape[2])
-        return out
-
-    def matrix_backward(self, gradient: Tensor, other: Tensor, channels_last: bool) -> Tensor:
-        dtype = torch.promote_types(gradient.dtype, other.dtype)
-        batch, channels, positions = gradient.shape[0], gradient.shape[1], other.shape[2]
-        if channels_last:
-            out = gradient.new_empty(batch, positions, channels, dtype=dtype).mT
-        else:
-            out = gradient.new_empty(batch, channels, positions, dtype=dtype)
-        on_device(gradient, batched_product, gradient, other, out, positions)
-        return out
+    def product(self, x: Tensor, y: Tensor, out: Tensor, positions: int) -> None:
+        on_device(x, batched_product, x, y, out, positions)
 
     def loss(
         self, maps: Sequence[Tensor], plan: LossPlan, weights: Sequence[float]
@@ -93,10 +86,7 @@ class CudaBackend:
 def _scale(
     gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype], factor: Tensor, in_place: bool
 ) -> list[Tensor]:
-    scaled = [
-        g if in_place and g.dtype == dtype else torch.empty_like(g, dtype=dtype)
-        for g, dtype in zip(gradients, dtypes, strict=True)
-    ]
+    scaled = targets_of(gradients, dtypes, in_place)
     pointers = [
         (g.data_ptr(), out.data_ptr(), g.numel(), scalar_of(g.dtype), scalar_of(out.dtype))
         for g, out in zip(gradients, scaled, strict=True)

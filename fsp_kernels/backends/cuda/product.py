@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsp_kernels import plan as planning
 from fsp_kernels.backends.cuda.extension import index_of, module, scalar_of
 from fsp_kernels.backends.cuda.maps import map_spec, matrix_spec, operand_of, splits
 from fsp_kernels.backends.fused import fp32_precision, raw_stream
+from fsp_kernels.plan import parts_of
 
 
 def batched_product(x: Tensor, y: Tensor, out: Tensor, positions: int) -> None:
@@ -50,7 +50,7 @@ def _product_program(
     operand = operand_of([x_dtype, y_dtype])
     tile = module().residual_tile(scalar_of(operand))
     tiles = batch * math.ceil(m / tile) * math.ceil(columns / tile)
-    parts = max(1, min(planning.GPU_PROGRAMS // tiles, r // planning.GPU_PART_POSITIONS))
+    parts = parts_of(tiles, r)
 
     def meta(size: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty_strided(tuple(size), tuple(strides), dtype=dtype, device="meta")

@@ -27,13 +27,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fsp_kernels.backends.fused import on_device, why_no_nvidia_gpu
+from fsp_kernels.backends.fused import FusedBackend, on_device, why_no_nvidia_gpu
 from fsp_kernels.plan import LossPlan
 
 OLDEST_CAPABILITY = (8, 0)
 
 
-class TritonBackend:
+class TritonBackend(FusedBackend):
     """See :class:`fsp_kernels.backends.Backend` for what each method promises."""
 
     name = "triton"
@@ -54,21 +54,10 @@ class TritonBackend:
             return f"its kernels run on NVIDIA GPUs, not on {device.type}"
         return _why_too_old(device)
 
-    def matrix(self, first: Tensor, second: Tensor) -> Tensor:
-        dtype = torch.promote_types(first.dtype, second.dtype)
-        out = first.new_empty(first.shape[0], first.shape[1], second.shape[1], dtype=dtype)
-        _product(first, second.mT, out, first.shape[2])
-        return out
+    def product(self, x: Tensor, y: Tensor, out: Tensor, positions: int) -> None:
+        from fsp_kernels.backends.triton.product import batched_product
 
-    def matrix_backward(self, gradient: Tensor, other: Tensor, channels_last: bool) -> Tensor:
-        dtype = torch.promote_types(gradient.dtype, other.dtype)
-        batch, channels, positions = gradient.shape[0], gradient.shape[1], other.shape[2]
-        if channels_last:
-            out = gradient.new_empty(batch, positions, channels, dtype=dtype).mT
-        else:
-            out = gradient.new_empty(batch, channels, positions, dtype=dtype)
-        _product(gradient, other, out, positions)
-        return out
+        on_device(x, batched_product, x, y, out, 1 / positions)
 
     def loss(
         self, maps: Sequence[Tensor], plan: LossPlan, weights: Sequence[float]
@@ -87,12 +76,6 @@ class TritonBackend:
         from fsp_kernels.backends.triton.elementwise import scale
 
         return on_device(factor, scale, gradients, dtypes, factor, in_place)
-
-
-def _product(x: Tensor, y: Tensor, out: Tensor, positions: int) -> None:
-    from fsp_kernels.backends.triton.product import batched_product
-
-    on_device(x, batched_product, x, y, out, 1 / positions)
 
 
 def _interpreting() -> bool:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fsp_kernels.backends.fused import raw_stream
+from fsp_kernels.backends.fused import raw_stream, targets_of
 from fsp_kernels.backends.triton.arithmetic import cast
 from fsp_kernels.backends.triton.launch import Launch
 
@@ -59,10 +59,7 @@ def scale(
     gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype], factor: Tensor, in_place: bool
 ) -> list[Tensor]:
     """See :meth:`fsp_kernels.backends.Backend.scale`; on the current device."""
-    scaled = [
-        g if in_place and g.dtype == dtype else torch.empty_like(g, dtype=dtype)
-        for g, dtype in zip(gradients, dtypes, strict=True)
-    ]
+    scaled = targets_of(gradients, dtypes, in_place)
     stream = raw_stream(factor.device)
     for start in range(0, len(gradients), _MOST_TENSORS):
         chosen = tuple(

@@ -19,7 +19,7 @@ from fsp_kernels.backends.triton.arithmetic import cast, multiply
 from fsp_kernels.backends.triton.configurations import configuration_of
 from fsp_kernels.backends.triton.launch import Launch, device_family
 from fsp_kernels.backends.triton.maps import INT32_LIMIT
-from fsp_kernels.plan import GPU_PART_POSITIONS, GPU_PROGRAMS, HALF
+from fsp_kernels.plan import HALF, parts_of
 
 
 class Operand(NamedTuple):
@@ -124,7 +124,7 @@ def prepare(
     c = configuration_of("product", kind, device_family(), "aligned" if aligned else "odd")
     assert c is not None
     tiles = batch * triton.cdiv(m, c.block_m) * triton.cdiv(columns, c.block_n)
-    parts = max(1, min(GPU_PROGRAMS // tiles, r // GPU_PART_POSITIONS))
+    parts = parts_of(tiles, r)
     x, y, out = (Operand(*s) for s in strides)
     if parts > 1:
         out = Operand(parts * m * columns, columns, 1)
