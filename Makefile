@@ -25,7 +25,7 @@ demo: .venv/installed
 	$(BIN)/fsp-distill compare configs/network-minimisation-digits.yaml
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .
