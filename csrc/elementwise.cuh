@@ -56,6 +56,15 @@ __device__ void scale_all(const Scaled& x, float factor) {
   }
 }
 
+template <class From>
+__device__ void scale_all(const Scaled& x, float factor) {
+  switch (x.to) {
+    case Scalar::fp16: return scale_all<From, __half>(x, factor);
+    case Scalar::bf16: return scale_all<From, __nv_bfloat16>(x, factor);
+    default: return scale_all<From, float>(x, factor);
+  }
+}
+
 // out = gradient * factor for each pair of tensors; in place, a factor of 1 is no work.
 //
 // The factor is read on the device, so nobody waits for it; every block goes over all tensors.
@@ -65,14 +74,10 @@ __global__ void __launch_bounds__(THREADS) fsp_scale(const __grid_constant__ Sca
     const Scaled& x = scales.entries[i];
     // Where a gradient waits in another dtype it has to be written whatever the factor.
     if (scales.in_place && x.from == x.to && factor == 1) continue;
-    if (x.from == Scalar::bf16) {
-      scale_all<__nv_bfloat16, __nv_bfloat16>(x, factor);
-    } else if (x.from == Scalar::fp16) {
-      scale_all<__half, __half>(x, factor);
-    } else if (x.to == Scalar::fp16) {
-      scale_all<float, __half>(x, factor);
-    } else {
-      scale_all<float, float>(x, factor);
+    switch (x.from) {
+      case Scalar::fp16: scale_all<__half>(x, factor); break;
+      case Scalar::bf16: scale_all<__nv_bfloat16>(x, factor); break;
+      default: scale_all<float>(x, factor);
     }
   }
 }

@@ -199,15 +199,17 @@ Program::Program(int device, std::string what) : device_(device), what_(std::mov
   check(cudaSetDevice(device_), what_);
 }
 
+template <class ProgramsOf>
+void Program::add(const Kernel& kernel, int tile, std::vector<PairSpec> pairs,
+                  ProgramsOf programs_of) {
+  auto launch = std::make_unique<PairLaunch>(device_, what_, kernel, tile, std::move(pairs),
+                                             programs_of);
+  launch->take_partials(partials_);
+  steps_.push_back(std::move(launch));
+}
+
 void Program::add_one_pass(Scalar operand, std::vector<PairSpec> pairs) {
   // Tiles of 32 and 64 run in one launch, with the memory that the larger wants.
-  const auto add = [&](const Kernel& kernel, int tile, std::vector<PairSpec> some) {
-    if (some.empty()) return;
-    auto launch =
-        std::make_unique<PairLaunch>(device_, what_, kernel, tile, std::move(some), samples_of);
-    launch->take_partials(partials_);
-    steps_.push_back(std::move(launch));
-  };
   std::vector<PairSpec> narrow, wide;
   int largest = 0;
   for (PairSpec& spec : pairs) {
@@ -217,46 +219,34 @@ void Program::add_one_pass(Scalar operand, std::vector<PairSpec> pairs) {
     (tile == WIDE_ONE_PASS_TILE ? wide : narrow).push_back(spec);
     if (tile != WIDE_ONE_PASS_TILE) largest = std::max(largest, tile);
   }
-  add(kernels_of(operand).wide_one_pass, WIDE_ONE_PASS_TILE, std::move(wide));
-  add(kernels_of(operand).one_pass, largest, std::move(narrow));
+  const Kernels& kernels = kernels_of(operand);
+  if (!wide.empty()) add(kernels.wide_one_pass, WIDE_ONE_PASS_TILE, std::move(wide), samples_of);
+  if (!narrow.empty()) add(kernels.one_pass, largest, std::move(narrow), samples_of);
 }
 
 void Program::add_gram(std::vector<PairSpec> pairs) {
   const bool small = std::all_of(pairs.begin(), pairs.end(),
                                  [](const PairSpec& x) { return x.pair.positions[0] <= 32; });
-  auto launch = std::make_unique<PairLaunch>(device_, what_,
-                                             small ? gram_kernel_32() : gram_kernel_64(), 0,
-                                             std::move(pairs), samples_of);
-  launch->take_partials(partials_);
-  steps_.push_back(std::move(launch));
+  add(small ? gram_kernel_32() : gram_kernel_64(), 0, std::move(pairs), samples_of);
 }
 
 void Program::add_recompute(Scalar operand, std::vector<PairSpec> pairs) {
-  auto launch = std::make_unique<PairLaunch>(
-      device_, what_, kernels_of(operand).recompute, 0, std::move(pairs), [](const Pair& pair) {
-        return pair.samples * divide_up(pair.m, RECOMPUTE_CHANNELS);
-      });
-  launch->take_partials(partials_);
-  steps_.push_back(std::move(launch));
+  add(kernels_of(operand).recompute, 0, std::move(pairs), [](const Pair& pair) {
+    return pair.samples * divide_up(pair.m, RECOMPUTE_CHANNELS);
+  });
 }
 
 void Program::add_residual(Scalar operand, std::vector<PairSpec> pairs) {
-  const int tile = kernels_of(operand).residual_channels;
-  auto launch = std::make_unique<PairLaunch>(
-      device_, what_, kernels_of(operand).residual, 0, std::move(pairs), [&](const Pair& pair) {
-        return pair.samples * pair.parts * divide_up(pair.m, tile) * divide_up(pair.n, tile);
-      });
-  launch->take_partials(partials_);
-  steps_.push_back(std::move(launch));
+  const Kernels& kernels = kernels_of(operand);
+  add(kernels.residual, 0, std::move(pairs), [tile = kernels.residual_channels](const Pair& pair) {
+    return pair.samples * pair.parts * divide_up(pair.m, tile) * divide_up(pair.n, tile);
+  });
 }
 
 void Program::add_combine(std::vector<PairSpec> pairs) {
-  auto launch = std::make_unique<PairLaunch>(
-      device_, what_, combine_kernel(), 0, std::move(pairs), [](const Pair& pair) {
-        return pair.samples * divide_up(pair.n, COMBINED_COLUMNS);
-      });
-  launch->take_partials(partials_);
-  steps_.push_back(std::move(launch));
+  add(combine_kernel(), 0, std::move(pairs), [](const Pair& pair) {
+    return pair.samples * divide_up(pair.n, COMBINED_COLUMNS);
+  });
 }
 
 void Program::add_gradients(Scalar operand, std::vector<ProductSpec> products) {

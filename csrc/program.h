@@ -82,6 +82,10 @@ class Program {
            const std::vector<float>& weights) const;
 
  private:
+  // `programs_of` tells how many blocks a pair needs.
+  template <class ProgramsOf>
+  void add(const Kernel& kernel, int tile, std::vector<PairSpec> pairs, ProgramsOf programs_of);
+
   int device_;
   std::string what_;
   int partials_ = 0;

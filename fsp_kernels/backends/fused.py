@@ -18,6 +18,26 @@ from fsp_kernels.pooling import pool, unpool
 class FusedBackend:
     """See :class:`fsp_kernels.backends.Backend` for what each method promises."""
 
+    on_cpu: str  # why no tensors of a GPU, where its kernels run on the CPU instead
+
+    @property
+    def automatic(self) -> bool:
+        """Not so where its kernels run on the CPU, for tests and for debugging."""
+        raise NotImplementedError
+
+    def why_not_on(self, device: torch.device) -> str | None:
+        """``None`` if its kernels run on this NVIDIA GPU, else why not."""
+        raise NotImplementedError
+
+    def why_unsupported(self, device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+        if torch.float64 in dtypes:
+            return "its kernels take fp32, fp16 and bf16, not fp64"
+        if not self.automatic:
+            return None if device.type == "cpu" else self.on_cpu
+        if device.type != "cuda":
+            return f"its kernels run on NVIDIA GPUs, not on {device.type}"
+        return self.why_not_on(device)
+
     def product(self, x: Tensor, y: Tensor, out: Tensor, positions: int) -> None:
         """``out = x @ y / positions``: ``(B, M, R), (B, R, N) -> (B, M, N)``."""
         raise NotImplementedError
@@ -238,10 +258,11 @@ def raw_stream(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
-def why_no_nvidia_gpu() -> str | None:
-    """``None`` if PyTorch sees one, else what is missing."""
+def why_no_gpu(why_not_on: Callable[[int], str | None]) -> str | None:
+    """``None`` if there is an NVIDIA GPU with nothing against it, else what is missing."""
     if not torch.cuda.is_available():
         return "PyTorch sees no NVIDIA GPU"
     if torch.version.hip is not None:
         return "this PyTorch is built for ROCm; its kernels are for NVIDIA GPUs"
-    return None
+    reasons = [why_not_on(i) for i in range(torch.cuda.device_count())]
+    return reasons[0] if all(reasons) else None

@@ -50,6 +50,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(
             torch.cuda, "get_device_capability", lambda device: capabilities[device]
         )
+        extension.why_unavailable.cache_clear()
 
     return _machine
 
@@ -68,6 +69,18 @@ def built():
 
 def pair(dtype=FP32, device=DEVICE):
     return tuple(torch.randn(2, c, 3, 3, device=device).to(dtype) for c in (4, 5))
+
+
+# --- on every call --------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("built")
+def test_the_machine_is_asked_once(cuda_backend, machine, monkeypatch):
+    machine((9, 0))
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: not asked.append(1))
+    assert [cuda_backend.why_unavailable() for _ in range(3)] == [None] * 3
+    assert len(asked) == 1
 
 
 # --- with which extension -------------------------------------------------------------------------

@@ -39,6 +39,7 @@ def extension_is(module: ModuleType | None) -> Iterator[None]:
 
 def _forget() -> None:
     extension.extension.cache_clear()
+    extension.why_unavailable.cache_clear()
     extension.why_not_on.cache_clear()
     product._product_program.cache_clear()
     loss.PROGRAMS.clear()

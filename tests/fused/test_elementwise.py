@@ -56,6 +56,16 @@ def test_gradients_that_wait_in_fp32_become_fp16(scale, factor, in_place):
     assert torch.equal(found, (gradient * factor).half())
 
 
+@pytest.mark.parametrize("wanted", DTYPES, ids=str)
+@pytest.mark.parametrize("held", DTYPES, ids=str)
+def test_a_gradient_may_be_wanted_in_another_dtype_than_it_is_held_in(scale, held, wanted):
+    gradient = tensor(3, 7, dtype=held, grad=False)
+    exact = 3 * gradient.double()
+    (found,) = scale([gradient], 3.0, in_place=True, dtypes=[wanted])
+    assert found.dtype == wanted
+    assert_near(found, exact, TOLERANCES[wanted].rtol, "rounded once")
+
+
 @pytest.mark.parametrize("layout", ["channels last", "every second position"])
 def test_scaled_gradients_lie_as_gradients_do(scale, layout):
     gradient = torch.empty_like(tensor(2, 3, 4, 5, layout=layout, grad=False)).normal_()

@@ -22,8 +22,8 @@ from fsp_kernels.backends.cuda.extension import (
     module,
     on_host,
     scalar_of,
-    why_missing,
     why_not_on,
+    why_unavailable,
 )
 from fsp_kernels.backends.cuda.loss import PROGRAMS
 from fsp_kernels.backends.cuda.product import batched_product
@@ -32,7 +32,6 @@ from fsp_kernels.backends.fused import (
     on_device,
     raw_stream,
     targets_of,
-    why_no_nvidia_gpu,
 )
 from fsp_kernels.plan import LossPlan
 
@@ -41,28 +40,16 @@ class CudaBackend(FusedBackend):
     """See :class:`fsp_kernels.backends.Backend` for what each method promises."""
 
     name = "cuda"
+    on_cpu = "it is built for the host: it serves the CPU"
 
     @property
     def automatic(self) -> bool:
         return not on_host()
 
     def why_unavailable(self) -> str | None:
-        reason = why_missing()
-        if reason is not None or on_host():
-            return reason
-        reason = why_no_nvidia_gpu()
-        if reason is not None:
-            return reason
-        reasons = [why_not_on(i) for i in range(torch.cuda.device_count())]
-        return reasons[0] if all(reasons) else None
+        return why_unavailable()
 
-    def why_unsupported(self, device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
-        if torch.float64 in dtypes:
-            return "its kernels take fp32, fp16 and bf16, not fp64"
-        if on_host():
-            return None if device.type == "cpu" else "it is built for the host: it serves the CPU"
-        if device.type != "cuda":
-            return f"its kernels run on NVIDIA GPUs, not on {device.type}"
+    def why_not_on(self, device: torch.device) -> str | None:
         return why_not_on(torch.cuda.current_device() if device.index is None else device.index)
 
     def product(self, x: Tensor, y: Tensor, out: Tensor, positions: int) -> None:

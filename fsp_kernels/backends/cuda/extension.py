@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fsp_kernels.backends.fused import why_no_gpu
+
 NEVER = "nothing has compiled it: `pip install .` does, where it finds nvcc 12.0 or newer"
 # What setup.py leaves where it does not build the extension: why.
 NOTE = Path(__file__).parents[2] / "cuda_build.txt"
@@ -38,11 +40,14 @@ def extension() -> ModuleType | str:
         return f"its extension cannot be loaded: {error}"
 
 
+@lru_cache  # every call asks
 @_constant
-def why_missing() -> str | None:
-    """``None`` if the extension is there, whatever it is built for."""
+def why_unavailable() -> str | None:
+    """``None`` if the extension is there and has kernels for a GPU of this machine."""
     found = extension()
-    return found if isinstance(found, str) else None
+    if isinstance(found, str):
+        return found
+    return None if on_host() else why_no_gpu(why_not_on)
 
 
 @_constant

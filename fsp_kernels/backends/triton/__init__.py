@@ -27,7 +27,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fsp_kernels.backends.fused import FusedBackend, on_device, why_no_nvidia_gpu
+from fsp_kernels.backends.fused import FusedBackend, on_device, why_no_gpu
 from fsp_kernels.plan import LossPlan
 
 OLDEST_CAPABILITY = (8, 0)
@@ -37,6 +37,7 @@ class TritonBackend(FusedBackend):
     """See :class:`fsp_kernels.backends.Backend` for what each method promises."""
 
     name = "triton"
+    on_cpu = "TRITON_INTERPRET=1 is set: it serves the CPU"
 
     @property
     def automatic(self) -> bool:
@@ -45,13 +46,7 @@ class TritonBackend(FusedBackend):
     def why_unavailable(self) -> str | None:
         return _why_unavailable(_interpreting())
 
-    def why_unsupported(self, device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
-        if torch.float64 in dtypes:
-            return "its kernels take fp32, fp16 and bf16, not fp64"
-        if _interpreting():
-            return None if device.type == "cpu" else "TRITON_INTERPRET=1 is set: it serves the CPU"
-        if device.type != "cuda":
-            return f"its kernels run on NVIDIA GPUs, not on {device.type}"
+    def why_not_on(self, device: torch.device) -> str | None:
         return _why_too_old(device)
 
     def product(self, x: Tensor, y: Tensor, out: Tensor, positions: int) -> None:
@@ -89,11 +84,7 @@ def _why_unavailable(interpreting: bool) -> str | None:
         return "the package triton is not installed"
     if interpreting:
         return None
-    reason = why_no_nvidia_gpu()
-    if reason is not None:
-        return reason
-    reasons = [_why_too_old(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
-    return reasons[0] if all(reasons) else None
+    return why_no_gpu(lambda index: _why_too_old(torch.device("cuda", index)))
 
 
 @lru_cache
