@@ -1,155 +1,210 @@
-"""``python -m benchmarks.accuracy``: errors in fp32 as the student nears its teacher.
+"""Errors of loss and gradients to float64 as the student nears its teacher.
 
-Distillation drives the two networks' maps together. The naive op subtracts two nearly equal FSP
-matrices, so its gradient drowns in rounding just there. Ours subtracts the maps first.
+Distillation drives the two networks' maps together. Who subtracts two nearly equal FSP matrices
+has a gradient that drowns in rounding just there. Ours subtracts the maps first.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import shlex
-import sys
-import textwrap
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-import fsp_kernels as fsp
-from benchmarks import peers
-from benchmarks.environment import commit, device_slug, machine
-from benchmarks.measure import evaluate, in_float64, relative_error
-from benchmarks.report import provenance
-from benchmarks.tables import markdown_table, plain_table
-from benchmarks.workloads import Pairs
+from benchmarks import contenders
+from benchmarks.contenders import Contender
+from benchmarks.measure import LOSS_SCALES, evaluate, in_float64, relative_error
+from benchmarks.peers import Loss
+from benchmarks.race import NotRun, failure
+from benchmarks.workloads import Case, Pairs, Workload
 from fsp_kernels import reference
-from fsp_kernels.functional import run_loss
+from fsp_kernels.functional import planned_loss
+from fsp_kernels.plan import Form, MapSpec, alternatives
 
-SHAPE = (32, 512, 7, 7)  # the last stage of a ResNet-18
-NOISES = (1e-1, 1e-3, 1e-5)
-TITLE = "Error near convergence, fp32"
-LEGEND = (
-    f"Both maps of the pair are {' x '.join(map(str, SHAPE))}; student = teacher + noise * normal. "
-    "Relative error to float64 in the 2-norm: the worse of the two gradients, then the loss."
-)
+# Both maps of the pair: of the last stage of a ResNet-18, which kernels evaluate in Gram form, and
+# of an early one, which they evaluate in matrix form. Of a larger batch errors are the same.
+SHAPES = {"512 @ 7 x 7": (8, 512, 7, 7), "64 @ 28 x 28": (8, 64, 28, 28)}
+QUICK_SHAPES = {"128 @ 7 x 7": (4, 128, 7, 7)}
+NOISES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+TORCH_BACKEND = "ours (torch)"
+FORMS: tuple[Form, ...] = ("matrix", "gram")
 
-Evaluate = Callable[[Pairs, Pairs], tuple[Tensor, list[Tensor]]]
-
-
-@dataclass(frozen=True)
-class Error:
-    """Relative errors to float64 of one way to compute, at one noise."""
-
-    way: str
-    noise: float
-    gradient: float
-    loss: float
+Finding = dict[str, Any]
 
 
-def by_form(form: Literal["matrix", "gram"]) -> Evaluate:
-    """Ours made to take one form, whichever the plan would choose for the shape."""
+class Precision(NamedTuple):
+    """The dtype of the maps, and ``torch.set_float32_matmul_precision``'s argument."""
 
-    def run(student: Pairs, teacher: Pairs) -> tuple[Tensor, list[Tensor]]:
-        plan = fsp.explain(student, teacher)
-        pairs = tuple(replace(p, form=form, residual="difference") for p in plan.pairs)
-        maps = [x for s, t in zip(student, teacher, strict=True) for x in (*s, *t)]
-        return run_loss(maps, replace(plan, pairs=pairs), [1.0] * len(pairs))
-
-    return run
+    dtype: torch.dtype
+    products: str = "highest"
 
 
-def by_autograd(loss: peers.Loss) -> Evaluate:
-    """As a training loop does it."""
-    return lambda student, teacher: evaluate(loss, student, teacher)
-
-
-WAYS: dict[str, Evaluate] = {
-    "einsum": by_autograd(peers.loss_over(peers.einsum_matrix)),
-    "fsp_kernels, matrix form": by_form("matrix"),
-    "fsp_kernels, gram form": by_form("gram"),
-    "fsp_kernels, as planned": by_autograd(fsp.fsp_loss),
+PRECISIONS = {
+    "fp32": Precision(torch.float32),
+    "tf32": Precision(torch.float32, "high"),
+    "bf16": Precision(torch.bfloat16),
+    "fp16": Precision(torch.float16),
 }
 
 
-def nearby_maps(noise: float, shape: Sequence[int], seed: int = 0) -> tuple[Pairs, Pairs]:
-    """``(student, teacher)``, one pair each; the student off by ``noise`` times normal noise."""
+@dataclass(frozen=True)
+class Way:
+    """A way to compute the loss; ``build`` makes it anew for each precision."""
+
+    name: str
+    build: Callable[[], Loss]
+
+
+class Problem:
+    """Maps at one noise, and what is true of them by the definition in float64.
+
+    That is computed from the rounded maps, so rounding them is nobody's error. All gradients are
+    scaled as training in the dtype scales them: in float64 a power of two changes nothing else.
+    """
+
+    def __init__(self, noise: float, shape: Sequence[int], dtype: torch.dtype, device: str):
+        self.student, self.teacher = nearby_maps(noise, shape, dtype, device)
+        self.scale = LOSS_SCALES.get(dtype, 1.0)
+        exact = in_float64(self.student), in_float64(self.teacher)
+        self._loss, self._gradients = evaluate(reference.fsp_loss, *exact, self.scale)
+
+    def errors(self, contender: Loss) -> dict[str, float]:
+        """Relative errors in the 2-norm, the gradients' being that of the worse one."""
+        if not all(truth.norm() > 0 for truth in (self._loss, *self._gradients)):
+            raise NotRun("not defined: rounding leaves student and teacher equal")
+        loss, gradients = evaluate(contender, self.student, self.teacher, self.scale)
+        return {
+            "loss_error": relative_error([loss], [self._loss]),
+            "gradient_error": relative_error(gradients, self._gradients),
+        }
+
+
+def nearby_maps(
+    noise: float, shape: Sequence[int], dtype: torch.dtype, device: str, seed: int = 0
+) -> tuple[Pairs, Pairs]:
+    """``(student, teacher)``, one pair each; the student off by ``noise`` times normal noise.
+
+    But for rounding they are the same numbers in every dtype and on every device.
+    """
     generator = torch.Generator().manual_seed(seed)
-
-    def noisy(x: Tensor) -> Tensor:
-        return (x + noise * torch.randn(shape, generator=generator)).requires_grad_()
-
-    first, second = (torch.randn(shape, generator=generator).relu_() for _ in range(2))
-    return [(noisy(first), noisy(second))], [(first, second)]
+    teacher = [torch.randn(*shape, generator=generator).relu_() for _ in range(2)]
+    student = [x + noise * torch.randn(*shape, generator=generator) for x in teacher]
+    first, second = (x.to(device, dtype).requires_grad_() for x in student)
+    return [(first, second)], [(teacher[0].to(device, dtype), teacher[1].to(device, dtype))]
 
 
-def measure(noises: Sequence[float] = NOISES, shape: Sequence[int] = SHAPE) -> list[Error]:
-    """Every way at every noise, on the same fp32 maps as the float64 oracle."""
-    errors = []
-    for noise in noises:
-        student, teacher = nearby_maps(noise, shape)
-        true_loss, true_gradients = evaluate(
-            reference.fsp_loss, in_float64(student), in_float64(teacher)
-        )
-        for way, run in WAYS.items():
-            loss, gradients = run(student, teacher)
-            gradient_error = relative_error(gradients, true_gradients)
-            errors.append(Error(way, noise, gradient_error, relative_error([loss], [true_loss])))
-    return errors
+def loss_by(form: Form) -> Loss:
+    """Ours by the torch backend, made to take one form, whichever it would choose."""
+
+    def loss(student: Pairs, teacher: Pairs) -> Tensor:
+        (a, b), (c, d) = student[0], teacher[0]
+        specs = (MapSpec.of(a), MapSpec.of(b)), (MapSpec.of(c), MapSpec.of(d))
+        plans = alternatives(*specs, "max", "frobenius", "torch")
+        plan = next((plan for plan in plans if plan.pairs[0].form == form), None)
+        if plan is None:
+            raise NotRun(f"not run: has no {form} form for this shape")
+        return planned_loss(plan, (1.0,), (a, b, c, d))
+
+    return loss
 
 
-def table_cells(errors: Sequence[Error]) -> tuple[list[str], list[list[str]]]:
-    """Header and body: a line for each way, a column for each noise."""
-    noises = list(dict.fromkeys(error.noise for error in errors))
-    header = ["", *(f"gradient, noise {noise:g}" for noise in noises)]
-    header += [f"loss, noise {noise:g}" for noise in noises]
-    body = []
-    for way in dict.fromkeys(error.way for error in errors):
-        found = [error for error in errors if error.way == way]
-        values = [error.gradient for error in found] + [error.loss for error in found]
-        body.append([way, *(f"{value:.1e}" for value in values)])
-    return header, body
+def ways(chosen: Sequence[Contender], shape: Sequence[int], device: str) -> list[Way]:
+    """Every contender, and our torch backend made to take each of its forms."""
+    found = [Way(c.name, partial(_built, c, shape, device)) for c in chosen]
+    if any(way.name == TORCH_BACKEND for way in found):
+        found += [Way(f"{TORCH_BACKEND}, {form} form", partial(loss_by, form)) for form in FORMS]
+    return found
 
 
-def write(errors: Sequence[Error], folder: Path, command: str) -> None:
-    """``accuracy.json`` and ``accuracy.md``, with what made them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {
-        "machine_info": machine(),
-        "commit_info": commit(),
-        "command": command,
-        "shape": SHAPE,
-        "errors": [vars(error) for error in errors],
-    }
-    (folder / "accuracy.json").write_text(json.dumps(content, indent=2) + "\n")
-    parts = [
-        f"# {TITLE}",
-        provenance(machine(), commit(), command),
-        LEGEND,
-        markdown_table(*table_cells(errors)),
+def _built(contender: Contender, shape: Sequence[int], device: str) -> Loss:
+    batch, channels, side, _ = shape
+    layer = (channels, side)
+    case = Case(Workload("near convergence", batch, ((layer, layer),)), batch)
+    reason = contenders.why_not(contender, case, device)
+    if reason is not None:
+        raise NotRun(reason)
+    return contender.build()
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Within, fp32 matrices are multiplied as the argument says."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def why_no(dtype: str, device: str) -> str | None:
+    """Why a device cannot multiply so; ``None`` if it can."""
+    if dtype != "tf32":
+        return None
+    if device == "cpu":
+        return "a CPU has no TF32"
+    return None if torch.cuda.get_device_capability() >= (8, 0) else "this GPU has no TF32"
+
+
+def measure(
+    device: str,
+    chosen: Sequence[Contender],
+    dtypes: Iterable[str] = tuple(PRECISIONS),
+    noises: Sequence[float] = NOISES,
+    shapes: Mapping[str, Sequence[int]] = SHAPES,
+) -> tuple[list[Finding], list[Finding]]:
+    """``(errors, not_measured)`` of every way, of all maps, in every dtype, at every noise."""
+    findings: list[Finding] = []
+    for (maps, shape), dtype in itertools.product(shapes.items(), dtypes):
+        where = {"part": "accuracy", "maps": maps, "dtype": dtype}
+        with float32_products(PRECISIONS[dtype].products):
+            found = _findings(device, ways(chosen, shape, device), dtype, noises, shape)
+        findings += [where | finding for finding in found]
+    measured = [finding for finding in findings if "reason" not in finding]
+    return measured, [finding for finding in findings if "reason" in finding]
+
+
+def _findings(
+    device: str, all_ways: Sequence[Way], dtype: str, noises: Sequence[float], shape: Sequence[int]
+) -> list[Finding]:
+    """In one dtype; what has a reason has no errors."""
+
+    def identity(noise: float, way: Way) -> Finding:
+        return {"noise": noise, "contender": way.name}
+
+    reason = why_no(dtype, device)
+    if reason is not None:
+        missing = {"reason": reason, "fault": False}
+        return [identity(noise, way) | missing for way in all_ways for noise in noises]
+    kind = PRECISIONS[dtype].dtype
+    problems = {noise: Problem(noise, shape, kind, device) for noise in noises}
+    return [
+        identity(noise, way) | finding
+        for way in all_ways
+        for noise, finding in _errors_of(way, problems).items()
     ]
-    (folder / "accuracy.md").write_text("\n\n".join(parts) + "\n")
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Measure, keep where asked, print."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="write accuracy.json and accuracy.md into DIR/<device>",
-    )
-    options = parser.parse_args(arguments)
-    errors = measure()
-    if options.output:
-        command = shlex.join(["python", "-m", "benchmarks.accuracy", *arguments])
-        write(errors, options.output / device_slug(), command)
-    print(f"{TITLE}\n\n{textwrap.fill(LEGEND, 100)}\n\n{plain_table(*table_cells(errors))}")
+def _errors_of(way: Way, problems: Mapping[float, Problem]) -> dict[float, Finding]:
+    """At each noise the errors, or the reason why there are none."""
+    try:
+        loss = way.build()
+    except Exception as error:
+        return dict.fromkeys(problems, _reason(error))
+    found: dict[float, Finding] = {}
+    for noise, problem in problems.items():
+        try:
+            found[noise] = problem.errors(loss)
+        except Exception as error:
+            found[noise] = _reason(error)
+    return found
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def _reason(error: Exception) -> Finding:
+    outcome = failure(error)
+    return {"reason": outcome.reason, "fault": outcome.fault}

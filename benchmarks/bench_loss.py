@@ -1,86 +1,85 @@
-"""Loss forward + backward, every contender on every workload, in pytest-benchmark's hands.
+"""The loss on every workload: every contender, dtype, memory format and pass.
 
-``pytest benchmarks/bench_loss.py`` prints its comparison; ``python -m benchmarks`` runs this and
-prints one table for each dtype.
+The peaks of a CPU come last of a workload, in a process of their own, so its cases are raced
+together, before the first of them is recorded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from benchmarks import contenders, cuda, measure, memory
+from benchmarks import cases, options, workloads
 from benchmarks.contenders import Contender
-from benchmarks.outcome import Outcome
-from benchmarks.replay import ReplayClock
-from benchmarks.workloads import DTYPES, Workload
+from benchmarks.race import Outcome, Race, Rounds
+from benchmarks.replay import CLOCK
+from benchmarks.workloads import Case, Workload
 
-clock = ReplayClock()
-
-
-def on_cpu(
-    workload: Workload, chosen: Sequence[Contender], rounds: int, dtype_name: str
-) -> dict[str, Outcome]:
-    """Times in this process, then peaks in a fresh one, which finds compiled code in its cache."""
-    timings = measure.time_workload(workload, chosen, rounds, DTYPES[dtype_name])
-    peaks = memory.peaks_in_fresh_process(workload, list(timings), dtype_name)
-    outcomes = {c.name: Outcome(reason="does not fit") for c in chosen}
-    for name, timing in timings.items():
-        memory_facts = {
-            "peak_extra_bytes": peaks[name],
-            "peak_extra_method": memory.method(),
-        }
-        outcomes[name] = Outcome(timing.durations, memory_facts | timing.facts())
-    return outcomes
+Outcomes = dict[tuple[Case, str], Outcome]
 
 
-def on_cuda(
-    workload: Workload, chosen: Sequence[Contender], rounds: int, dtype_name: str
-) -> dict[str, Outcome]:
-    """Times, launches and peaks, all in this process."""
-    return cuda.time_workload(workload, chosen, rounds, DTYPES[dtype_name])
+def cases_of(workload: Workload, config: pytest.Config) -> list[Case]:
+    """All that is asked of a workload."""
+    batch = workload.batch_on(config.getoption("--device"))
+    return [
+        Case(workload, batch, dtype, layout, direction)
+        for dtype in options.dtype_names(config)
+        for layout in workload.layouts(options.layouts(config))
+        for direction in options.directions(config)
+    ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    chosen = [workloads.BY_NAME[name] for name in options.workload_names(metafunc.config)]
+    found = [case for workload in chosen for case in cases_of(workload, metafunc.config)]
+    names = ["-".join(map(str, cases.identity(case, "").values())) for case in found]
+    metafunc.parametrize("case", found, ids=[name.rstrip("-") for name in names], scope="module")
+    contender_names = [contender.name for contender in options.competing(metafunc.config)]
+    metafunc.parametrize("contender_name", contender_names)
 
 
 @pytest.fixture(scope="module")
-def outcomes(
-    workload: Workload, dtype_name: str, device: str, contender_names: list[str], rounds: int
-) -> dict[str, Outcome]:
-    """All contenders of a workload, measured together once."""
-    print(
-        f"\n{workload.name}, {dtype_name}: {rounds} rounds of {', '.join(contender_names)}",
-        flush=True,
-    )
-    chosen = [contenders.BY_NAME[name] for name in contender_names]
-    run = on_cpu if device == "cpu" else on_cuda
-    return run(workload, chosen, rounds, dtype_name)
-
-
-@pytest.mark.benchmark(timer=clock.now)
-def test_loss(
-    benchmark: Any,
-    workload: Workload,
-    dtype_name: str,
+def outcomes_of(
+    pytestconfig: pytest.Config,
     device: str,
-    contender_name: str,
-    outcomes: dict[str, Outcome],
-    not_measured: list[dict[str, Any]],
-) -> None:
-    outcome = outcomes[contender_name]
-    identity = {"workload": workload.name, "dtype": dtype_name, "contender": contender_name}
-    if outcome.reason is not None:
-        not_measured.append(identity | {"reason": outcome.reason})
-        give_up = pytest.fail if outcome.fault else pytest.skip
-        give_up(outcome.reason)
-    batch = workload.batch_on(device)
-    benchmark.group = f"{workload.name}, {dtype_name}"
-    benchmark.extra_info.update(
-        identity,
-        device=device,
-        batch=batch,
-        gradient_bytes=memory.gradient_bytes(workload, batch, DTYPES[dtype_name]),
-        **outcome.facts,
+    chosen_contenders: list[Contender],
+    race: Race,
+    rounds: Rounds,
+) -> Any:
+    """All outcomes of a workload; the next workload's replace them."""
+    kept: dict[str, Outcomes] = {}
+
+    def outcomes(workload: Workload) -> Outcomes:
+        if workload.name not in kept:
+            kept.clear()
+            kept[workload.name] = _race_all(
+                cases_of(workload, pytestconfig), chosen_contenders, device, race, rounds
+            )
+        return kept[workload.name]
+
+    return outcomes
+
+
+def _race_all(
+    all_cases: list[Case], chosen: list[Contender], device: str, race: Race, rounds: Rounds
+) -> Outcomes:
+    outcomes = {
+        (case, name): outcome
+        for case in all_cases
+        for name, outcome in cases.measure(case, chosen, device, race, rounds).items()
+    }
+    if device == "cpu":
+        peaks = cases.peaks(all_cases, chosen)
+        for key, peak in peaks.items():
+            outcomes[key] = cases.with_peak(outcomes[key], peak)
+    return outcomes
+
+
+@pytest.mark.benchmark(timer=CLOCK.now)
+def test_loss(case: Case, contender_name: str, outcomes_of: Any, record: Any) -> None:
+    outcome = outcomes_of(case.workload)[case, contender_name]
+    identity = {"part": "loss"} | cases.identity(case, contender_name)
+    record(
+        outcome, f"{case.workload.name}, {case.dtype}, {case.layout}, {case.direction}", identity
     )
-    clock.load(outcome.durations)
-    benchmark.pedantic(clock.step, setup=clock.rewind, rounds=len(outcome.durations))

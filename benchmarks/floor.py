@@ -1,40 +1,138 @@
-"""The least time a step can take on a device: the bytes it must move, at the rate of a copy."""
+"""The least time a step can take on a device: bytes at the rate of a copy, flops at a product's.
+
+Both rates are measured in the same run, the fastest of some repetitions: a bound, not a mean. A
+step must read every map and write every gradient that is wanted once, and no known way does with
+fewer multiplications than the cheaper of the two forms of ``plan.py``. The longer of the two times
+binds.
+"""
 
 from __future__ import annotations
 
-import statistics
-from functools import lru_cache
+import time
 from itertools import pairwise
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.measure import leaves
-from benchmarks.workloads import Pairs
+from benchmarks.workloads import DTYPES, Case, Pairs
+from fsp_kernels.plan import MapSpec, fewest_flops
 
-COPY_BYTES = 1 << 30  # twenty times the largest L2, so that next to nothing is found there
+COPY_BYTES = 1 << 30  # on a GPU: twenty times the largest L2; next to nothing is found there
 COPIES = 20
 # Long enough that all copies are queued before the first one starts.
 SLEEP_CYCLES = 20_000_000
+MATRIX_SIZE = {"cpu": 512, "cuda": 8192}  # a CPU is fastest where it all stays in cache
+PRODUCTS = 10
+TF32_TERMS = 3  # products of TF32 that make one of fp32
 
 
-def floor_bytes(student: Pairs, teacher: Pairs) -> int:
+def floor_bytes(student: Pairs, teacher: Pairs, training: bool = True) -> int:
     """Every map read once, and the gradient of each that wants one written once."""
     maps = leaves(student) + leaves(teacher)
-    return sum(x.nbytes for x in maps) + sum(x.nbytes for x in maps if x.requires_grad)
+    wanted = [x for x in maps if training and x.requires_grad]
+    return sum(x.nbytes for x in maps) + sum(x.nbytes for x in wanted)
 
 
-@lru_cache(maxsize=1)
-def copy_rate() -> float:
-    """Bytes per second, read and written, of a large ``copy_`` on the GPU: the median of twenty."""
-    size = min(COPY_BYTES, torch.cuda.get_device_properties().total_memory // 8)
-    source = torch.ones(size, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(COPIES + 1)]
-    target.copy_(source)  # warms up
+def floor_flops(student: Pairs, teacher: Pairs, training: bool = True) -> int:
+    """Of the cheaper form of each pair."""
+
+    def specs(pair: tuple[Tensor, Tensor]) -> tuple[MapSpec, MapSpec]:
+        first, second = (
+            MapSpec.of(x)._replace(requires_grad=training and x.requires_grad) for x in pair
+        )
+        return first, second
+
+    return sum(fewest_flops(specs(s), specs(t)) for s, t in zip(student, teacher, strict=True))
+
+
+def _seconds_of_each(work: Any, repetitions: int, device: str) -> list[float]:
+    """How long each call takes; the first, which warms up, does not count."""
+    work()
+    if device == "cpu":
+        times = [time.perf_counter()]
+        for _ in range(repetitions):
+            work()
+            times.append(time.perf_counter())
+        return [end - start for start, end in pairwise(times)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]
     torch.cuda._sleep(SLEEP_CYCLES)
-    for event in events:
+    events[0].record()
+    for event in events[1:]:
+        work()
         event.record()
-        target.copy_(source)
     torch.cuda.synchronize()
-    milliseconds = [start.elapsed_time(end) for start, end in pairwise(events)]
-    return 2 * size / (statistics.median(milliseconds) / 1e3)
+    return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
+
+
+_fastest: dict[tuple[str, Any], float] = {}  # so far, by device and what was copied or multiplied
+
+
+def _best(device: str, work: Any, rate: float) -> float:
+    """The fastest of all that were measured in this run: a busy moment must not lower a floor."""
+    key = device, work
+    _fastest[key] = max(rate, _fastest.get(key, 0.0))
+    return _fastest[key]
+
+
+def copy_rate(device: str, moved: int = 2 * COPY_BYTES) -> float:
+    """Bytes per second, read and written, of a ``copy_``: the fastest of all so far.
+
+    On a CPU ``moved`` bytes are read and written together, as many as the step moves: what fits in
+    a cache is copied from there, as contenders find it there. A GPU's copy is too large for that.
+    """
+    size = moved // 2
+    if device == "cuda":
+        size = min(COPY_BYTES, torch.cuda.get_device_properties().total_memory // 8)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = _seconds_of_each(lambda: target.copy_(source), COPIES, device)
+    return _best(device, moved, 2 * size / min(seconds))
+
+
+def matrix_rate(device: str, dtype_name: str) -> float:
+    """Flops per second of a large matrix product of such maps: the fastest of all so far.
+
+    A CPU may widen half precision first. Where fp32 must be exact, a GPU may do three products of
+    TF32 in place of one.
+    """
+    rates = [_product_rate(device, DTYPES[dtype_name])]
+    if device == "cpu" and dtype_name != "fp32":
+        rates.append(_product_rate(device, torch.float32))
+    precision = torch.get_float32_matmul_precision()
+    if device == "cuda" and dtype_name == "fp32" and precision == "highest":
+        torch.set_float32_matmul_precision("high")
+        rates.append(_product_rate(device, torch.float32) / TF32_TERMS)
+        torch.set_float32_matmul_precision(precision)
+    return _best(device, dtype_name, max(rates))
+
+
+def _product_rate(device: str, dtype: torch.dtype) -> float:
+    size = MATRIX_SIZE[device]
+    # Random: a GPU multiplies ones faster, since it needs less power for them.
+    x, y = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(x)
+    seconds = _seconds_of_each(lambda: torch.mm(x, y, out=out), PRODUCTS, device)
+    return 2 * size**3 / min(seconds)
+
+
+def floor_facts(case: Case, student: Pairs, teacher: Pairs, device: str) -> dict[str, Any]:
+    """The floor of a case, as it is recorded with each result."""
+    moved = floor_bytes(student, teacher, case.training)
+    return {
+        "floor_bytes": moved,
+        "floor_flops": floor_flops(student, teacher, case.training),
+        "copy_bytes_per_second": copy_rate(device, moved),
+        "matrix_flops_per_second": matrix_rate(device, case.dtype),
+    }
+
+
+def settled(facts: dict[str, Any]) -> dict[str, Any]:
+    """The rates of a result's floor as the whole run has them."""
+    if "floor_bytes" not in facts:
+        return {}
+    return {
+        "copy_bytes_per_second": _fastest[facts["device"], facts["floor_bytes"]],
+        "matrix_flops_per_second": _fastest[facts["device"], facts["dtype"]],
+    }

@@ -1,20 +1,17 @@
-"""Check every contender against the definition, then time them turn by turn."""
+"""A step as training does it, and the check of what it computes against the definition."""
 
 from __future__ import annotations
 
-import gc
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.contenders import Contender
 from benchmarks.peers import Loss
-from benchmarks.workloads import Pairs, Workload, feature_maps
+from benchmarks.race import Step
+from benchmarks.workloads import Case, Pairs
 from fsp_kernels import reference
 
 
@@ -40,21 +37,6 @@ TOLERANCES = {
 # Training in fp16 scales the loss, or gradients of about 1 / (B K) drown among subnormal numbers.
 LOSS_SCALES = {torch.float16: 8192.0}
 
-Step = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What one contender did on one workload; errors are relative to float64, in the 2-norm."""
-
-    durations: list[float]  # seconds, in the order of the rounds
-    loss_error: float
-    gradient_error: float
-
-    def facts(self) -> dict[str, Any]:
-        """What is recorded beside the durations."""
-        return {"loss_error": self.loss_error, "gradient_error": self.gradient_error}
-
 
 def leaves(pairs: Pairs) -> list[Tensor]:
     """All maps of a network, in order."""
@@ -66,14 +48,18 @@ def backward(value: Tensor, scale: float) -> None:
     value.backward(None if scale == 1 else torch.full_like(value, scale))
 
 
-def gradient_step(loss: Loss, student: Pairs, teacher: Pairs) -> Step:
-    """Forward and backward, as a training loop calls them."""
+def step_of(loss: Loss, student: Pairs, teacher: Pairs, training: bool = True) -> Step:
+    """Forward and backward as a training loop calls them, or the loss alone as validation does."""
     scale = LOSS_SCALES.get(student[0][0].dtype, 1.0)
 
-    def step() -> None:
+    def train() -> None:
         backward(loss(student, teacher), scale)
 
-    return step
+    def validate() -> None:
+        with torch.no_grad():
+            loss(student, teacher)
+
+    return train if training else validate
 
 
 def forget_gradients(student: Pairs) -> None:
@@ -112,91 +98,31 @@ def relative_error(values: Iterable[Tensor], truths: Iterable[Tensor]) -> float:
 
 
 class Check:
-    """The definition in float64 on one workload's maps, to hold contenders to."""
+    """The definition in float64 on a case's maps, to hold contenders to."""
 
-    def __init__(self, workload: Workload, student: Pairs, teacher: Pairs):
-        self._workload, self._student, self._teacher = workload, student, teacher
+    def __init__(self, case: Case, student: Pairs, teacher: Pairs):
+        self._case, self._student, self._teacher = case, student, teacher
         self._dtype = student[0][0].dtype
-        self._scale = LOSS_SCALES.get(self._dtype, 1.0)
-        self._truth = evaluate(
-            reference.fsp_loss, in_float64(student), in_float64(teacher), self._scale
-        )
+        exact = in_float64(student), in_float64(teacher)
+        self._truth = self._computed(reference.fsp_loss, *exact)
 
-    def __call__(self, contender: Contender, loss: Loss) -> tuple[float, float]:
+    def __call__(self, contender: Contender, loss: Loss) -> dict[str, float]:
         """Errors of loss and gradients; raises AssertionError where they are too large."""
-        value, gradients = evaluate(loss, self._student, self._teacher, self._scale)
-        errors = (
-            relative_error([value], [self._truth[0]]),
-            relative_error(gradients, self._truth[1]),
-        )
+        value, gradients = self._computed(loss, self._student, self._teacher)
+        errors = {"loss_error": relative_error([value], [self._truth[0]])}
+        if self._case.training:
+            errors["gradient_error"] = relative_error(gradients, self._truth[1])
         row = TOLERANCES[self._dtype]
         allowed = row.ours if contender.ours else row.peers
-        if not max(errors) < allowed:
+        if not max(errors.values()) < allowed:
             raise AssertionError(
-                f"{contender.name} is wrong on {self._workload.name}: relative errors of loss and "
-                f"gradients to float64 are {errors}, allowed {allowed}"
+                f"{contender.name} is wrong on {self._case.workload.name}: relative to float64 "
+                f"{errors}, allowed {allowed}"
             )
         return errors
 
-
-@contextmanager
-def without_garbage_collection() -> Iterator[None]:
-    """A collection would fall on whoever happens to be timed."""
-    was_collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_collecting:
-            gc.enable()
-
-
-def turns(names: Sequence[str], rounds: int, max_rounds: Mapping[str, int]) -> Iterator[str]:
-    """Every name in every round, so that whatever slows the machine down slows all alike.
-
-    The order rotates: no one always runs after the same neighbour, with its leftovers in cache.
-    """
-    for turn in range(rounds if names else 0):
-        shift = turn % len(names)
-        for name in (*names[shift:], *names[:shift]):
-            if turn < max_rounds.get(name, rounds):
-                yield name
-
-
-def interleave(
-    steps: Mapping[str, Step],
-    rounds: int,
-    max_rounds: Mapping[str, int],
-    between: Step,
-) -> dict[str, list[float]]:
-    """Time all steps in turns; ``between`` runs before each step, untimed."""
-    durations: dict[str, list[float]] = {name: [] for name in steps}
-    with without_garbage_collection():
-        for name in turns(list(steps), rounds, max_rounds):
-            between()
-            start = time.perf_counter()
-            steps[name]()
-            durations[name].append(time.perf_counter() - start)
-    return durations
-
-
-def time_workload(
-    workload: Workload,
-    contenders: Sequence[Contender],
-    rounds: int,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Timing]:
-    """Time every contender that fits, all on the same tensors; the check is their warm-up."""
-    student, teacher = feature_maps(workload, workload.cpu_batch, dtype)
-    fitting = [c for c in contenders if c.fits(workload, workload.cpu_batch)]
-    losses = {c.name: c.build() for c in fitting}
-    check = Check(workload, student, teacher)
-    errors = {c.name: check(c, losses[c.name]) for c in fitting}
-    del check
-    durations = interleave(
-        {name: gradient_step(loss, student, teacher) for name, loss in losses.items()},
-        rounds,
-        {c.name: c.max_rounds for c in fitting if c.max_rounds is not None},
-        between=lambda: forget_gradients(student),
-    )
-    return {name: Timing(durations[name], *errors[name]) for name in losses}
+    def _computed(self, loss: Loss, student: Pairs, teacher: Pairs) -> tuple[Tensor, list[Tensor]]:
+        if self._case.training:
+            return evaluate(loss, student, teacher, LOSS_SCALES.get(self._dtype, 1.0))
+        with torch.no_grad():
+            return loss(student, teacher), []

@@ -14,25 +14,25 @@ Elsewhere the profiler's allocation events are summed: exact, but only for torch
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
-import math
+import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import contenders, workloads
-from benchmarks.measure import Step, forget_gradients, gradient_step
-from benchmarks.workloads import DTYPES, Workload, feature_maps
+from benchmarks.race import Step
 
-ROOT = Path(__file__).resolve().parents[1]
+# What can be sent to another process and gives, there, a step and what to do after it.
+Job = Callable[[], tuple[Step, Step]]
+
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
 # Blocks of 64 KiB and more get a mapping of their own, unmapped when freed (glibc's mallopt(3)).
@@ -75,50 +75,42 @@ def method() -> str:
     return "resident" if os.access(CLEAR_REFS, os.W_OK) else "profiler"
 
 
-def gradient_bytes(workload: Workload, batch: int, dtype: torch.dtype) -> int:
-    """What the gradients of the student's maps take: no implementation can use less."""
-    shapes = [workload.shape(x, batch) for pair in workload.layers for x in pair]
-    return sum(dtype.itemsize * math.prod(shape) for shape in shapes)
+def peaks(jobs: Sequence[Job]) -> list[int | None]:
+    """Peak extra bytes of each job's step, in this process; ``None`` where it fails."""
+    return [_peak(job) for job in jobs]
 
 
-def peaks(workload: Workload, names: Sequence[str], dtype: torch.dtype) -> dict[str, int]:
-    """Peak extra bytes of each contender that fits, in this process."""
-    student, teacher = feature_maps(workload, workload.cpu_batch, dtype)
+def _peak(job: Job) -> int | None:
     peak = {"resident": resident_peak, "profiler": profiled_peak}[method()]
-    found = {}
-    for name in names:
-        contender = contenders.BY_NAME[name]
-        if not contender.fits(workload, workload.cpu_batch):
-            continue
-        step = gradient_step(contender.build(), student, teacher)
+    try:
+        step, reset = job()
         step()
-        forget_gradients(student)
-        found[name] = peak(step)
-        forget_gradients(student)
+        reset()
+        found = peak(step)
+        reset()
+    except Exception:
+        traceback.print_exc()
+        return None
     return found
 
 
-def peaks_in_fresh_process(
-    workload: Workload, names: Sequence[str], dtype_name: str
-) -> dict[str, int]:
+def peaks_in_fresh_process(jobs: Sequence[Job]) -> list[int | None]:
     """``peaks`` where malloc returns what is freed, which must be said before a process starts."""
-    command = [sys.executable, "-m", "benchmarks.memory", workload.name, dtype_name, *names]
-    environment = os.environ | RETURN_FREED_MEMORY
-    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    context = multiprocessing.get_context("spawn")
+    with (
+        _environment(RETURN_FREED_MEMORY | threads),
+        ProcessPoolExecutor(1, mp_context=context) as pool,
+    ):
+        return pool.submit(peaks, jobs).result()
 
 
-def main() -> None:
-    """Print ``{contender: peak extra bytes}`` of one workload as JSON."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("workload", choices=workloads.BY_NAME)
-    parser.add_argument("dtype", choices=DTYPES)
-    parser.add_argument("contender", nargs="+", choices=contenders.BY_NAME)
-    options = parser.parse_args()
-    workload = workloads.BY_NAME[options.workload]
-    print(json.dumps(peaks(workload, options.contender, DTYPES[options.dtype])))
-
-
-if __name__ == "__main__":
-    main()
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

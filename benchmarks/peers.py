@@ -18,8 +18,8 @@ Matrix = Callable[[Tensor, Tensor], Tensor]
 Loss = Callable[[Pairs, Pairs], Tensor]
 
 # The broadcast product holds (B, m, n, K) tensors, three at its peak in backward. Where one takes
-# more bytes than this it is not run: it would need gigabytes and minutes to say what is known.
-BROADCAST_LIMIT = 1 << 30
+# more bytes than this, a CPU does not run it: it would take minutes to say what is known.
+BROADCAST_LIMIT = 1 << 28
 
 
 def flattened(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,19 @@ def geometric_mean(values: Sequence[float | None]) -> float | None:
     return math.exp(sum(map(math.log, present)) / len(present)) if present else None
 
 
+def decimals(value: float) -> int:
+    """How many a number needs for about three digits."""
+    return next((i for i, least in enumerate((100, 10, 1, 0.1)) if value >= least), 4)
+
+
 def digits(value: float) -> str:
     """About three digits, never an exponent."""
-    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+    return f"{value:.{decimals(value)}f}" if value else "0"
+
+
+def with_spread(value: float, spread: float) -> str:
+    """Both to the digits that the value has."""
+    return f"{digits(value)} ±{spread:.{decimals(value)}f}"
 
 
 def times(ratio: float | None) -> str:

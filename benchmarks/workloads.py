@@ -11,6 +11,11 @@ from torch import Tensor
 Layer = tuple[int, int]  # channels and side of the square map; for tokens, channels and tokens
 Pairs = Sequence[tuple[Tensor, Tensor]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+TOKENS = "tokens"  # the layout of a transformer's maps, which have no other
+FORWARD = "forward"  # the loss alone, as in validation
+TRAINING = "forward+backward"
+DIRECTIONS = (FORWARD, TRAINING)
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,31 @@ class Workload:
         """K of a pair: the larger map is pooled to the smaller one."""
         size = min(pair[0][1], pair[1][1])
         return size if self.tokens else size * size
+
+    def layouts(self, chosen: Sequence[str]) -> tuple[str, ...]:
+        """Those of the chosen memory formats that its maps can have."""
+        return (TOKENS,) if self.tokens else tuple(chosen)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What contenders are timed at, all on the same tensors."""
+
+    workload: Workload
+    batch: int
+    dtype: str = "fp32"
+    layout: str = "nchw"
+    direction: str = TRAINING
+
+    @property
+    def training(self) -> bool:
+        """Whether gradients are wanted."""
+        return self.direction == TRAINING
+
+    def maps(self, device: str) -> tuple[Pairs, Pairs]:
+        """``(student, teacher)``, the student's as leaves."""
+        dtype = DTYPES[self.dtype]
+        return feature_maps(self.workload, self.batch, dtype, device=device, layout=self.layout)
 
 
 WORKLOADS = (
@@ -94,7 +124,12 @@ QUICK = ("cifar-resnet", "cifar-resnet-x4", "wide-late-512")
 
 
 def feature_map(
-    workload: Workload, layer: Layer, batch: int, dtype: torch.dtype, generator: torch.Generator
+    workload: Workload,
+    layer: Layer,
+    batch: int,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    layout: str,
 ) -> Tensor:
     """What a ReLU leaves of normal noise: half zeros, as late layers of a CNN are."""
     shape = workload.shape(layer, batch)
@@ -102,7 +137,9 @@ def feature_map(
         shape = (shape[0], shape[2], shape[1])  # (B, tokens, channels), as transformers keep them
     device = generator.device
     x = torch.randn(shape, dtype=dtype, device=device, generator=generator).relu_()
-    return x.transpose(1, 2) if workload.tokens else x
+    if workload.tokens:
+        return x.transpose(1, 2)
+    return x.to(memory_format=LAYOUTS[layout])
 
 
 def feature_maps(
@@ -111,6 +148,7 @@ def feature_maps(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     device: str = "cpu",
+    layout: str = "nchw",
 ) -> tuple[Pairs, Pairs]:
     """``(student, teacher)``: independent maps of equal shapes, the student's as leaves."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -118,8 +156,8 @@ def feature_maps(
     def network() -> list[tuple[Tensor, Tensor]]:
         return [
             (
-                feature_map(workload, first, batch, dtype, generator),
-                feature_map(workload, second, batch, dtype, generator),
+                feature_map(workload, first, batch, dtype, generator, layout),
+                feature_map(workload, second, batch, dtype, generator, layout),
             )
             for first, second in workload.layers
         ]

@@ -20,7 +20,7 @@ without having one. :func:`fsp_kernels.explain` shows the outcome.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple
@@ -42,6 +42,12 @@ CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 # But never fewer samples than this: a batched product gives each of a CPU's threads whole samples,
 # which on 256 x 256 x 16384 is a fifth faster than sharing one.
 CHUNK_SAMPLES = {"cpu": 4, "cuda": 1}
+# Bytes of both differences of a chunk that the torch backend forms whole on a CPU, and of the
+# blocks it takes larger ones in: writing fresh memory takes longer than reading the maps, and a
+# block stays in cache. Smaller blocks make smaller products.
+DIFFERENCES_WHOLE, DIFFERENCES_BLOCK = 16 << 20, 4 << 20
+# What a flop of the Gram form costs a CPU, in flops of the matrix form: its products are smaller.
+GRAM_FLOP_COST = 1.1
 # A residual that one GPU program can keep in registers: in fp32 it is an operand of two TF32 terms,
 # and takes twice as many. The most positions whose Gram blocks a program can keep, and the most for
 # which a tile's share of a gradient fits beside the tile.
@@ -257,10 +263,26 @@ def plan_loss(
     device = specs[0].device.type
     compute_dtype = accumulation_dtype(*(spec.dtype for spec in specs))
     pairs = tuple(
-        _plan_pair(s, t, pool, norm, device, compute_dtype, backend)
+        next(_pair_plans(s, t, pool, norm, device, compute_dtype, backend))
         for s, t in zip(student, teacher, strict=True)
     )
     return LossPlan(pairs, pool, norm, device, backend, compute_dtype)
+
+
+def alternatives(
+    student: PairSpec, teacher: TeacherSpec, pool: str, norm: str, backend: str
+) -> list[LossPlan]:
+    """Every evaluation that a backend has for a pair, each as a plan; the planned one first."""
+    dtypes = [spec.dtype for spec in (*student, *teacher)]
+    device, compute_dtype = student[0].device.type, accumulation_dtype(*dtypes)
+    plans = _pair_plans(student, teacher, pool, norm, device, compute_dtype, backend)
+    return [LossPlan((pair,), pool, norm, device, backend, compute_dtype) for pair in plans]
+
+
+def fewest_flops(student: PairSpec, teacher: TeacherSpec, norm: str = "frobenius") -> int:
+    """Of the forms a pair's loss can take, the flops of the one with fewest."""
+    flops = _flops(_plan_maps(student), _plan_maps(teacher), norm)
+    return student[0].shape[0] * min(flops.values())
 
 
 def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -268,7 +290,7 @@ def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def _plan_pair(
+def _pair_plans(
     student: PairSpec,
     teacher: TeacherSpec,
     pool: str,
@@ -276,17 +298,15 @@ def _plan_pair(
     device: str,
     compute_dtype: torch.dtype,
     backend: str,
-) -> PairPlan:
+) -> Iterator[PairPlan]:
+    """The ways to evaluate a pair, best first."""
     fused = backend != "torch"
     batch, m = student[0].shape[:2]
     n = student[1].shape[1]
     student_maps, teacher_maps = _plan_maps(student), _plan_maps(teacher)
     maps = (*student_maps, *teacher_maps)
     k = student_maps[0].positions
-    subtractable = len(teacher) == 2 and teacher_maps[0].positions == k
-    flops: dict[Form, int] = {"matrix": _matrix_flops(m, n, student_maps, teacher_maps)}
-    if subtractable and norm != "column":  # the column norm needs the columns of D
-        flops["gram"] = _gram_flops(m, n, k, maps)
+    flops = _flops(student_maps, teacher_maps, norm)
     # Tensor cores would round the difference of half-precision maps, while their products are
     # exact. A CPU widens them first, so there the difference is exact and the better choice.
     averaged = any(plan.pooled_size for plan in maps) and pool == "avg"  # no longer half precision
@@ -294,28 +314,35 @@ def _plan_pair(
     exact = all(plan.dtype in HALF for plan in multiplied) and not (fused and averaged)
     rounds = exact and (fused or device != "cpu")
     tile = GPU_TILE_CHANNELS if exact or not fused else GPU_TILE_CHANNELS_FP32
-    form = _choose_form(flops, m, n, k, None if device == "cpu" and not fused else tile)
-    # The Gram form of plain maps, instead of differences, cancels.
-    difference = form == "gram" or (subtractable and not rounds)
-    residual: Residual = "difference" if difference else "direct"
-    if fused:
-        how = _evaluate_fused(m, n, maps, pool, norm, form, exact, tile, backend)
-    else:
-        how = _evaluate_in_chunks(m, n, k, maps, pool, form, difference, device, compute_dtype)
-    return PairPlan(
-        batch=batch,
-        channels=(m, n),
-        student=student_maps,
-        teacher=teacher_maps,
-        residual=residual,
-        form=form,
-        evaluation=how.evaluation,
-        parts=how.parts,
-        passes=how.passes,
-        samples=how.samples,
-        flops=batch * (flops[form] + how.extra_flops),
-        workspace_bytes=how.workspace_bytes,
-    )
+    for form in _forms(flops, m, n, k, None if device == "cpu" and not fused else tile):
+        # The Gram form of plain maps, instead of differences, cancels.
+        difference = form == "gram" or (_subtractable(student_maps, teacher_maps) and not rounds)
+        if fused:
+            evaluations = _fused_evaluations(m, n, maps, pool, norm, form, exact, tile, backend)
+        else:
+            evaluations = _chunked_evaluations(
+                m, n, k, maps, pool, form, difference, device, compute_dtype
+            )
+        for how in evaluations:
+            yield PairPlan(
+                batch=batch,
+                channels=(m, n),
+                student=student_maps,
+                teacher=teacher_maps,
+                residual="difference" if difference else "direct",
+                form=form,
+                evaluation=how.evaluation,
+                parts=how.parts,
+                passes=how.passes,
+                samples=how.samples,
+                flops=batch * (flops[form] + how.extra_flops),
+                workspace_bytes=how.workspace_bytes,
+            )
+
+
+def _subtractable(student: Sequence[MapPlan], teacher: Sequence[MapPlan]) -> bool:
+    """Whether a difference of the two networks' maps exists."""
+    return len(teacher) == 2 and teacher[0].positions == student[0].positions
 
 
 class _Evaluation(NamedTuple):
@@ -329,7 +356,7 @@ class _Evaluation(NamedTuple):
     extra_flops: int = 0  # for each sample
 
 
-def _evaluate_in_chunks(
+def _chunked_evaluations(
     m: int,
     n: int,
     k: int,
@@ -339,7 +366,8 @@ def _evaluate_in_chunks(
     difference: bool,
     device: str,
     compute_dtype: torch.dtype,
-) -> _Evaluation:
+) -> Iterator[_Evaluation]:
+    """The torch backend's, which differ in the samples of a chunk."""
     batch = maps[0].shape[0]
     blocks = (8 if any(p.gradient_dtype for p in maps) else 6) * k * k if form == "gram" else m * n
     workspace = blocks * compute_dtype.itemsize + sum(
@@ -349,12 +377,32 @@ def _evaluate_in_chunks(
     per_sample = workspace + sum(p.bytes + p.gradient_bytes for p in maps) // batch
     kind = "cpu" if device == "cpu" else "cuda"
     fitting = CHUNK_BYTES[kind] // per_sample
-    samples = _equal_chunks(batch, max(CHUNK_SAMPLES[kind], fitting))
     passes = _passes(form, m, n, device, fits=fitting >= CHUNK_SAMPLES[kind])
-    return _Evaluation("chunks", samples, passes, samples * workspace)
+    chosen = _equal_chunks(batch, max(CHUNK_SAMPLES[kind], fitting))
+    nowhere = (
+        form == "matrix" and difference and not any(_in_place(x, compute_dtype) for x in maps[:2])
+    )
+    column = (m + n) * compute_dtype.itemsize  # of both differences, for each sample
+    for samples in dict.fromkeys((chosen, batch, min(batch, CHUNK_SAMPLES[kind]))):
+        total = samples * workspace
+        if nowhere:
+            total -= samples * column * (k - difference_block(device, k, samples * column))
+        yield _Evaluation("chunks", samples, passes, total)
 
 
-def _evaluate_fused(
+def difference_block(device: str, positions: int, column: int) -> int:
+    """Positions that the torch backend subtracts at a time; ``column``: bytes of one of them."""
+    if device != "cpu" or positions * column <= DIFFERENCES_WHOLE:
+        return positions
+    return max(1, min(positions, DIFFERENCES_BLOCK // column))
+
+
+def _in_place(plan: MapPlan, compute_dtype: torch.dtype) -> bool:
+    """Whether products can be written where the gradient is going to be."""
+    return plan.gradient_dtype == compute_dtype and plan.pooled_size is None
+
+
+def _fused_evaluations(
     m: int,
     n: int,
     maps: Sequence[MapPlan],
@@ -364,33 +412,35 @@ def _evaluate_fused(
     exact: bool,
     tile: int,
     backend: str,
-) -> _Evaluation:
+) -> Iterator[_Evaluation]:
     batch = maps[0].shape[0]
     networks = maps[::2] if len(maps) == 4 else maps[:1]  # the first map of each there is
     pooled = batch * sum(_pooled_workspace(plan, pool) for plan in maps)
-    if form == "gram" and backend != "triton":  # whose compiler cannot keep the blocks on chip
-        return _Evaluation("one pass", batch, 1, pooled)
     if form == "gram":
-        k = max(16, 1 << (networks[0].positions - 1).bit_length())  # as blocks, powers of two
-        kept = batch * _gram_blocks(maps) * k * k * torch.float32.itemsize
-        return _Evaluation("one pass", batch, 1, pooled + kept)
+        kept = 0  # on chip, but Triton's compiler cannot keep the blocks there
+        if backend == "triton":
+            k = max(16, 1 << (networks[0].positions - 1).bit_length())  # as blocks, powers of two
+            kept = batch * _gram_blocks(maps) * k * k * torch.float32.itemsize
+        yield _Evaluation("one pass", batch, 1, pooled + kept)
+        return
     if max(m, n) <= tile:
-        return _Evaluation("one pass", batch, 1, pooled)
+        yield _Evaluation("one pass", batch, 1, pooled)
     k = max(plan.positions for plan in networks)
     gradients = any(plan.gradient_dtype for plan in maps)
-    # Storing writes and reads m n for each sample where recomputing reads (m + n) K once more. In
-    # fp32 a tile is an operand of two terms: beside it the gradient does not fit, and to compute it
-    # twice costs more than the bytes. What is pooled would be pooled twice, too.
-    cheaper = k <= GPU_RECOMPUTE_POSITIONS and m * n > (m + n) * k
-    read_as_is = exact and not any(plan.pooled_size for plan in maps)
-    if gradients and norm != "column" and cheaper and read_as_is:
-        products = 2 * m * n * sum(plan.positions for plan in networks)
-        return _Evaluation("recomputed tiles", batch, 2, pooled, extra_flops=products)
     tiles = batch * math.ceil(m / GPU_TILE_CHANNELS) * math.ceil(n / GPU_TILE_CHANNELS)
     parts = parts_of(tiles, k)
     stored = 4 * m * n * parts if gradients or parts > 1 or norm == "column" else 0
     samples = _equal_chunks(batch, max(1, CHUNK_BYTES["cuda"] // max(1, stored)))
-    return _Evaluation("tiles", samples, 2, pooled + samples * stored, parts)
+    by_tiles = [_Evaluation("tiles", samples, 2, pooled + samples * stored, parts)]
+    # In fp32 a tile is an operand of two terms: beside it the gradient does not fit, and to compute
+    # it twice costs more than the bytes. What is pooled would be pooled twice, too.
+    read_as_is = exact and not any(plan.pooled_size for plan in maps)
+    if gradients and norm != "column" and k <= GPU_RECOMPUTE_POSITIONS and read_as_is:
+        products = 2 * m * n * sum(plan.positions for plan in networks)
+        recomputed = _Evaluation("recomputed tiles", batch, 2, pooled, extra_flops=products)
+        # Storing writes and reads m n for each sample, recomputing reads (m + n) K once more.
+        by_tiles.insert(0 if m * n > (m + n) * k else 1, recomputed)
+    yield from by_tiles
 
 
 def parts_of(tiles: int, positions: int) -> int:
@@ -451,6 +501,15 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def _flops(student: Sequence[MapPlan], teacher: Sequence[MapPlan], norm: str) -> dict[Form, int]:
+    """Per sample, of each form there is."""
+    m, n, k = student[0].shape[1], student[1].shape[1], student[0].positions
+    flops: dict[Form, int] = {"matrix": _matrix_flops(m, n, student, teacher)}
+    if _subtractable(student, teacher) and norm != "column":  # which needs the columns of D
+        flops["gram"] = _gram_flops(m, n, k, (*student, *teacher))
+    return flops
+
+
 def _matrix_flops(m: int, n: int, student: Sequence[MapPlan], teacher: Sequence[MapPlan]) -> int:
     """Per sample: one product per network for the residual, one per gradient of a map."""
     maps = [*student, *teacher] if len(teacher) == 2 else [*student]
@@ -465,15 +524,15 @@ def _gram_flops(m: int, n: int, k: int, maps: Sequence[MapPlan]) -> int:
     return (6 * (m + n) + gradients) * k * k
 
 
-def _choose_form(flops: dict[Form, int], m: int, n: int, k: int, tile: int | None) -> Form:
-    """``tile``: the largest residual of one program on a GPU; ``None`` on a CPU."""
-    if "gram" not in flops:
-        return "matrix"
-    if tile is not None and k > GPU_GRAM_POSITIONS:
-        return "matrix"
+def _forms(flops: dict[Form, int], m: int, n: int, k: int, tile: int | None) -> list[Form]:
+    """Best first; ``tile``: the largest residual of one program on a GPU, ``None`` on a CPU."""
+    if "gram" not in flops or (tile is not None and k > GPU_GRAM_POSITIONS):
+        return ["matrix"]
     if tile is not None and max(m, n) <= tile:
-        return "matrix"  # memory-bound either way; one accumulator is simpler than six
-    return "gram" if flops["gram"] < flops["matrix"] else "matrix"
+        # Memory-bound either way; one accumulator is simpler than six.
+        return ["matrix", "gram"]
+    cost = {"matrix": 1.0, "gram": GRAM_FLOP_COST if tile is None else 1.0}
+    return sorted(flops, key=lambda form: flops[form] * cost[form])
 
 
 def _passes(form: Form, m: int, n: int, device: str, fits: bool) -> int:
@@ -489,13 +548,12 @@ def _map_workspace(
     """Temporary bytes one map needs for each sample of a chunk, as the torch backend works."""
     width = compute_dtype.itemsize
     full, pooled = math.prod(plan.shape[1:]) * width, plan.shape[1] * plan.positions * width
-    wanted, as_it_is = plan.gradient_dtype is not None, plan.gradient_dtype == compute_dtype
+    wanted, in_place = plan.gradient_dtype is not None, _in_place(plan, compute_dtype)
     total = 0 if plan.dtype == compute_dtype else full
     if plan.pooled_size is not None:
         total += pooled
         if wanted and pool == "max":  # a channels-last copy and the indices of the maxima
             total += full + plan.shape[1] * plan.positions * torch.int64.itemsize
-    in_place = wanted and as_it_is and plan.pooled_size is None
     if subtracted and (form == "gram" or not in_place):  # else it is held in the gradient's place
         total += pooled
     if wanted and not in_place:

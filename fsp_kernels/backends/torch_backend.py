@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fsp_kernels.plan import LossPlan, MapPlan, PairPlan, accumulation_dtype
+from fsp_kernels.plan import LossPlan, MapPlan, PairPlan, accumulation_dtype, difference_block
 from fsp_kernels.pooling import pool, unpool
 
 # What a gradient is a sum of: alpha * x @ y, batched; y = None stands for the identity.
@@ -190,6 +190,8 @@ def _residual(chunks: Sequence[_Chunk], pair: PairPlan) -> Tensor:
     out = a.new_empty(a.shape[0], *pair.channels)
     scale = 1 / pair.positions
     if pair.residual == "difference":
+        if chunks[0].reachable is None and chunks[1].reachable is None:
+            return _difference_by_blocks(out, (a, b), (teacher[0], teacher[1]), scale)
         _bmm(out, chunks[0].minus(chunks[2]), b.mT, scale)
         return _bmm(out, teacher[0], chunks[1].minus(chunks[3]).mT, scale, keep=True)
     _bmm(out, a, b.mT, scale)
@@ -197,6 +199,25 @@ def _residual(chunks: Sequence[_Chunk], pair: PairPlan) -> Tensor:
         return out.sub_(teacher[0])
     c, d = teacher
     return _bmm(out, c, d.mT, -1 / c.shape[2], keep=True)
+
+
+def _difference_by_blocks(
+    out: Tensor, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], scale: float
+) -> Tensor:
+    """The same where differences have no place of their own: large ones are taken in blocks."""
+    (a, b), (c, d) = student, teacher
+    positions = a.shape[2]
+    column = (a.shape[1] + b.shape[1]) * a.shape[0] * a.itemsize
+    block = difference_block(a.device.type, positions, column)
+    p, q = torch.empty_like(a[..., :block]), torch.empty_like(b[..., :block])
+    for start in range(0, positions, block):
+        here = slice(start, start + block)
+        width = min(block, positions - start)
+        torch.sub(a[..., here], c[..., here], out=p[..., :width])
+        torch.sub(b[..., here], d[..., here], out=q[..., :width])
+        _bmm(out, p[..., :width], b[..., here].mT, scale, keep=start > 0)
+        _bmm(out, c[..., here], q[..., :width].mT, scale, keep=True)
+    return out
 
 
 def _gram_sweep(

@@ -15,11 +15,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from benchmarks import contenders, cuda, floor
-from benchmarks.workloads import feature_maps
+from benchmarks import contenders, cuda, floor, workloads
+from benchmarks.race import Rounds
 
 MIB = 1 << 20
 KERNELS = 7
+ROUNDS = Rounds(most=4, least=4, seconds=0.0)
 EXTRA = 3 * MIB
 PROPERTIES = SimpleNamespace(
     name="NVIDIA Fake 1",
@@ -67,6 +68,44 @@ class Profile:
         Path(path).write_text(json.dumps({"traceEvents": [*others, *kernels]}))
 
 
+class Stream:
+    """A stream, and the context in which it is the current one."""
+
+    def __init__(self, *_: object):
+        pass
+
+    def wait_stream(self, _: object) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class Graph:
+    """A CUDA graph that counts its replays; ``reason`` keeps one from being captured."""
+
+    reason: ClassVar[Exception | None] = None
+    replays: ClassVar[int] = 0
+
+    def replay(self) -> None:
+        type(self).replays += 1
+
+
+class Capture(Stream):
+    """The context in which a graph is captured."""
+
+    def __init__(self, graph: Graph, pool: object):
+        assert isinstance(graph, Graph)
+        assert pool == "pool"
+
+    def __enter__(self) -> None:
+        if Graph.reason is not None:
+            raise Graph.reason
+
+
 def on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
     """The same, whatever device it is asked for."""
     return lambda *arguments, **options: make(*arguments, **options | {"device": "cpu"})
@@ -82,16 +121,25 @@ def install(patch: pytest.MonkeyPatch) -> None:
         "reset_peak_memory_stats": None,
         "get_device_properties": PROPERTIES,
         "get_device_name": PROPERTIES.name,
+        "current_stream": Stream(),
+        "graph_pool_handle": "pool",
     }
     for name, answer in answers.items():
         patch.setattr(torch.cuda, name, lambda answer=answer: answer)
     patch.setattr(torch.cuda, "Event", Event)
     patch.setattr(torch.cuda, "_sleep", lambda _: None)
+    patch.setattr(torch.cuda, "Stream", Stream)
+    patch.setattr(torch.cuda, "stream", lambda stream: stream)
+    patch.setattr(torch.cuda, "CUDAGraph", Graph)
+    patch.setattr(torch.cuda, "graph", Capture)
+    patch.setattr(Graph, "reason", None)
+    patch.setattr(Graph, "replays", 0)
     patch.setattr(cuda, "profile", Profile)
     patch.setattr(cuda, "ROUND_SECONDS", 1e-9)  # one step a round
-    patch.setattr(cuda, "BUDGET_SECONDS", 1e9)  # however busy the CPU is
-    patch.setattr(cuda, "feature_maps", on_cpu(feature_maps))
-    patch.setattr(torch, "ones", on_cpu(torch.ones))
+    patch.setattr(workloads, "feature_maps", on_cpu(workloads.feature_maps))
+    for make in ("ones", "randn"):
+        patch.setattr(torch, make, on_cpu(getattr(torch, make)))
+    patch.setattr(floor, "MATRIX_SIZE", {"cpu": 8, "cuda": 8})
     patch.setattr(contenders, "serves", lambda name, _: name == "torch")
-    for measured_once in (floor.copy_rate, cuda.sleep_cycles_per_second):
-        measured_once.cache_clear()
+    patch.setattr(floor, "_fastest", {})
+    cuda.sleep_cycles_per_second.cache_clear()

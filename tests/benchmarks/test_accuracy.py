@@ -1,39 +1,150 @@
-"""Errors near convergence: what the accuracy table claims, on smaller maps."""
+"""Errors near convergence: what the accuracy part claims, on smaller maps."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-from benchmarks import accuracy
+from benchmarks import accuracy, contenders, peers
+from benchmarks.contenders import Contender
+from benchmarks.workloads import Pairs
+from fsp_kernels import reference
 
 SHAPE = (2, 64, 5, 5)
+OURS, EINSUM = contenders.BY_NAME["ours (torch)"], contenders.BY_NAME["einsum"]
+Findings = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 
 
-@pytest.fixture(scope="module")
-def errors() -> list[accuracy.Error]:
-    return accuracy.measure(noises=(1e-5,), shape=SHAPE)
+def measure(*chosen: Contender, dtype: str = "fp32", noises: tuple[float, ...] = (1e-5,)) -> Any:
+    return accuracy.measure("cpu", chosen, [dtype], noises, {"64 @ 5 x 5": SHAPE})
 
 
-def test_ours_keeps_the_gradient_the_naive_op_loses(errors: list[accuracy.Error]) -> None:
-    gradient = {error.way: error.gradient for error in errors}
-    naive = gradient.pop("einsum")
-    assert naive > 1e-4
-    assert len(gradient) == 3
+def gradient_errors(findings: list[dict[str, Any]]) -> dict[str, float]:
+    return {finding["contender"]: finding["gradient_error"] for finding in findings}
+
+
+def test_ours_keeps_the_gradient_the_naive_op_loses() -> None:
+    errors, _ = measure(OURS, EINSUM)
+    gradient = gradient_errors(errors)
+    assert gradient.pop("einsum") > 1e-4
+    assert list(gradient) == [
+        "ours (torch)",
+        "ours (torch), matrix form",
+        "ours (torch), gram form",
+    ]
     # fp32 resolves 6e-8; a few such errors may add up, none of them is amplified.
     assert max(gradient.values()) < 2e-6
 
 
+def test_errors_of_ours_do_not_grow_on_the_way() -> None:
+    errors, _ = measure(OURS, noises=accuracy.NOISES)
+    assert len(errors) == 3 * len(accuracy.NOISES)
+    assert max(max(e["gradient_error"], e["loss_error"]) for e in errors) < 2e-6
+
+
+# What one rounding of the gradient costs at most. Without its loss scale most of a gradient in fp16
+# would be flushed to zero here.
+@pytest.mark.parametrize(("dtype", "bound"), [("bf16", 2**-8), ("fp16", 2**-11)])
+def test_in_half_precision_ours_loses_what_rounding_its_gradient_costs(
+    dtype: str, bound: float
+) -> None:
+    errors, _ = measure(OURS, dtype=dtype, noises=(1e-6,))
+    assert max(gradient_errors(errors).values()) < bound
+
+
+def test_an_error_says_what_it_is_of() -> None:
+    errors, not_measured = measure(EINSUM, dtype="bf16", noises=(1e-1,))
+    assert not_measured == []
+    (error,) = errors
+    assert error.keys() == {
+        "part",
+        "maps",
+        "dtype",
+        "noise",
+        "contender",
+        "loss_error",
+        "gradient_error",
+    }
+    assert (error["part"], error["maps"]) == ("accuracy", "64 @ 5 x 5")
+    assert (error["dtype"], error["noise"]) == ("bf16", 1e-1)
+
+
 def test_the_student_is_off_by_the_noise() -> None:
-    student, teacher = accuracy.nearby_maps(1e-3, SHAPE)
+    student, teacher = accuracy.nearby_maps(1e-3, SHAPE, torch.float32, "cpu")
     off = (student[0][0] - teacher[0][0]).std().item()
     assert off == pytest.approx(1e-3, rel=0.1)
 
 
-def test_results_say_what_made_them(errors: list[accuracy.Error], tmp_path: Path) -> None:
-    accuracy.write(errors, tmp_path, "the command")
-    assert "- command: `the command`" in (tmp_path / "accuracy.md").read_text()
-    kept = json.loads((tmp_path / "accuracy.json").read_text())
-    assert [accuracy.Error(**error) for error in kept["errors"]] == errors
+def test_rounding_the_maps_is_nobodys_error() -> None:
+    def exact(student: Pairs, teacher: Pairs) -> Tensor:
+        (a, b), (c, d) = student[0], teacher[0]
+        return reference.fsp_loss([(a.double(), b.double())], [(c.double(), d.double())])
+
+    problem = accuracy.Problem(1e-3, SHAPE, torch.bfloat16, "cpu")
+    assert problem.errors(exact)["loss_error"] < 1e-14
+
+
+def test_where_student_and_teacher_are_equal_there_is_no_relative_error() -> None:
+    errors, not_measured = measure(EINSUM, noises=(0.0, 1.0))
+    assert [error["noise"] for error in errors] == [1.0]
+    (missing,) = not_measured
+    assert missing["noise"] == 0.0
+    assert "student and teacher equal" in missing["reason"]
+    assert not missing["fault"]
+
+
+def test_a_cpu_says_that_it_has_no_tf32() -> None:
+    errors, not_measured = measure(OURS, EINSUM, dtype="tf32", noises=(1.0, 0.1))
+    assert errors == []
+    assert len(not_measured) == 4 * 2
+    assert {entry["reason"] for entry in not_measured} == {"a CPU has no TF32"}
+
+
+def test_tf32_is_asked_for_and_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def build() -> peers.Loss:
+        seen.append(torch.get_float32_matmul_precision())
+        return EINSUM.build()
+
+    monkeypatch.setattr(accuracy, "why_no", lambda *_: None)
+    before = torch.get_float32_matmul_precision()
+    measure(Contender("curious", build), dtype="tf32")
+    assert seen == ["high"]
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_a_broken_contender_costs_its_own_row() -> None:
+    def broken(_student: Pairs, _teacher: Pairs) -> Tensor:
+        raise RuntimeError("broken")
+
+    errors, not_measured = measure(Contender("broken", lambda: broken), EINSUM)
+    assert [error["contender"] for error in errors] == ["einsum"]
+    assert [(x["contender"], x["fault"]) for x in not_measured] == [("broken", True)]
+
+
+def test_what_does_not_fit_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "BROADCAST_LIMIT", 1)
+    errors, not_measured = measure(contenders.BY_NAME["broadcast"])
+    assert errors == []
+    assert not_measured[0]["reason"].startswith("not run: holds")
+
+
+@pytest.mark.parametrize("form", accuracy.FORMS)
+def test_a_form_is_the_one_it_is_named_for(
+    form: accuracy.Form, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = []
+    original = accuracy.planned_loss
+
+    def planned_loss(plan: Any, *rest: Any) -> Tensor:
+        plans.append(plan)
+        return original(plan, *rest)
+
+    monkeypatch.setattr(accuracy, "planned_loss", planned_loss)
+    student, teacher = accuracy.nearby_maps(1.0, SHAPE, torch.float32, "cpu")
+    accuracy.loss_by(form)(student, teacher)
+    assert [plan.pairs[0].form for plan in plans] == [form]

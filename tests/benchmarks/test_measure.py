@@ -1,64 +1,65 @@
-"""Interleaved timing and the check before it."""
+"""A step as it is timed, and the check before it."""
 
 from __future__ import annotations
-
-import time
 
 import pytest
 import torch
 
-from benchmarks import contenders, peers
+from benchmarks import peers
 from benchmarks.contenders import Contender
-from benchmarks.measure import interleave, relative_error, time_workload
-from benchmarks.workloads import Workload
+from benchmarks.measure import Check, leaves, relative_error, step_of
+from benchmarks.workloads import FORWARD, TRAINING, Case, Workload
 
 TINY = Workload("tiny", 8, (((4, 6), (3, 6)), ((3, 6), (5, 3))))
+EINSUM = peers.loss_over(peers.einsum_matrix)
 
 
-def test_steps_take_turns_and_the_order_rotates() -> None:
-    calls: list[str] = []
-    steps = {name: lambda name=name: calls.append(name) for name in "abc"}
-    interleave(steps, 3, {}, between=lambda: None)
-    assert "".join(calls) == "abcbcacab"
+def off_by(factor: float) -> peers.Loss:
+    return peers.loss_over(lambda f, s: peers.bmm_matrix(f, s) * factor)
 
 
-def test_a_slow_step_sits_out_after_its_rounds() -> None:
-    durations = interleave(
-        {"fast": lambda: None, "slow": lambda: None}, 5, {"slow": 2}, between=lambda: None
-    )
-    assert {name: len(found) for name, found in durations.items()} == {"fast": 5, "slow": 2}
+def gradient_is_off(student: peers.Pairs, teacher: peers.Pairs) -> torch.Tensor:
+    """The right loss, half of its gradient."""
+    loss = EINSUM(student, teacher)
+    return (loss + loss.detach()) / 2
 
 
-def test_what_happens_between_steps_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-
-    def wait(seconds: float) -> None:
-        nonlocal now
-        now += seconds
-
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
-    durations = interleave({"step": lambda: wait(2.0)}, 3, {}, between=lambda: wait(10.0))
-    assert durations == {"step": [2.0, 2.0, 2.0]}
+def check_of(case: Case, loss: peers.Loss, ours: bool = False) -> dict[str, float]:
+    return Check(case, *case.maps("cpu"))(Contender("x", lambda: loss, ours=ours), loss)
 
 
-def test_every_contender_is_timed_and_checked() -> None:
-    eager = [c for c in contenders.on("cpu") if c.name != "torch.compile"]
-    timings = time_workload(TINY, eager, rounds=4)
-    assert {name: len(t.durations) for name, t in timings.items()} == {
-        contenders.OURS: 4,
-        "einsum": 4,
-        "bmm": 4,
-        "broadcast": 3,
-    }
-    assert all(max(t.loss_error, t.gradient_error) < 1e-5 for t in timings.values())
+@pytest.mark.parametrize(("direction", "gradients"), [(TRAINING, True), (FORWARD, False)])
+def test_a_step_leaves_gradients_only_where_it_trains(direction: str, gradients: bool) -> None:
+    case = Case(TINY, 3, direction=direction)
+    student, teacher = case.maps("cpu")
+    step_of(EINSUM, student, teacher, case.training)()
+    assert [x.grad is not None for x in leaves(student)] == [gradients] * 4
+    assert all(x.grad is None for x in leaves(teacher))
 
 
-def test_a_wrong_contender_is_not_timed() -> None:
-    one_thousandth_off = Contender(
-        "wrong", lambda: peers.loss_over(lambda f, s: peers.bmm_matrix(f, s) * 1.001)
-    )
-    with pytest.raises(AssertionError, match="wrong is wrong on tiny"):
-        time_workload(TINY, [one_thousandth_off], rounds=1)
+def test_errors_of_loss_and_gradients_are_recorded() -> None:
+    assert set(check_of(Case(TINY, 3), EINSUM)) == {"loss_error", "gradient_error"}
+    assert set(check_of(Case(TINY, 3, direction=FORWARD), EINSUM)) == {"loss_error"}
+    assert max(check_of(Case(TINY, 3), EINSUM).values()) < 1e-5
+
+
+@pytest.mark.parametrize("direction", [TRAINING, FORWARD])
+def test_a_loss_off_by_a_thousandth_is_wrong(direction: str) -> None:
+    with pytest.raises(AssertionError, match="x is wrong on tiny"):
+        check_of(Case(TINY, 3, direction=direction), off_by(1.001))
+
+
+def test_a_wrong_gradient_is_wrong_where_it_is_asked_for() -> None:
+    with pytest.raises(AssertionError, match="x is wrong on tiny"):
+        check_of(Case(TINY, 3), gradient_is_off)
+    check_of(Case(TINY, 3, direction=FORWARD), gradient_is_off)
+
+
+def test_ours_is_held_to_more_in_half_precision() -> None:
+    case = Case(TINY, 8, dtype="bf16")
+    check_of(case, off_by(1.03))
+    with pytest.raises(AssertionError):
+        check_of(case, off_by(1.03), ours=True)
 
 
 def test_errors_are_relative_and_nan_is_infinitely_wrong() -> None:

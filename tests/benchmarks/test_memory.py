@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from benchmarks import memory
-from benchmarks.measure import Step
-from benchmarks.workloads import BY_NAME, Workload
+from benchmarks.race import Step
 
 MIB = 1 << 20
 # malloc gives a block this large a mapping of its own whatever its settings.
@@ -56,14 +56,33 @@ def test_memory_held_before_does_not_count(peak: Peak) -> None:
     assert peak(lambda: held.add_(1)) == pytest.approx(0, abs=TOLERANCE)
 
 
-def test_gradients_take_what_the_maps_of_the_student_take() -> None:
-    tiny = Workload("tiny", 8, (((4, 6), (3, 2)),))
-    assert memory.gradient_bytes(tiny, 4, torch.float32) == 4 * 4 * (144 + 12)
-    assert memory.gradient_bytes(tiny, 8, torch.bfloat16) == 4 * 4 * (144 + 12)
+def job() -> tuple[Step, Step]:
+    return block, lambda: None
 
 
-def test_a_fresh_process_sees_blocks_malloc_would_keep() -> None:
-    workload = BY_NAME["wide-late-512"]
-    found = memory.peaks_in_fresh_process(workload, ["einsum"], "fp32")
-    matrix = 4 * workload.cpu_batch * 512 * 512  # bytes; the naive op holds both and their squares
-    assert found["einsum"] >= 3 * matrix
+def broken_job() -> tuple[Step, Step]:
+    raise ValueError("what")
+
+
+def test_what_fails_costs_no_other_its_peak(capfd: pytest.CaptureFixture[str]) -> None:
+    first, second = memory.peaks([broken_job, job])
+    assert first is None
+    assert "ValueError: what" in capfd.readouterr().err
+    assert second == pytest.approx(BLOCK, abs=TOLERANCE)
+
+
+def environment() -> tuple[Step, Step]:
+    wanted = memory.RETURN_FREED_MEMORY
+    assert {name: os.environ.get(name) for name in wanted} == wanted
+    assert torch.get_num_threads() == 1
+    return lambda: None, lambda: None
+
+
+def test_a_fresh_process_returns_freed_memory_and_has_as_many_threads() -> None:
+    threads, before = torch.get_num_threads(), dict(os.environ)
+    torch.set_num_threads(1)
+    try:
+        assert memory.peaks_in_fresh_process([environment]) != [None]
+    finally:
+        torch.set_num_threads(threads)
+    assert dict(os.environ) == before

@@ -1,0 +1,175 @@
+"""A distillation step of stage 1, whole and piece by piece: what an FSP loss is a part of."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import evaluate, in_float64, leaves, relative_error
+from benchmarks.peers import Loss
+from benchmarks.race import Rounds, without_garbage_collection
+from benchmarks.workloads import Pairs
+from fsp_kernels import reference
+from fsp_kernels.distill.taps import FeatureTaps
+
+# The networks are untrained and see one batch again and again. A rate that trained would change
+# from round to round what is timed; the optimiser's work is the same at any.
+LEARNING_RATE = 1e-12
+MOMENTUM = 0.9
+SEGMENTS = (
+    "teacher forward",
+    "student forward",
+    "FSP loss and its gradients by the maps",
+    "backward through the network",
+    "optimiser",
+)
+FSP = SEGMENTS[2]
+# Steps that are timed in pieces. They tell what a step is made of, not who is faster: a few do.
+SPLIT_STEPS = Rounds(most=10, least=3, seconds=2.0)
+
+Mark = Callable[[], None]
+
+
+class Tapped:
+    """A network that gives its maps: of the modules at ``paths``, two by two."""
+
+    def __init__(self, model: nn.Module, paths: Sequence[str]):
+        self.model = model
+        self._taps = FeatureTaps(model, paths).attach()
+
+    def __call__(self, images: Tensor) -> Pairs:
+        """The maps of a forward pass."""
+        self.model(images)
+        maps = self._taps.take()
+        return list(zip(maps[::2], maps[1::2], strict=True))
+
+
+class Distillation:
+    """Stage 1 with one way to compute its loss, on networks of its own.
+
+    ``autocast`` is the dtype that matrix products are cast to, ``None`` for none.
+    """
+
+    def __init__(
+        self,
+        teacher: Tapped,
+        student: Tapped,
+        images: Tensor,
+        loss: Loss,
+        autocast: torch.dtype | None = None,
+    ):
+        self.teacher, self.student = teacher.model.eval(), student.model.train()
+        self._run_teacher, self._run_student = teacher, student
+        self._images, self._loss, self._autocast = images, loss, autocast
+        parameters = self.student.parameters()
+        self._optimiser = torch.optim.SGD(parameters, LEARNING_RATE, momentum=MOMENTUM)
+
+    def reset(self) -> None:
+        """Drop the gradients."""
+        self._optimiser.zero_grad()
+
+    def step(self) -> Tensor:
+        """A training step; returns its loss."""
+        self.reset()
+        teacher = self.teacher_maps()
+        loss = self.loss(self.student_maps(), teacher)
+        loss.backward()
+        self._optimiser.step()
+        return loss.detach()
+
+    def split_step(self, mark: Mark) -> None:
+        """The same in pieces: ``mark`` is called before the first and after each of them."""
+        self.reset()
+        mark()
+        teacher = self.teacher_maps()
+        mark()
+        student = self.student_maps()
+        mark()
+        cut = cut_off(student)
+        gradients = torch.autograd.grad(self.loss(cut, teacher), leaves(cut))
+        mark()
+        torch.autograd.backward(leaves(student), gradients)
+        mark()
+        self._optimiser.step()
+        mark()
+
+    def teacher_maps(self) -> Pairs:
+        """Of a forward pass without a graph."""
+        with torch.no_grad(), self._precision():
+            return self._run_teacher(self._images)
+
+    def student_maps(self) -> Pairs:
+        """Of a forward pass."""
+        with self._precision():
+            return self._run_student(self._images)
+
+    def loss(self, student: Pairs, teacher: Pairs) -> Tensor:
+        """Of these maps."""
+        with self._precision():
+            return self._loss(student, teacher)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self._autocast is None:
+            return nullcontext()
+        return torch.autocast(self._images.device.type, self._autocast)
+
+
+def cut_off(pairs: Pairs) -> Pairs:
+    """The same maps as leaves.
+
+    A later map of a network depends on an earlier one. The loss's gradient by that one alone must
+    not include what comes back through the layers between them.
+    """
+    return [
+        (first.detach().requires_grad_(), second.detach().requires_grad_())
+        for first, second in pairs
+    ]
+
+
+def errors(distillation: Distillation) -> dict[str, float]:
+    """Of the loss and its gradients by the maps, relative to the definition in float64."""
+    student, teacher = cut_off(distillation.student_maps()), distillation.teacher_maps()
+    value, gradients = evaluate(distillation.loss, student, teacher)
+    true_value, true_gradients = evaluate(
+        reference.fsp_loss, in_float64(student), in_float64(teacher)
+    )
+    return {
+        "loss_error": relative_error([value], [true_value]),
+        "gradient_error": relative_error(gradients, true_gradients),
+    }
+
+
+def segment_seconds(split_step: Callable[[Mark], None], device: str) -> list[float]:
+    """Of one step, in the order of ``SEGMENTS``; on a GPU as its own events tell."""
+    if device == "cpu":
+        times: list[float] = []
+        split_step(lambda: times.append(time.perf_counter()))
+        return [end - start for start, end in itertools.pairwise(times)]
+    events: list[torch.cuda.Event] = []
+
+    def mark() -> None:
+        events.append(torch.cuda.Event(enable_timing=True))
+        events[-1].record()
+
+    split_step(mark)
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(events)]
+
+
+def split_facts(distillation: Distillation, device: str) -> dict[str, Any]:
+    """Medians of what each piece of a step takes; a first step, which warms up, does not count."""
+    with without_garbage_collection():
+        distillation.split_step(lambda: None)
+        runs = [segment_seconds(distillation.split_step, device)]
+        for _ in range(SPLIT_STEPS.affordable(sum(runs[0])) - 1):
+            runs.append(segment_seconds(distillation.split_step, device))
+    medians = [statistics.median(seconds) for seconds in zip(*runs, strict=True)]
+    seconds_of = dict(zip(SEGMENTS, medians, strict=True))
+    return {"seconds_of": seconds_of, "fsp_share": seconds_of[FSP] / sum(medians)}

@@ -1,0 +1,100 @@
+"""The least bytes and flops of a step, and how fast a device is at them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from benchmarks import floor
+from benchmarks.workloads import FORWARD, Case, Workload, feature_maps
+
+EQUAL = Workload("equal", 8, (((6, 4), (6, 4)),))
+WIDE = Workload("wide", 8, (((512, 7), (512, 7)),))
+
+
+@pytest.fixture(autouse=True)
+def _measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(floor, "_fastest", {})
+
+
+@pytest.fixture
+def rates(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Every repetition of what is timed takes as long as it says, in turn."""
+
+    def take(*seconds: float) -> None:
+        monkeypatch.setattr(floor, "_seconds_of_each", lambda *_: list(seconds))
+
+    return take
+
+
+def test_the_floor_is_four_reads_and_two_writes_of_equal_maps() -> None:
+    one = 8 * 6 * 16 * 2  # bytes in bf16
+    maps = feature_maps(EQUAL, 8, torch.bfloat16)
+    assert floor.floor_bytes(*maps) == 6 * one
+    assert floor.floor_bytes(*maps, training=False) == 4 * one
+
+
+def test_pooled_maps_are_read_and_their_gradients_written_at_full_size() -> None:
+    pooled = Workload("pooled", 2, (((6, 8), (5, 4)),))
+    assert floor.floor_bytes(*feature_maps(pooled, 2)) == 3 * 4 * 2 * (6 * 64 + 5 * 16)
+
+
+def test_the_matrix_form_takes_four_products_and_half_of_them_without_gradients() -> None:
+    product = 2 * 8 * 6 * 6 * 16
+    maps = feature_maps(EQUAL, 8)
+    assert floor.floor_flops(*maps) == 4 * product
+    assert floor.floor_flops(*maps, training=False) == 2 * product
+
+
+def test_few_positions_take_fewer_flops_than_products_of_maps() -> None:
+    assert floor.floor_flops(*feature_maps(WIDE, 2)) < 4 * 2 * 2 * 512 * 512 * 49 / 4
+
+
+def test_a_copy_counts_reads_and_writes_and_the_fastest_counts(rates: Callable[..., None]) -> None:
+    rates(3e-3, 2e-3, 5e-3)
+    assert floor.copy_rate("cpu", 1000) == pytest.approx(1000 / 2e-3)
+
+
+def test_a_busy_moment_does_not_lower_a_floor(rates: Callable[..., None]) -> None:
+    facts = {"device": "cpu", "dtype": "fp32", "floor_bytes": 1000}
+    for seconds in (2e-3, 1e-3, 4e-3):
+        rates(seconds)
+        floor.copy_rate("cpu", 1000)
+        floor.matrix_rate("cpu", "fp32")
+    assert floor.settled(facts) == {
+        "copy_bytes_per_second": pytest.approx(1000 / 1e-3),
+        "matrix_flops_per_second": pytest.approx(2 * floor.MATRIX_SIZE["cpu"] ** 3 / 1e-3),
+    }
+
+
+def test_what_has_no_floor_is_left_alone() -> None:
+    assert floor.settled({"device": "cpu", "dtype": "fp32"}) == {}
+
+
+def test_a_product_counts_multiplications_and_additions(rates: Callable[..., None]) -> None:
+    rates(0.5, 0.25)
+    assert floor.matrix_rate("cpu", "fp32") == 2 * floor.MATRIX_SIZE["cpu"] ** 3 / 0.25
+
+
+def test_what_a_cpu_widens_counts_as_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    speed = {torch.bfloat16: 1.0, torch.float32: 5.0}
+    monkeypatch.setattr(floor, "_product_rate", lambda _, dtype: speed[dtype])
+    assert floor.matrix_rate("cpu", "bf16") == 5.0
+
+
+def test_three_products_of_tf32_may_stand_for_one_of_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    speed = {"highest": 1.0, "high": 9.0}
+    monkeypatch.setattr(
+        floor, "_product_rate", lambda *_: speed[torch.get_float32_matmul_precision()]
+    )
+    assert floor.matrix_rate("cuda", "fp32") == 3.0
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_this_machine_copies_and_multiplies() -> None:
+    facts = floor.floor_facts(Case(EQUAL, 8, direction=FORWARD), *feature_maps(EQUAL, 8), "cpu")
+    assert facts["floor_bytes"] == 4 * 4 * 8 * 6 * 16
+    assert 1e6 < facts["copy_bytes_per_second"] < 1e13
+    assert 1e8 < facts["matrix_flops_per_second"] < 1e14

@@ -1,0 +1,199 @@
+"""Distillation steps of whole networks, on networks small enough for a test."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks import contenders, networks, peers, training_step
+from benchmarks.contenders import Contender
+from benchmarks.networks import Networks, Start
+from benchmarks.race import NotRun, Rounds, on_cpu
+from benchmarks.training_step import Distillation
+from fsp_kernels.distill.models import CifarResNet
+
+OURS, EINSUM = contenders.BY_NAME["ours (torch)"], contenders.BY_NAME["einsum"]
+TINY = replace(
+    networks.BY_NAME["cifar-resnet26-8"],
+    name="tiny",
+    cpu_batch=3,
+    image_size=8,
+    teacher=partial(CifarResNet, 14),
+)
+
+
+def distillation(dtype: str = "fp32", contender: Contender = EINSUM) -> Distillation:
+    return Start(TINY, "cpu", dtype).with_loss(contender.build())
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def sizes(where: Networks, dtype: str = "fp32") -> list[list[tuple[int, int]]]:
+    """Channels and side of the student's maps, after checking that the teacher's are alike."""
+    found = Start(where, "cpu", dtype).with_loss(EINSUM.build())
+    shapes = [[x.shape for x in pair] for pair in found.student_maps()]
+    assert shapes == [[x.shape for x in pair] for pair in found.teacher_maps()]
+    return [[(channels, side) for _, channels, side, _ in pair] for pair in shapes]
+
+
+def test_the_pairs_of_the_cifar_networks() -> None:
+    where = replace(networks.BY_NAME["cifar-resnet26-8"], cpu_batch=2)
+    assert sizes(where) == [[(16, 32)] * 2, [(32, 16)] * 2, [(64, 8)] * 2]
+
+
+def test_the_pairs_of_the_imagenet_networks() -> None:
+    pytest.importorskip("torchvision")
+    where = replace(networks.BY_NAME["imagenet-resnet34-18"], cpu_batch=2, image_size=64)
+    assert sizes(where) == [[(64, 16)] * 2, [(128, 8)] * 2, [(256, 4)] * 2, [(512, 2)] * 2]
+
+
+@pytest.mark.parametrize("contender", [OURS, EINSUM], ids=lambda c: c.name)
+@pytest.mark.parametrize("dtype", networks.PRACTICE)
+def test_a_step_in_pieces_gives_the_gradients_of_a_whole_one(
+    dtype: str, contender: Contender
+) -> None:
+    start = Start(TINY, "cpu", dtype)
+    whole, split = (start.with_loss(contender.build()) for _ in range(2))
+    whole.step()
+    split.split_step(lambda: None)
+    expected = gradients(whole.student)
+    assert len(expected) > 20
+    # Where gradients meet they may be added in another order.
+    rtol = {"fp32": 1e-5, "bf16": 2e-2}[dtype]
+    for name, value in gradients(split.student).items():
+        error = (value - expected[name]).norm() / expected[name].norm()
+        assert error < rtol, name
+
+
+def test_a_step_trains_the_student_and_leaves_the_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_step, "LEARNING_RATE", 1e-3)
+    found = distillation()
+    before = [
+        {name: x.clone() for name, x in model.state_dict().items()}
+        for model in (found.student, found.teacher)
+    ]
+    losses = [found.step().item() for _ in range(5)]
+    assert losses[-1] < losses[0]
+    changed = {k for k, x in found.student.state_dict().items() if not x.equal(before[0][k])}
+    assert {"conv.weight", "stage3.0.conv2.weight", "stage3.0.bn2.running_mean"} < changed
+    assert all(x.equal(before[1][name]) for name, x in found.teacher.state_dict().items())
+
+
+def test_a_step_begins_without_gradients() -> None:
+    found = distillation()
+    found.step()
+    first = {name: x.clone() for name, x in gradients(found.student).items()}
+    found.step()
+    assert gradients(found.student)["conv.weight"].norm() < 1.5 * first["conv.weight"].norm()
+
+
+def test_reset_drops_the_gradients() -> None:
+    found = distillation()
+    found.step()
+    found.reset()
+    assert gradients(found.student) == {}
+
+
+def test_all_start_from_equal_networks_of_their_own() -> None:
+    start = Start(TINY, "cpu", "fp32")
+    one, other = (start.with_loss(EINSUM.build()) for _ in range(2))
+    for mine, theirs in ((one.student, other.student), (one.teacher, other.teacher)):
+        for x, y in zip(mine.state_dict().values(), theirs.state_dict().values(), strict=True):
+            assert x.equal(y)
+            assert x.data_ptr() != y.data_ptr()
+
+
+def test_steps_leave_the_loss_where_it_is() -> None:
+    found = distillation()
+    losses = [found.step().item() for _ in range(20)]
+    assert losses[-1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_settled_network_normalises_its_maps() -> None:
+    model = CifarResNet(14)
+    images = torch.randn(8, 3, 8, 8)
+    networks.settle(model, images)
+    with torch.no_grad():
+        trained_on, seen_again = model.train()(images), model.eval()(images)
+    # Up to the variance's n and n - 1.
+    assert (trained_on - seen_again).norm() < 0.1 * trained_on.norm()
+
+
+def test_the_teacher_is_settled() -> None:
+    norms = [m for m in distillation().teacher.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 13
+    assert all(norm.running_mean.norm() > 0 for norm in norms)
+
+
+def test_bf16_is_autocast_in_channels_last() -> None:
+    for pairs in (distillation("bf16").teacher_maps(), distillation("bf16").student_maps()):
+        for x in training_step.leaves(pairs):
+            assert x.dtype == torch.bfloat16
+            assert x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_wrong_contender_is_not_timed() -> None:
+    wrong = Contender("wrong", lambda: peers.loss_over(lambda f, s: peers.bmm_matrix(f, s) * 1.001))
+    (entrant,) = networks.entrants(TINY, [wrong], "cpu", "fp32")
+    with pytest.raises(AssertionError, match="wrong is wrong with tiny"):
+        entrant.prepare()
+
+
+@pytest.mark.parametrize(
+    ("where", "dtype", "reason"),
+    [
+        (replace(TINY, needs="no_such_package"), "fp32", "needs no_such_package"),
+        (TINY, "fp16", "not run: networks are trained in fp32 and bf16"),
+    ],
+    ids=["package", "dtype"],
+)
+def test_who_cannot_be_measured_says_why(where: Networks, dtype: str, reason: str) -> None:
+    (entrant,) = networks.entrants(where, [EINSUM], "cpu", dtype)
+    with pytest.raises(NotRun, match=reason):
+        entrant.prepare()
+
+
+def test_ours_the_naive_op_and_its_compilation_race() -> None:
+    names = [c.name for c in networks.competing(contenders.on("cpu"))]
+    assert names == ["ours (torch)", "einsum", "torch.compile"]
+
+
+def test_a_race_of_steps() -> None:
+    outcomes = on_cpu(networks.entrants(TINY, [OURS, EINSUM], "cpu", "fp32"), Rounds(3, 3, 0.0))
+    for name, outcome in outcomes.items():
+        assert outcome.reason is None
+        assert len(outcome.durations) == 3
+        assert tuple(outcome.facts["seconds_of"]) == training_step.SEGMENTS
+        assert 0 < outcome.facts["fsp_share"] < 1
+        assert (outcome.facts["batch"], outcome.facts["ours"]) == (3, name == OURS.name)
+
+
+def test_a_segment_is_timed_from_mark_to_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = itertools.accumulate([10.0, 1.0, 2.0, 4.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+
+    def split_step(mark: Callable[[], None]) -> None:
+        for _ in range(4):
+            mark()
+
+    assert training_step.segment_seconds(split_step, "cpu") == [1.0, 2.0, 4.0]
+
+
+def test_a_step_for_its_memory_can_be_sent_to_another_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(networks.BY_NAME, "tiny", TINY)
+    job = pickle.loads(pickle.dumps(partial(networks.peak_step, "tiny", "einsum")))
+    step, reset = job()
+    assert step() > 0
+    reset()

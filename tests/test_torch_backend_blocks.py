@@ -1,0 +1,99 @@
+"""Large differences that have no gradient to be held in: the torch backend takes them in blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerances import TOLERANCES, assert_near
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fsp_kernels as fsp
+from fsp_kernels import plan as planning
+from fsp_kernels import reference
+from fsp_kernels.backends.torch_backend import TorchBackend
+
+POSITIONS = 47
+COLUMN = 4 * 3 * (5 + 7)  # bytes of one position of both differences
+
+
+class Products(TorchDispatchMode):
+    """Counts batched products, and the bytes of the largest tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket is torch.ops.aten.baddbmm
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.empty_like):
+            self.largest = max(self.largest, out.nbytes)
+        return out
+
+
+@pytest.fixture
+def blocks_of_ten(monkeypatch):
+    planning.plan_loss.cache_clear()
+    fsp.functional._checked_plan.cache_clear()
+    monkeypatch.setattr(planning, "DIFFERENCES_WHOLE", 20 * COLUMN)
+    monkeypatch.setattr(planning, "DIFFERENCES_BLOCK", 10 * COLUMN)
+    yield
+    planning.plan_loss.cache_clear()
+    fsp.functional._checked_plan.cache_clear()
+
+
+def maps_of(layout: str, positions: int = POSITIONS) -> list[torch.Tensor]:
+    maps = [torch.randn(3, c, positions) for c in (5, 7, 5, 7)]
+    return [x.mT.contiguous().mT for x in maps] if layout == "tokens" else maps
+
+
+def run(maps, norm="frobenius"):
+    """The loss, and what was done for it."""
+    plan = fsp.explain([tuple(maps[:2])], [tuple(maps[2:])], norm=norm, backend="torch")
+    with torch.no_grad(), Products() as products:
+        loss, gradients = TorchBackend().loss(maps, plan, (1.0,))
+    return loss, gradients, plan, products
+
+
+@pytest.mark.usefixtures("blocks_of_ten")
+@pytest.mark.parametrize("layout", ["contiguous", "tokens"])
+@pytest.mark.parametrize("norm", ["frobenius", "column"])
+def test_the_loss_is_the_same(layout, norm):
+    maps = maps_of(layout)
+    loss, _, _, products = run(maps, norm)
+    assert products.count == 2 * 5  # 47 positions, ten at a time
+    a, b, c, d = (x.double() for x in maps)
+    exact = reference.fsp_loss([(a, b)], [(c, d)], norm=norm)
+    assert_near(loss, exact, TOLERANCES[torch.float32].rtol, "fp32")
+
+
+@pytest.mark.usefixtures("blocks_of_ten")
+def test_a_block_is_all_that_is_held_and_the_plan_says_so():
+    _, _, plan, products = run(maps_of("contiguous"))
+    assert products.largest <= 10 * COLUMN
+    assert plan.workspace_bytes == 10 * COLUMN + 4 * 3 * 5 * 7  # and the residual
+
+
+@pytest.mark.usefixtures("blocks_of_ten")
+def test_small_differences_are_formed_whole():
+    _, _, plan, products = run(maps_of("contiguous", positions=20))
+    assert products.count == 2
+    assert plan.workspace_bytes == 20 * COLUMN + 4 * 3 * 5 * 7
+
+
+@pytest.mark.usefixtures("blocks_of_ten")
+def test_gradients_hold_them_whole_where_there_are_any():
+    maps = maps_of("contiguous")
+    for x in maps[:2]:
+        x.requires_grad_()
+    _, gradients, plan, products = run(maps)
+    assert len(gradients) == 2
+    assert products.count == 4
+    assert plan.workspace_bytes == 4 * 3 * 5 * 7
+
+
+def test_only_a_cpu_gains_by_it():
+    assert planning.difference_block("cuda", 1000, 1 << 20) == 1000
+    assert planning.difference_block("cpu", 1000, 1 << 20) == 4
+    assert planning.difference_block("cpu", 16, 1 << 20) == 16
+    assert planning.difference_block("cpu", 1000, 1 << 30) == 1
