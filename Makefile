@@ -8,6 +8,8 @@ BIN := .venv/bin
 GPU_PYTHON ?= python3
 GPU_RESULTS ?= benchmarks/results
 GPU_JOBS ?= 8
+# Parts of the benchmarks, of loss, step, scaling, plan, accuracy; all of them where none is named.
+GPU_PARTS ?=
 
 .PHONY: help demo test lint bench kernels gpu gpu-install gpu-tests gpu-sanitizer gpu-bench clean
 
@@ -15,7 +17,7 @@ help:
 	@echo "make demo   distil a student on real data; prints where its report is"
 	@echo "make test   run the tests"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  time the loss against its peers on this machine; prints one table"
+	@echo "make bench  speed, memory and accuracy beside the naive ops on this machine; BENCH=--quick for less"
 	@echo "make kernels  compile every kernel for all generations of GPUs; prints what it takes"
 	@echo "make gpu    on a machine with an NVIDIA GPU: tests, compute-sanitizer, benchmarks with results;"
 	@echo "            each alone: make gpu-tests, gpu-sanitizer, gpu-bench"
@@ -33,7 +35,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 bench: .venv/installed
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(BENCH)
 
 kernels: .venv/installed
 	$(BIN)/python -m benchmarks.kernels
@@ -60,7 +62,7 @@ gpu-sanitizer:
 	$(GPU_PYTHON) -m benchmarks.sanitize
 
 gpu-bench:
-	$(GPU_PYTHON) -m benchmarks --device cuda --dtype bf16 fp32 --output $(GPU_RESULTS)
+	$(GPU_PYTHON) -m benchmarks $(GPU_PARTS) --device cuda --layout nchw --pass forward+backward --output $(GPU_RESULTS)
 
 clean:
 	rm -rf .venv .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache build runs *.egg-info

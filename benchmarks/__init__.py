@@ -1,7 +1,12 @@
-"""Speed, memory and accuracy of the FSP loss beside the ways people write it today.
+"""The FSP loss beside the ways people write it today: speed, memory, accuracy, on a CPU or a GPU.
 
-``python -m benchmarks`` times every contender of ``contenders.py`` on every workload of
-``workloads.py``, on a CPU or on an NVIDIA GPU; ``python -m benchmarks.accuracy`` measures gradients
-near convergence. ``python -m benchmarks.sanitize`` runs the kernels under compute-sanitizer.
-``results/README.md`` lists the published runs and the commands that made them.
+``python -m benchmarks`` runs the five parts, ``bench_<part>.py``, each a run of pytest-benchmark,
+and draws their results:
+
+* ``workloads.py``, ``networks.py``: what is measured; ``peers.py``, ``contenders.py``: who competes;
+* ``race.py`` (CPU) and ``cuda.py`` take the times, ``floor.py`` and ``memory.py`` the rest;
+* ``report/`` makes tables, figures and comparisons; ``results/README.md`` says how to read them.
+
+Gates and tools for the kernels: ``kernels.py`` and ``extension.py`` (what each takes of a chip),
+``sanitize.py`` over ``smoke.py`` (compute-sanitizer), ``tune.py`` (their configurations).
 """

@@ -10,7 +10,8 @@ PARTS = [
     "printf '%s\\n' tests/fused/test_*.py tests/triton/test_*.py tests/cuda/test_*.py | "
     "xargs -P 8 -n 1 some-python -m pytest -m gpu -q -ra",
     "some-python -m benchmarks.sanitize",
-    "some-python -m benchmarks --device cuda --dtype bf16 fp32 --output some/results",
+    "some-python -m benchmarks  --device cuda --layout nchw --pass forward+backward "
+    "--output some/results",
 ]
 
 
@@ -28,6 +29,11 @@ def test_the_parts_run_in_order_benchmarks_last() -> None:
 def test_each_part_can_be_called_alone() -> None:
     parts = dry_run("gpu-tests") + dry_run("gpu-sanitizer") + dry_run("gpu-bench")
     assert parts == PARTS
+
+
+def test_parts_of_the_benchmarks_can_be_named() -> None:
+    (command,) = dry_run("gpu-bench", "GPU_PARTS=loss plan")
+    assert command.startswith("some-python -m benchmarks loss plan --device cuda")
 
 
 def test_the_package_is_installed_first_where_asked() -> None:
