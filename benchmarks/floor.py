@@ -9,6 +9,7 @@ binds.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -47,7 +48,7 @@ def floor_flops(student: Pairs, teacher: Pairs, training: bool = True) -> int:
     return sum(fewest_flops(specs(s), specs(t)) for s, t in zip(student, teacher, strict=True))
 
 
-def _seconds_of_each(work: Any, repetitions: int, device: str) -> list[float]:
+def _seconds_of_each(work: Callable[[], object], repetitions: int, device: str) -> list[float]:
     """How long each call takes; the first, which warms up, does not count."""
     work()
     if device == "cpu":
@@ -69,10 +70,14 @@ def _seconds_of_each(work: Any, repetitions: int, device: str) -> list[float]:
 _fastest: dict[tuple[str, Any], float] = {}  # so far, by device and what was copied or multiplied
 
 
-def _best(device: str, work: Any, rate: float) -> float:
-    """The fastest of all that were measured in this run: a busy moment must not lower a floor."""
+def _best(device: str, work: Any, rate: Callable[[], float]) -> float:
+    """The fastest of all that were measured in this run: a busy moment must not lower a floor.
+
+    A GPU is nobody else's, and is measured once.
+    """
     key = device, work
-    _fastest[key] = max(rate, _fastest.get(key, 0.0))
+    if device == "cpu" or key not in _fastest:
+        _fastest[key] = max(rate(), _fastest.get(key, 0.0))
     return _fastest[key]
 
 
@@ -82,13 +87,16 @@ def copy_rate(device: str, moved: int = 2 * COPY_BYTES) -> float:
     On a CPU ``moved`` bytes are read and written together, as many as the step moves: what fits in
     a cache is copied from there, as contenders find it there. A GPU's copy is too large for that.
     """
-    size = moved // 2
     if device == "cuda":
-        size = min(COPY_BYTES, torch.cuda.get_device_properties().total_memory // 8)
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    seconds = _seconds_of_each(lambda: target.copy_(source), COPIES, device)
-    return _best(device, moved, 2 * size / min(seconds))
+        moved = min(2 * COPY_BYTES, torch.cuda.get_device_properties().total_memory // 4)
+
+    def rate() -> float:
+        source = torch.ones(moved // 2, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        seconds = _seconds_of_each(lambda: target.copy_(source), COPIES, device)
+        return 2 * source.nbytes / min(seconds)
+
+    return _best(device, moved if device == "cpu" else "copy", rate)
 
 
 def matrix_rate(device: str, dtype_name: str) -> float:
@@ -97,6 +105,10 @@ def matrix_rate(device: str, dtype_name: str) -> float:
     A CPU may widen half precision first. Where fp32 must be exact, a GPU may do three products of
     TF32 in place of one.
     """
+    return _best(device, dtype_name, lambda: _matrix_rate(device, dtype_name))
+
+
+def _matrix_rate(device: str, dtype_name: str) -> float:
     rates = [_product_rate(device, DTYPES[dtype_name])]
     if device == "cpu" and dtype_name != "fp32":
         rates.append(_product_rate(device, torch.float32))
@@ -105,7 +117,7 @@ def matrix_rate(device: str, dtype_name: str) -> float:
         torch.set_float32_matmul_precision("high")
         rates.append(_product_rate(device, torch.float32) / TF32_TERMS)
         torch.set_float32_matmul_precision(precision)
-    return _best(device, dtype_name, max(rates))
+    return max(rates)
 
 
 def _product_rate(device: str, dtype: torch.dtype) -> float:
@@ -132,7 +144,9 @@ def settled(facts: dict[str, Any]) -> dict[str, Any]:
     """The rates of a result's floor as the whole run has them."""
     if "floor_bytes" not in facts:
         return {}
+    device = facts["device"]
+    moved = facts["floor_bytes"] if device == "cpu" else "copy"
     return {
-        "copy_bytes_per_second": _fastest[facts["device"], facts["floor_bytes"]],
-        "matrix_flops_per_second": _fastest[facts["device"], facts["dtype"]],
+        "copy_bytes_per_second": _fastest[device, moved],
+        "matrix_flops_per_second": _fastest[device, facts["dtype"]],
     }

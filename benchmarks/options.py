@@ -12,7 +12,7 @@ from benchmarks.cuda import on_cuda
 from benchmarks.race import Race, Rounds, on_cpu
 
 # Rounds of a race, and the seconds it may take: in all on a CPU, for each contender on a GPU.
-ROUNDS = {"cpu": Rounds(30, 7, 6.0), "cuda": Rounds(15, 3, 0.3)}
+ROUNDS = {"cpu": Rounds(30, 12, 8.0), "cuda": Rounds(15, 3, 0.3)}
 QUICK_ROUNDS = {"cpu": Rounds(5, 3, 1.0), "cuda": Rounds(5, 3, 0.1)}
 RACES: dict[str, Race] = {"cpu": on_cpu, "cuda": on_cuda}
 DEFAULT_DTYPES = {"cpu": ["fp32"], "cuda": ["fp32", "bf16"]}

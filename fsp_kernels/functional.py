@@ -146,11 +146,12 @@ def _plan_here(
 ) -> LossPlan:
     """The plan under the grad mode and the transforms in force."""
     # Inside a functorch transform a tensor does not tell whether an outer level wants its gradient.
-    transformed = torch._C._are_functorch_transforms_active()
-    if transformed or not torch.is_grad_enabled():
-        wanted = transformed and torch.is_grad_enabled()
-        student, teacher = _want(student, wanted), _want(teacher, wanted)
-    return _checked_plan(student, teacher, pool, norm, requested)
+    all_or_none = None
+    if torch._C._are_functorch_transforms_active():
+        all_or_none = torch.is_grad_enabled()
+    elif not torch.is_grad_enabled():
+        all_or_none = False
+    return _checked_plan(student, teacher, pool, norm, requested, all_or_none)
 
 
 @lru_cache(maxsize=1024)
@@ -160,8 +161,14 @@ def _checked_plan(
     pool: str,
     norm: str,
     requested: str | None,
+    all_or_none: bool | None,
 ) -> LossPlan:
-    """Checks and plan of a signature; a hit skips both, and failures are not remembered."""
+    """Checks and plan of a signature; a hit skips both, and failures are not remembered.
+
+    ``all_or_none`` says that all maps want a gradient, or none, whatever each of them requires.
+    """
+    if all_or_none is not None:
+        student, teacher = _want(student, all_or_none), _want(teacher, all_or_none)
     checks.check_loss(student, teacher)
     specs = [spec for entry in (*student, *teacher) for spec in entry]
     return plan_loss(student, teacher, pool, norm, _select(requested, specs))

@@ -59,7 +59,7 @@ class TorchBackend:
             ]
             losses += _pair_losses(members, held, pair, plan, weight)
             gradients += [g for g in held if g is not None]
-        return torch.stack(losses).sum(), gradients
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum(), gradients
 
     def scale(
         self,
@@ -190,8 +190,9 @@ def _residual(chunks: Sequence[_Chunk], pair: PairPlan) -> Tensor:
     out = a.new_empty(a.shape[0], *pair.channels)
     scale = 1 / pair.positions
     if pair.residual == "difference":
-        if chunks[0].reachable is None and chunks[1].reachable is None:
-            return _difference_by_blocks(out, (a, b), (teacher[0], teacher[1]), scale)
+        nowhere = chunks[0].reachable is None and chunks[1].reachable is None
+        if nowhere and (block := _difference_block(a, b)) < a.shape[2]:
+            return _difference_by_blocks(out, (a, b), (teacher[0], teacher[1]), scale, block)
         _bmm(out, chunks[0].minus(chunks[2]), b.mT, scale)
         return _bmm(out, teacher[0], chunks[1].minus(chunks[3]).mT, scale, keep=True)
     _bmm(out, a, b.mT, scale)
@@ -201,14 +202,21 @@ def _residual(chunks: Sequence[_Chunk], pair: PairPlan) -> Tensor:
     return _bmm(out, c, d.mT, -1 / c.shape[2], keep=True)
 
 
+def _difference_block(a: Tensor, b: Tensor) -> int:
+    column = (a.shape[1] + b.shape[1]) * a.shape[0] * a.itemsize
+    return difference_block(a.device.type, a.shape[2], column)
+
+
 def _difference_by_blocks(
-    out: Tensor, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], scale: float
+    out: Tensor,
+    student: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor],
+    scale: float,
+    block: int,
 ) -> Tensor:
-    """The same where differences have no place of their own: large ones are taken in blocks."""
+    """The same, large differences that have no place of their own being taken in blocks."""
     (a, b), (c, d) = student, teacher
     positions = a.shape[2]
-    column = (a.shape[1] + b.shape[1]) * a.shape[0] * a.itemsize
-    block = difference_block(a.device.type, positions, column)
     p, q = torch.empty_like(a[..., :block]), torch.empty_like(b[..., :block])
     for start in range(0, positions, block):
         here = slice(start, start + block)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import fake_gpu
 import pytest
 import torch
 
@@ -67,6 +68,19 @@ def test_a_busy_moment_does_not_lower_a_floor(rates: Callable[..., None]) -> Non
         "copy_bytes_per_second": pytest.approx(1000 / 1e-3),
         "matrix_flops_per_second": pytest.approx(2 * floor.MATRIX_SIZE["cpu"] ** 3 / 1e-3),
     }
+
+
+def test_a_gpu_is_measured_once(
+    rates: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_gpu.install(monkeypatch)
+    for seconds in (2e-3, 1e-3):
+        rates(seconds)
+        found = floor.copy_rate("cuda", 1000), floor.matrix_rate("cuda", "bf16")
+    facts = {"device": "cuda", "dtype": "bf16", "floor_bytes": 1000}
+    size = floor.MATRIX_SIZE["cuda"]
+    assert found == (fake_gpu.PROPERTIES.total_memory / 4 / 2e-3, 2 * size**3 / 2e-3)
+    assert tuple(floor.settled(facts).values()) == found
 
 
 def test_what_has_no_floor_is_left_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +10,6 @@ from benchmarks.report.accuracy import Curves, by_setting
 from benchmarks.report.figures.canvas import markers, shared_legend, wrapped_panels
 from benchmarks.report.names import colours, contenders_in_order
 from benchmarks.report.runs import Part
-
-COLUMNS = 2
 
 
 def draw_panel(axes: Any, setting: str, curves: Curves, names: Sequence[str]) -> None:
@@ -44,7 +43,8 @@ def figure(part: Part) -> Any:
     if not found:
         return None
     names = contenders_in_order(name for curves in found.values() for name in curves)
-    picture, axes = wrapped_panels(len(found), COLUMNS, 5.5, 4.2)
+    rows = len({error["maps"] for error in part.errors})
+    picture, axes = wrapped_panels(len(found), math.ceil(len(found) / rows), 4.6, 4.0)
     for panel, (setting, curves) in zip(axes, found.items(), strict=True):
         draw_panel(panel, setting, curves, names)
     shared_legend(picture, axes)
