@@ -15,6 +15,10 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
+# Addresses so many bytes apart share a set of a CPU's first cache; and the fewest channels (and
+# positions, of which such a plane has more) that PyTorch transposes in blocks.
+CACHE_STRIDE, BLOCK_CHANNELS = 4096, 60
+
 
 def pool(x: Tensor, size: Sequence[int], mode: str, indexed: bool) -> tuple[Tensor, Tensor | None]:
     """Pool ``x (B, C, *spatial)`` to ``(B, C, *size)``.
@@ -33,7 +37,7 @@ def pool(x: Tensor, size: Sequence[int], mode: str, indexed: bool) -> tuple[Tens
     if window is not None and not indexed:
         return _reduce_slices(x, window, torch.maximum), None
     if contiguous_on_cpu:
-        x = x.flatten(2).mT.contiguous().mT.view(x.shape)
+        x = _channels_last(x)
     x, planar_size = _planar(x, size)
     maximum = aten.adaptive_max_pool2d if x.ndim == 4 else aten.adaptive_max_pool3d
     return maximum(x, planar_size)
@@ -57,6 +61,22 @@ def unpool(
     )
     gradient = gradient.reshape(*x.shape[:2], *planar_size)
     out.copy_(backward(gradient, x.to(gradient.dtype)).reshape(out.shape))
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """A channels-last copy of a contiguous map.
+
+    Planes of a power of two, as of 32 x 32, lie so that a cache holds one position of a few
+    channels only. Sample by sample PyTorch transposes in blocks, which does not mind.
+    """
+    batch, channels, *spatial = x.shape
+    plane = math.prod(spatial) * x.element_size()
+    if plane % CACHE_STRIDE or channels < BLOCK_CHANNELS:
+        return x.flatten(2).mT.contiguous().mT.view(x.shape)
+    rows = x.new_empty(batch, math.prod(spatial), channels)
+    for row, sample in zip(rows.unbind(), x.flatten(2).unbind(), strict=True):
+        row.copy_(sample.T)
+    return rows.mT.view(x.shape)
 
 
 def _reduce_slices(

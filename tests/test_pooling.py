@@ -268,3 +268,32 @@ def test_average_spreads_the_gradient_evenly():
     out = torch.full_like(x, torch.nan)
     gradient_into(out, x, (1, 2), "avg", torch.tensor([[[[4.0, 8.0]]]]))
     assert out.tolist() == [[[[1.0, 1.0, 2.0, 2.0], [1.0, 1.0, 2.0, 2.0]]]]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("data", [tied, with_nan])
+@pytest.mark.parametrize(
+    ("channels", "full", "size"),
+    [(64, (32, 32), (16, 16)), (60, (64, 32), (9, 32)), (64, (8, 8, 16), (4, 8, 4))],
+)
+def test_planes_of_a_power_of_two_are_transposed_sample_by_sample(
+    channels, full, size, data, layout, monkeypatch
+):
+    """Most caches hold few of their rows at once, so they take another way to channels-last."""
+    transposed_by_sample = []
+    real = Tensor.copy_
+
+    def copy_(self, *args):
+        transposed_by_sample.append(self.dim() == 2)
+        return real(self, *args)
+
+    x = layout(data((2, channels, *full)))
+    monkeypatch.setattr(Tensor, "copy_", copy_)
+    pooled, indices = pool(x, size, "max", indexed=True)
+    monkeypatch.undo()
+    assert sum(transposed_by_sample) == (2 if x.stride(1) != 1 else 0)
+    expected, expected_indices = ADAPTIVE["max", len(size)](
+        x.contiguous(), size, return_indices=True
+    )
+    torch.testing.assert_close(pooled, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(indices, expected_indices)

@@ -1,7 +1,8 @@
 """Two runs of the same benchmarks: what changed, beyond what the machine's drift explains.
 
 The peers' code does not change between two commits of ours. On one device their times therefore
-tell how much faster or slower the machine was, and ours are held against that.
+tell how much faster or slower the machine was, and ours are held against that: against the peers of
+the same contest or of the whole run, whichever drifted more, since few peers drift by chance, too.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ def changes_of(before: Part, after: Part, overall: float) -> list[Change]:
             new.key,
             old.results[name],
             new.results[name],
-            (drift_of([(old, new)]) or overall) if same else None,
+            max(drift_of([(old, new)]) or overall, overall) if same else None,
         )
         for old, new in shared_contests(before, after)
         for name in contenders_in_order(new.results)

@@ -67,6 +67,19 @@ def test_drift_is_the_geometric_mean_of_the_peers() -> None:
     assert found.changes[0].drift == pytest.approx(2)  # sqrt(1 * 4)
 
 
+def test_a_peer_that_is_faster_once_does_not_accuse_ours() -> None:
+    others = [
+        made_up.loss(name, contender, 2.0)
+        for name in ("cifar-resnet", "wide-late-512", "tokens-vit-b")
+        for contender in ("ours (torch)", "einsum")
+    ]
+    found = compare(
+        run("loss", [*losses(1.0, 3.0), *others]), run("loss", [*losses(1.02, 2.0), *others])
+    )
+    assert found.changes[0].drift == pytest.approx((2 / 3) ** (1 / 4))  # of the whole run
+    assert found.changes[0].beyond_drift == pytest.approx(1.02 / (2 / 3) ** (1 / 4))
+
+
 def test_a_change_within_the_spread_is_no_regression() -> None:
     wide = losses(1.0, 3.0, spread=0.1)
     found = compare(run("loss", wide), run("loss", losses(1.15, 3.0, spread=0.1)))
