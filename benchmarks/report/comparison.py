@@ -20,8 +20,8 @@ from benchmarks.tables import geometric_mean
 
 ONE_DEVICE = (
     "Each cell: median ± half the interquartile range. The peers' code does not change with ours: "
-    "the geometric mean of their new/baseline is the machine's drift (of the whole run, where a "
-    "line has no peers), and beyond drift is the change of ours divided by it. REGRESSION where "
+    "the geometric mean of their new/baseline is the machine's drift, that beside a line or that "
+    "of the whole run, whichever is larger. Beyond drift is ours divided by it. REGRESSION where "
     f"that is above {SLOWER:g} and the interquartile ranges do not overlap after the division; "
     f"MORE MEMORY where the peak grew by more than {100 * (LARGER - 1):.0f} % and half a MiB."
 )

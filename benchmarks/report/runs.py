@@ -51,7 +51,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Result:
-    """One contender in one contest; ``info`` holds its identity and the facts of the contract."""
+    """One contender in one contest; ``info`` holds its identity and all that was recorded."""
 
     contender: str
     time: Timing  # the device's own, on a GPU

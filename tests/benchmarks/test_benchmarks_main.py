@@ -175,6 +175,8 @@ def test_a_gpu_run_keeps_what_it_measured_whoever_fails(tmp_path: Path) -> None:
     options += ["--rounds=3", *(f"--contender={name}" for name in who)]
     done = executed(sys.executable, str(script), *options, f"--output={tmp_path}")
     assert done.returncode == 1, done.stdout + done.stderr  # bmm is wrong
+    assert "test_loss[tiny-bf16-nchw-forward+backward-bmm]" in done.stdout
+    assert "bmm is wrong on tiny: relative to float64" in done.stderr
     folder = tmp_path / "gpu-nvidia-fake-1"
     names = {path.name for path in folder.iterdir()}
     assert names == {"loss.json", "report.md", "speedup.png", "roofline.png"}
