@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from tolerances import assert_close, oracle
@@ -397,3 +400,18 @@ def test_a_dispatch_mode_sees_operators():
         loss, matrix = loss_of(a, b, c, d), fsp.fsp_matrix(a, b)
     assert {"fsp::loss", "fsp::matrix"} <= set(recorder.operators)
     assert_same([loss, matrix], [loss_of(a, b, c, d), fsp.fsp_matrix(a, b)])
+
+
+COMPILED = """
+import torch, fsp_kernels as fsp
+maps = [torch.rand(2, c, 5, 5, requires_grad=c < 5) for c in (3, 4, 3, 4)]
+def loss(a, b, c, d):
+    return fsp.fsp_loss([(a, b)], [(c, d)])
+torch.compile(loss, fullgraph=True, backend="eager")(*maps).backward()
+"""
+
+
+def test_the_compiler_has_nothing_to_warn_of():
+    # In a process of its own, since it warns of a thing once.
+    warnings_are_errors = ("-W", "error::UserWarning")
+    subprocess.run([sys.executable, *warnings_are_errors, "-c", COMPILED], check=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -266,3 +267,28 @@ def why_no_gpu(why_not_on: Callable[[int], str | None]) -> str | None:
         return "this PyTorch is built for ROCm; its kernels are for NVIDIA GPUs"
     reasons = [why_not_on(i) for i in range(torch.cuda.device_count())]
     return reasons[0] if all(reasons) else None
+
+
+def constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Evaluated, not traced, where a call is compiled.
+
+    As ``torch.compiler.assume_constant_result`` has it, which takes seconds to import the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def remembered(function: Callable[..., Any]) -> Any:
+    """Constant, and asked once: every call wants to know.
+
+    The compiler looks into a bare ``lru_cache``, and warns of it.
+    """
+    cached = lru_cache(function)
+
+    @constant
+    @wraps(function)
+    def ask(*arguments: Any) -> Any:
+        return cached(*arguments)
+
+    ask.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
+    return ask

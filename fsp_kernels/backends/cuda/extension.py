@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -12,20 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsp_kernels.backends.fused import why_no_gpu
+from fsp_kernels.backends.fused import constant, remembered, why_no_gpu
 
 NEVER = "nothing has compiled it: `pip install .` does, where it finds nvcc 12.0 or newer"
 # What setup.py leaves where it does not build the extension: why.
 NOTE = Path(__file__).parents[2] / "cuda_build.txt"
-
-
-def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Evaluated, not traced, where a call is compiled.
-
-    As ``torch.compiler.assume_constant_result`` has it, which takes seconds to import the compiler.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 @lru_cache
@@ -40,8 +30,7 @@ def extension() -> ModuleType | str:
         return f"its extension cannot be loaded: {error}"
 
 
-@lru_cache  # every call asks
-@_constant
+@remembered
 def why_unavailable() -> str | None:
     """``None`` if the extension is there and has kernels for a GPU of this machine."""
     found = extension()
@@ -50,7 +39,7 @@ def why_unavailable() -> str | None:
     return None if on_host() else why_no_gpu(why_not_on)
 
 
-@_constant
+@constant
 def on_host() -> bool:
     """Whether the kernels are compiled for the CPU, as tests do."""
     return getattr(extension(), "architectures", None) == "host"
@@ -62,8 +51,7 @@ def module() -> Any:
     return found
 
 
-@lru_cache
-@_constant
+@remembered
 def why_not_on(device: int) -> str | None:
     reason = module().why_not_on(device)
     if not reason:

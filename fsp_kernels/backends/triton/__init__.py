@@ -22,12 +22,11 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from fsp_kernels.backends.fused import FusedBackend, on_device, why_no_gpu
+from fsp_kernels.backends.fused import FusedBackend, on_device, remembered, why_no_gpu
 from fsp_kernels.plan import LossPlan
 
 OLDEST_CAPABILITY = (8, 0)
@@ -78,7 +77,7 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@lru_cache
+@remembered
 def _why_unavailable(interpreting: bool) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
@@ -87,7 +86,7 @@ def _why_unavailable(interpreting: bool) -> str | None:
     return why_no_gpu(lambda index: _why_too_old(torch.device("cuda", index)))
 
 
-@lru_cache
+@remembered
 def _why_too_old(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability >= OLDEST_CAPABILITY:
