@@ -7,9 +7,8 @@ has a gradient that drowns in rounding just there. Ours subtracts the maps first
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +17,13 @@ from torch import Tensor
 
 from benchmarks import contenders
 from benchmarks.contenders import Contender
-from benchmarks.measure import LOSS_SCALES, evaluate, in_float64, relative_error
+from benchmarks.measure import (
+    LOSS_SCALES,
+    evaluate,
+    float32_products,
+    in_float64,
+    relative_error,
+)
 from benchmarks.peers import Loss
 from benchmarks.race import NotRun, failure
 from benchmarks.workloads import Case, Pairs, Workload
@@ -50,14 +55,6 @@ PRECISIONS = {
     "bf16": Precision(torch.bfloat16),
     "fp16": Precision(torch.float16),
 }
-
-
-@dataclass(frozen=True)
-class Way:
-    """A way to compute the loss; ``build`` makes it anew for each precision."""
-
-    name: str
-    build: Callable[[], Loss]
 
 
 class Problem:
@@ -113,11 +110,14 @@ def loss_by(form: Form) -> Loss:
     return loss
 
 
-def ways(chosen: Sequence[Contender], shape: Sequence[int], device: str) -> list[Way]:
+def ways(chosen: Sequence[Contender], shape: Sequence[int], device: str) -> list[Contender]:
     """Every contender, and our torch backend made to take each of its forms."""
-    found = [Way(c.name, partial(_built, c, shape, device)) for c in chosen]
+    found = [replace(c, build=partial(_built, c, shape, device)) for c in chosen]
     if any(way.name == TORCH_BACKEND for way in found):
-        found += [Way(f"{TORCH_BACKEND}, {form} form", partial(loss_by, form)) for form in FORMS]
+        found += [
+            Contender(f"{TORCH_BACKEND}, {form} form", partial(loss_by, form), ours=True)
+            for form in FORMS
+        ]
     return found
 
 
@@ -129,17 +129,6 @@ def _built(contender: Contender, shape: Sequence[int], device: str) -> Loss:
     if reason is not None:
         raise NotRun(reason)
     return contender.build()
-
-
-@contextmanager
-def float32_products(precision: str) -> Iterator[None]:
-    """Within, fp32 matrices are multiplied as the argument says."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def why_no(dtype: str, device: str) -> str | None:
@@ -170,11 +159,15 @@ def measure(
 
 
 def _findings(
-    device: str, all_ways: Sequence[Way], dtype: str, noises: Sequence[float], shape: Sequence[int]
+    device: str,
+    all_ways: Sequence[Contender],
+    dtype: str,
+    noises: Sequence[float],
+    shape: Sequence[int],
 ) -> list[Finding]:
     """In one dtype; what has a reason has no errors."""
 
-    def identity(noise: float, way: Way) -> Finding:
+    def identity(noise: float, way: Contender) -> Finding:
         return {"noise": noise, "contender": way.name}
 
     reason = why_no(dtype, device)
@@ -190,7 +183,7 @@ def _findings(
     ]
 
 
-def _errors_of(way: Way, problems: Mapping[float, Problem]) -> dict[float, Finding]:
+def _errors_of(way: Contender, problems: Mapping[float, Problem]) -> dict[float, Finding]:
     """At each noise the errors, or the reason why there are none."""
     try:
         loss = way.build()

@@ -13,11 +13,10 @@ import pytest
 import torch
 
 from benchmarks import cases, contenders, options
-from benchmarks.cases import CaseRace
 from benchmarks.contenders import Contender
 from benchmarks.race import Outcome, Race, Rounds
 from benchmarks.replay import CLOCK
-from benchmarks.workloads import DTYPES, TRAINING, Case, Pairs, Workload
+from benchmarks.workloads import DTYPES, Case, Pairs, Workload
 from fsp_kernels.functional import planned_loss
 from fsp_kernels.plan import LossPlan, MapSpec, PairPlan, alternatives
 
@@ -100,7 +99,7 @@ def outcomes_of(device: str, race: Race, rounds: Rounds) -> Any:
     @lru_cache(maxsize=1)
     def outcomes(case: Case, backend: str) -> dict[str, Outcome]:
         chosen = list(contenders_of(case, device, backend).values())
-        return race(CaseRace(case, device).entrants(chosen), rounds)
+        return cases.measure(case, chosen, device, race, rounds)
 
     return outcomes
 
@@ -119,5 +118,4 @@ def test_plan(
         "planned": contender_name == next(iter(contenders_of(case, device, backend))),
         **cases.identity(case, contender_name),
     }
-    assert case.direction == TRAINING
     record(outcome, f"{case.workload.name}, {case.dtype}, {backend}", identity)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import leaves
+from benchmarks.measure import float32_products, leaves
 from benchmarks.workloads import DTYPES, Case, Pairs
 from fsp_kernels.plan import MapSpec, fewest_flops
 
@@ -81,7 +81,7 @@ def _best(device: str, work: Any, rate: Callable[[], float]) -> float:
     return _fastest[key]
 
 
-def copy_rate(device: str, moved: int = 2 * COPY_BYTES) -> float:
+def copy_rate(device: str, moved: int) -> float:
     """Bytes per second, read and written, of a ``copy_``: the fastest of all so far.
 
     On a CPU ``moved`` bytes are read and written together, as many as the step moves: what fits in
@@ -112,11 +112,10 @@ def _matrix_rate(device: str, dtype_name: str) -> float:
     rates = [_product_rate(device, DTYPES[dtype_name])]
     if device == "cpu" and dtype_name != "fp32":
         rates.append(_product_rate(device, torch.float32))
-    precision = torch.get_float32_matmul_precision()
-    if device == "cuda" and dtype_name == "fp32" and precision == "highest":
-        torch.set_float32_matmul_precision("high")
-        rates.append(_product_rate(device, torch.float32) / TF32_TERMS)
-        torch.set_float32_matmul_precision(precision)
+    exact = dtype_name == "fp32" and torch.get_float32_matmul_precision() == "highest"
+    if device == "cuda" and exact:
+        with float32_products("high"):
+            rates.append(_product_rate(device, torch.float32) / TF32_TERMS)
     return max(rates)
 
 

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -28,6 +28,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from benchmarks.measure import float32_products
 from fsp_kernels.backends.fused import fp32_precision, raw_stream
 from fsp_kernels.backends.triton import configurations
 from fsp_kernels.backends.triton.configurations import FAMILIES, Row
@@ -115,15 +116,9 @@ def _compile(call: Callable[[], object], family: str, kind: str) -> list[Any]:
     return compiled
 
 
-@contextmanager
-def precision_of(kind: str) -> Iterator[None]:
+def precision_of(kind: str) -> AbstractContextManager[None]:
     """The precision of fp32 products that leads to a kind of row."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return float32_products("high" if kind == "tf32" else "highest")
 
 
 def complaints(case: Case, usage: Usage) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -97,6 +98,27 @@ def relative_error(values: Iterable[Tensor], truths: Iterable[Tensor]) -> float:
     return max(float("inf") if error != error else error for error in errors)
 
 
+def hold(contender: Contender, errors: Mapping[str, float], dtype: torch.dtype, where: str) -> None:
+    """Raise AssertionError where errors are larger than ``TOLERANCES`` allow."""
+    row = TOLERANCES[dtype]
+    allowed = row.ours if contender.ours else row.peers
+    if not max(errors.values()) < allowed:
+        raise AssertionError(
+            f"{contender.name} is wrong on {where}: relative to float64 {errors}, allowed {allowed}"
+        )
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Within, fp32 matrices are multiplied as ``torch.set_float32_matmul_precision`` has it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class Check:
     """The definition in float64 on a case's maps, to hold contenders to."""
 
@@ -112,13 +134,7 @@ class Check:
         errors = {"loss_error": relative_error([value], [self._truth[0]])}
         if self._case.training:
             errors["gradient_error"] = relative_error(gradients, self._truth[1])
-        row = TOLERANCES[self._dtype]
-        allowed = row.ours if contender.ours else row.peers
-        if not max(errors.values()) < allowed:
-            raise AssertionError(
-                f"{contender.name} is wrong on {self._case.workload.name}: relative to float64 "
-                f"{errors}, allowed {allowed}"
-            )
+        hold(contender, errors, self._dtype, self._case.workload.name)
         return errors
 
     def _computed(self, loss: Loss, student: Pairs, teacher: Pairs) -> tuple[Tensor, list[Tensor]]:

@@ -145,7 +145,7 @@ def test_bf16_is_autocast_in_channels_last() -> None:
 def test_a_wrong_contender_is_not_timed() -> None:
     wrong = Contender("wrong", lambda: peers.loss_over(lambda f, s: peers.bmm_matrix(f, s) * 1.001))
     (entrant,) = networks.entrants(TINY, [wrong], "cpu", "fp32")
-    with pytest.raises(AssertionError, match="wrong is wrong with tiny"):
+    with pytest.raises(AssertionError, match="wrong is wrong on tiny"):
         entrant.prepare()
 
 
