@@ -44,6 +44,9 @@ def test_facts_tell_batch_gradients_and_floor() -> None:
     assert outcome.facts["batch"] == 3
     assert outcome.facts["gradient_bytes"] == gradients
     assert outcome.facts["floor_bytes"] == 3 * gradients
+    forward = cases.measure(Case(TINY, 3, direction=FORWARD), EAGER[:1], "cpu", on_cpu, TWICE)
+    facts = forward["ours (torch)"].facts
+    assert (facts["gradient_bytes"], facts["floor_bytes"]) == (0, 2 * gradients)
 
 
 def test_no_gradient_is_left_behind() -> None:
