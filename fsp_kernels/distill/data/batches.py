@@ -1,0 +1,175 @@
+"""Batches in an order that the seed and the step decide: resumed or divided, it is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fsp_kernels.distill.data.split import Batch, Key, Split
+from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.distill.seeds import mixed
+
+
+def training_batches(
+    split: Split,
+    *,
+    batch_size: int,
+    seed: int,
+    first_step: int = 0,
+    steps: int,
+    accumulation: int = 1,
+    process: int = 0,
+    processes: int = 1,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """One process's batches of the optimiser steps ``first_step..steps - 1``.
+
+    Each epoch shows every image once, in an order and augmented as ``seed`` and the epoch decide,
+    but for those that make no whole batch: every step averages over the same number of images.
+
+    Args:
+        split: the images.
+        batch_size: images of one step, over all processes and passes.
+        seed: of orders and augmentations.
+        first_step: where a resumed run goes on.
+        steps: where it ends.
+        accumulation: batches that each step is given in, one after the other.
+        process: whose share this is, of ``processes`` equal ones.
+        processes: that train together.
+        workers: processes that load images.
+
+    Raises:
+        DistillError: ``batch_size`` cannot be divided so, or is more than there are images. While
+            iterating: an image cannot be read.
+    """
+    check_batch_size(len(split), batch_size, accumulation, processes)
+    order = _TrainingOrder(
+        images=len(split),
+        batch_size=batch_size,
+        seed=seed,
+        first_step=first_step,
+        steps=steps,
+        accumulation=accumulation,
+        process=process,
+        processes=processes,
+    )
+    return _load(split, order, workers)
+
+
+def check_batch_size(
+    images: int, batch_size: int, accumulation: int, processes: int, where: str = "data"
+) -> None:
+    """A batch can be filled from ``images``, and divided.
+
+    Raises:
+        DistillError: it can't; ``where`` names the section of the recipe.
+    """
+    parts = accumulation * processes
+    if batch_size % parts:
+        raise DistillError(
+            f"{where}.batch_size: is {batch_size}, must be a multiple of {parts} "
+            f"(execution.accumulation {accumulation} times {processes} processes)"
+        )
+    if batch_size > images:
+        raise DistillError(
+            f"{where}.batch_size: is {batch_size}, must be at most {images}, the images there are"
+        )
+
+
+def evaluation_batches(
+    split: Split,
+    *,
+    batch_size: int = 512,
+    process: int = 0,
+    processes: int = 1,
+    workers: int = 0,
+    limit: int | None = None,
+) -> Iterator[Batch]:
+    """One process's share of the images in their order, as for evaluation.
+
+    Each image is in one process's share, the shares are equal up to one image and may be empty.
+
+    Args:
+        split: the images.
+        batch_size: images of one batch of this process, or fewer in its last.
+        process: whose share this is, of ``processes``.
+        processes: that evaluate together.
+        workers: processes that load images.
+        limit: only so many, the first ones.
+
+    Raises:
+        DistillError: while iterating, an image cannot be read.
+    """
+    count = len(split) if limit is None else min(limit, len(split))
+    first, end = (count * share // processes for share in (process, process + 1))
+    share: list[Key] = list(range(first, end))
+    return _load(
+        split, [share[i : i + batch_size] for i in range(0, len(share), batch_size)], workers
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TrainingOrder:
+    """Sampler of the keys of each batch; the arguments are those of ``training_batches``."""
+
+    images: int
+    batch_size: int
+    seed: int
+    first_step: int
+    steps: int
+    accumulation: int
+    process: int
+    processes: int
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        steps_per_epoch = self.images // self.batch_size
+        shown = None  # the epoch that ``batches`` are of
+        for step in range(self.first_step, self.steps):
+            epoch, place = divmod(step, steps_per_epoch)
+            if epoch != shown:
+                seed = mixed(self.seed, epoch)
+                generator = torch.Generator().manual_seed(seed)
+                batches = torch.randperm(self.images, generator=generator).split(self.batch_size)
+                shown = epoch
+            for part in batches[place].chunk(self.accumulation):
+                share = part.chunk(self.processes)[self.process]
+                yield [(index, seed) for index in share.tolist()]
+
+
+class _Fetched(Dataset):
+    """The split, with an unreadable image's error as a value.
+
+    Raised in a worker, it would reach the reader as the text of a traceback.
+    """
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch | DistillError:
+        try:
+            return self._split.__getitems__(keys)
+        except DistillError as error:
+            return error
+
+
+def _as_it_is(fetched: Any) -> Any:
+    return fetched
+
+
+def _load(split: Split, order: Iterable[list[Key]], workers: int) -> Iterator[Batch]:
+    loader = DataLoader(
+        _Fetched(split),
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else each loader would draw a number of the global one
+    )
+    for fetched in loader:
+        if isinstance(fetched, DistillError):
+            raise fetched
+        yield fetched

@@ -1,0 +1,154 @@
+"""The data sets that are kept in a folder: CIFAR, and any folder of images laid out as ImageNet."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.utils import check_integrity
+from torchvision.transforms import v2
+
+from fsp_kernels.distill.config import Data
+from fsp_kernels.distill.data.augmentation import shifted_and_flipped, zoomed_and_flipped
+from fsp_kernels.distill.data.collection import Collection, Labelled
+from fsp_kernels.distill.data.draws import shuffled
+from fsp_kernels.distill.data.images import ImageFiles, resized
+from fsp_kernels.distill.errors import DistillError
+
+_CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+
+# Mean and deviation of red, green and blue, as published, of pixels in 0..1.
+_MOMENTS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagefolder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet's
+}
+_CIFAR_PADDING = 4 / 32  # of the random crop, in image sizes
+_IMAGENET_SIZE, _IMAGENET_MARGIN = 224, 256 / 224  # evaluation: the centre of an image of 256
+
+
+def cifar(data: Data, where: str) -> Collection:
+    """CIFAR-10 or CIFAR-100 from the files that torchvision keeps or fetches.
+
+    Raises:
+        DistillError: they are not there, damaged, or cannot be fetched.
+    """
+    kind, root = _CIFAR[data.dataset], _root(data)
+    if not data.download:
+        _require_folder(root, where)
+    try:
+        parts = [kind(root, train=train, download=data.download) for train in (True, False)]
+    except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
+        raise DistillError(_why_no_cifar(data, where, error)) from error
+    pool, test = (
+        Labelled(
+            resized(torch.from_numpy(part.data.transpose(0, 3, 1, 2)), data.image_size),
+            np.array(part.targets, dtype=np.int64),
+        )
+        for part in parts
+    )
+    size = data.image_size or 32
+    return Collection(
+        pool=pool,
+        test=test,
+        image_shape=(3, size, size),
+        classes=len(parts[0].classes),
+        validation_images=0,
+        pixel_range=(0.0, 1.0),
+        moments=_MOMENTS[data.dataset],
+        augmentation=shifted_and_flipped(size, max(1, round(size * _CIFAR_PADDING))),
+    )
+
+
+def image_folder(data: Data, where: str) -> Collection:
+    """``root/train/CLASS/*`` to train on and ``root/val/CLASS/*`` to test with, of any image size.
+
+    Classes are numbered in the order of their names.
+
+    Raises:
+        DistillError: the folders are not so, or a class has no image.
+    """
+    root = _root(data)
+    _require_folder(root, where)
+    classes = _classes(root, where)
+    size = data.image_size or _IMAGENET_SIZE
+    return Collection(
+        pool=_files(root / "train", classes, where),
+        test=_files(root / "val", classes, where),
+        image_shape=(3, size, size),
+        classes=len(classes),
+        validation_images=0,
+        pixel_range=(0.0, 1.0),
+        moments=_MOMENTS[data.dataset],
+        augmentation=zoomed_and_flipped(size),
+        evaluation=v2.Compose([v2.Resize(round(size * _IMAGENET_MARGIN)), v2.CenterCrop(size)]),
+    )
+
+
+def _root(data: Data) -> Path:
+    assert data.root is not None  # the recipe has been checked
+    return Path(data.root).expanduser()
+
+
+def _require_folder(folder: Path, where: str) -> None:
+    if not folder.is_dir():
+        raise DistillError(f"{where}.root: {folder} is not there, or is no folder")
+
+
+def _why_no_cifar(data: Data, where: str, error: Exception) -> str:
+    if data.download:
+        return f"{where}.download: {data.dataset} could not be fetched: {error}"
+    kind = _CIFAR[data.dataset]
+    folder = _root(data) / kind.base_folder
+    if not folder.is_dir():
+        return f"{where}.root: {folder} is not there; {where}.download=true fetches it"
+    files = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
+    damaged = [name for name, md5 in files if not check_integrity(str(folder / name), md5)]
+    return (
+        f"{where}.root: in {folder} {', '.join(damaged) or error} missing or not as published; "
+        f"remove the folder and set {where}.download=true to fetch it again"
+    )
+
+
+def _classes(root: Path, where: str) -> dict[str, int]:
+    """The label of each class, which must be a folder of both ``train`` and ``val``."""
+    names = {}
+    for part in ("train", "val"):
+        if not (root / part).is_dir():
+            raise DistillError(
+                f"{where}.root: {root} has no folder {part}; it must hold train/CLASS/* and "
+                "val/CLASS/*"
+            )
+        names[part] = {entry.name for entry in os.scandir(root / part) if entry.is_dir()}
+    for part, other in (("train", "val"), ("val", "train")):
+        if only := sorted(names[part] - names[other]):
+            shown = ", ".join(only[:5]) + (", ..." if len(only) > 5 else "")
+            raise DistillError(
+                f"{where}.root: train and val of {root} must have the same classes; "
+                f"only {part} has {shown}"
+            )
+    if len(names["train"]) < 2:
+        raise DistillError(
+            f"{where}.root: {root / 'train'} must have 2 classes or more, has {len(names['train'])}"
+        )
+    return {name: label for label, name in enumerate(sorted(names["train"]))}
+
+
+def _files(folder: Path, classes: dict[str, int], where: str) -> Labelled:
+    """The image files, mixed: as they are listed, the first thousand would be of one class."""
+    listed = make_dataset(folder, classes, IMG_EXTENSIONS, allow_empty=True)
+    paths = [os.path.relpath(path, folder) for path, _ in listed]
+    labels = np.array([label for _, label in listed], dtype=np.int64)
+    counts = np.bincount(labels, minlength=len(classes))
+    for name, label in classes.items():
+        if not counts[label]:
+            raise DistillError(
+                f"{where}.root: {folder / name} holds no image ({', '.join(IMG_EXTENSIONS)})"
+            )
+    order = shuffled(len(paths))
+    return Labelled(ImageFiles(folder, [paths[number] for number in order]), labels[order])

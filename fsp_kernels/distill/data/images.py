@@ -1,0 +1,63 @@
+"""Where a split's pixels are: in memory, or in files that are decoded when they are asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from fsp_kernels.distill.errors import DistillError
+
+_CHUNK = 1000  # images turned to floats at once: a whole data set of floats is four times its bytes
+
+
+class ImageFiles:
+    """Image files by number, each decoded to (3, H, W) uint8 of its own size."""
+
+    def __init__(self, folder: Path, paths: Sequence[str]) -> None:
+        """``paths`` are relative to ``folder``."""
+        self._folder = folder
+        # One array: of a list of strings, each loading process would come to have its own copy,
+        # for Python writes a reference count into every string it looks at.
+        self._paths = np.array([os.fsencode(path) for path in paths])
+
+    def __getitem__(self, number: int) -> Tensor:
+        path = self._path(number)
+        try:
+            with Image.open(path) as image:
+                return pil_to_tensor(image.convert("RGB"))
+        except Exception as error:  # Pillow's decoders raise whatever they trip over
+            raise DistillError(f"{path}: cannot be read as an image: {error}") from error
+
+    def identity(self, number: int) -> bytes:
+        """What tells this file from others without reading it: its place in the folder and size."""
+        return b"%s %d\n" % (self._paths[number], self._path(number).stat().st_size)
+
+    def _path(self, number: int) -> Path:
+        return self._folder / os.fsdecode(self._paths[number])
+
+
+Images = Tensor | ImageFiles  # (N, C, H, W) pixels as published, or the like in files
+
+
+def resized(pixels: Tensor, size: int | None) -> Tensor:
+    """Square images (N, C, H, H) averaged down, or interpolated up, to ``size``; whole if bytes."""
+    if size is None or size == pixels.shape[-1]:
+        return pixels
+    if pixels.is_floating_point():
+        return _resized(pixels, size)
+    chunks = pixels.split(_CHUNK)
+    return torch.cat([_resized(part.float(), size).round().to(part.dtype) for part in chunks])
+
+
+def _resized(pixels: Tensor, size: int) -> Tensor:
+    if size < pixels.shape[-1]:
+        return F.adaptive_avg_pool2d(pixels, size)
+    return F.interpolate(pixels, size=(size, size), mode="bilinear")

@@ -1,0 +1,177 @@
+"""A folder of images laid out as ImageNet."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from distill.data.conftest import CLASSES, TRAIN_IMAGES, VAL_IMAGES
+from distill.data.views import all_images, pixels
+from fsp_kernels.distill.config import Data
+from fsp_kernels.distill.data import Splits, evaluation_batches, load_splits
+from fsp_kernels.distill.errors import DistillError
+
+
+def load(root: Path, **settings: object) -> Splits:
+    options = {"image_size": 16} | settings
+    return load_splits(Data(dataset="imagefolder", root=str(root), **options))
+
+
+def same_image(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return torch.allclose(first, second, atol=1e-5)
+
+
+def as_for_evaluation(path: Path, size: int) -> torch.Tensor:
+    """What torchvision's documentation has one do with an image of ImageNet."""
+    transform = v2.Compose(
+        [
+            v2.RGB(),
+            v2.PILToTensor(),
+            v2.Resize(round(size * 256 / 224)),
+            v2.CenterCrop(size),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ]
+    )
+    return transform(Image.open(path))
+
+
+def test_train_and_val_are_the_splits(folder: Path) -> None:
+    splits = load(folder)
+    assert len(splits.train) == len(splits.teacher_train) == len(CLASSES) * TRAIN_IMAGES
+    assert len(splits.test) == len(CLASSES) * VAL_IMAGES
+    assert splits.validation is None
+    assert splits.classes == len(CLASSES)
+
+
+def test_labels_follow_the_order_of_the_class_names(folder: Path) -> None:
+    test = load(folder).test
+    for label, name in enumerate(sorted(CLASSES)):
+        files = [as_for_evaluation(path, 16) for path in (folder / "val" / name).iterdir()]
+        images = all_images(test)[test.labels == label]
+        assert len(images) == len(files) == VAL_IMAGES
+        assert all(any(same_image(image, file) for file in files) for image in images)
+
+
+def test_the_size_is_imagenets_unless_one_is_given(folder: Path) -> None:
+    splits = load(folder, image_size=None)
+    assert splits.image_shape == splits.test[0].image.shape == (3, 224, 224)
+    assert splits.train[0, 1].image.shape == (3, 224, 224)
+
+
+def test_the_first_images_are_of_several_classes(folder: Path) -> None:
+    # So that measuring some of the images measures all classes.
+    for split in (load(folder).train, load(folder).test):
+        assert len(split.labels[:6].unique()) > 1
+
+
+def test_validation_images_are_drawn_from_train_stratified(folder: Path) -> None:
+    splits = load(folder, validation_images=9)
+    assert torch.bincount(splits.validation.labels).tolist() == [3, 3, 3]
+    assert len(splits.train) == len(CLASSES) * TRAIN_IMAGES - 9
+    held_out, trained = all_images(splits.validation), all_images(splits.train)
+    assert not any(same_image(a, b) for a in held_out for b in trained)
+
+
+def test_an_augmented_image_is_another_part_each_time(folder: Path) -> None:
+    split = load(folder).train
+    images = [split[0, seed].image for seed in range(4)]
+    assert all(image.shape == (3, 16, 16) for image in images)
+    assert len({image.numpy().tobytes() for image in images}) == 4
+    mean, std = (torch.tensor(values)[:, None, None] for values in (split.mean, split.std))
+    for image in images:
+        assert -1e-6 < (image * std + mean).min() < (image * std + mean).max() < 1 + 1e-6
+
+
+def test_without_a_seed_an_image_is_as_for_evaluation(folder: Path) -> None:
+    assert torch.equal(load(folder).train[0].image, load(folder, augment=False).train[0].image)
+
+
+def test_without_augmentation_every_split_is_as_for_evaluation(folder: Path) -> None:
+    split = load(folder, augment=False).train
+    assert torch.equal(split[0, 1].image, split[0].image)
+
+
+def test_pixels_are_of_red_green_and_blue_between_0_and_1(folder: Path) -> None:
+    split = load(folder).test
+    assert split.pixel_range == (0, 1)
+    assert len(split.mean) == len(split.std) == 3
+    assert pixels(split).min() == pytest.approx(0, abs=1e-6)
+    assert 0.8 < pixels(split).max() < 1.001
+
+
+def test_the_fingerprint_moves_with_the_folder_and_changes_with_a_file(folder: Path) -> None:
+    before = load(folder).test.fingerprint
+    moved = folder.rename(folder.parent / "elsewhere")
+    assert load(moved).test.fingerprint == before
+    file = next((moved / "val" / "one").iterdir())
+    Image.open(file).convert("RGB").resize((90, 90)).save(file)
+    assert load(moved).test.fingerprint != before
+
+
+def test_a_missing_root_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DistillError, match=r"^data\.root: .*nowhere is not there"):
+        load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_missing_part_is_an_error_that_says_the_layout(folder: Path, part: str) -> None:
+    shutil.rmtree(folder / part)
+    message = rf"^data\.root: .* has no folder {part}; it must hold train/CLASS/\* and val/CLASS/\*"
+    with pytest.raises(DistillError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize(("part", "other"), [("train", "val"), ("val", "train")])
+def test_a_class_of_one_part_only_is_an_error_that_names_it(
+    folder: Path, part: str, other: str
+) -> None:
+    shutil.rmtree(folder / other / "four")
+    message = rf"^data\.root: .* must have the same classes; only {part} has four$"
+    with pytest.raises(DistillError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_class_without_images_is_an_error_that_names_it(folder: Path, part: str) -> None:
+    for path in (folder / part / "four").iterdir():
+        path.rename(path.with_suffix(".txt"))
+    with pytest.raises(DistillError, match=rf"^data\.root: .*{part}/four holds no image \(\.jpg"):
+        load(folder)
+
+
+def test_a_single_class_is_an_error(folder: Path) -> None:
+    for part in ("train", "val"):
+        for name in CLASSES[1:]:
+            shutil.rmtree(folder / part / name)
+    with pytest.raises(DistillError, match=r"train must have 2 classes or more, has 1$"):
+        load(folder)
+
+
+def test_a_folder_without_classes_is_an_error(folder: Path) -> None:
+    for part in ("train", "val"):
+        shutil.rmtree(folder / part)
+        (folder / part).mkdir()
+    with pytest.raises(DistillError, match=r"train must have 2 classes or more, has 0$"):
+        load(folder)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("damage", ["cut", "no image", "gone"])
+def test_an_unreadable_image_is_an_error_that_names_the_file(
+    folder: Path, workers: int, damage: str
+) -> None:
+    path = folder / "val" / "four" / "13.JPEG"
+    content = path.read_bytes()
+    split = load(folder).test
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content[:300] if damage == "cut" else b"what?")
+    with pytest.raises(DistillError, match=r"^/\S*four/13\.JPEG: cannot be read as an image: "):
+        list(evaluation_batches(split, workers=workers))
