@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -25,6 +26,9 @@ class FeatureTaps:
             model(images)
             first, second = taps.take()
 
+    ``torch.compile`` sees the hooks that are there when the model first runs: attach them before,
+    and leave them. Compiled code does not tell whether a map was overwritten in place.
+
     Args:
         model: any module; it is not changed.
         paths: what to record, in the order ``take()`` returns it.
@@ -37,7 +41,7 @@ class FeatureTaps:
         self._points = {path: _find(model, path) for path in paths}
         self._paths = list(paths)
         self._handles: list[RemovableHandle] = []
-        self._seen: dict[str, tuple[Tensor, int]] = {}
+        self._seen: dict[str, tuple[Tensor, int | None]] = {}
 
     def attach(self) -> FeatureTaps:
         """Register the hooks; a second call changes nothing."""
@@ -70,12 +74,23 @@ class FeatureTaps:
             if path not in seen:
                 raise DistillError(f"{path}: did not run in the model's forward pass")
             tensor, version = seen[path]
-            if _version(tensor) != version:
+            if version is not None and _version(tensor) != version:
                 raise DistillError(
                     f"{path}: was overwritten in place by a later module; "
                     f"tap that module's output, or make it not in-place"
                 )
         return [seen[path][0] for path in self._paths]
+
+    def take_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """The same two by two, as ``fsp_loss`` takes them; paths come first, second, first, ...
+
+        Raises:
+            DistillError: as ``take``; or the number of paths is odd.
+        """
+        if len(self._paths) % 2:
+            raise DistillError(f"{self._paths[-1]}: has no second map to make a pair with")
+        maps = self.take()
+        return list(zip(maps[::2], maps[1::2], strict=True))
 
     def __enter__(self) -> FeatureTaps:
         return self.attach()
@@ -125,6 +140,9 @@ def _children(model: nn.Module) -> str:
     return "; it has " + ", ".join(name for name, _ in model.named_children())
 
 
-def _version(tensor: Tensor) -> int:
+def _version(tensor: Tensor) -> int | None:
+    """How often ``tensor`` was written to; ``None`` where nobody counts."""
     # Inference tensors keep no version counter, and can't be changed in place outside of it.
-    return 0 if tensor.is_inference() else tensor._version
+    if torch.compiler.is_compiling() or tensor.is_inference():
+        return None
+    return tensor._version

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +13,8 @@ from torch import Tensor, nn
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.models import CifarResNet
 from fsp_kernels.distill.taps import FeatureTaps
+
+EXTRAS = ("accelerate", "matplotlib", "rich", "safetensors", "sklearn", "yaml")
 
 
 class Branchy(nn.Module):
@@ -136,3 +142,62 @@ def test_a_map_overwritten_in_place_is_refused_not_returned_wrong() -> None:
         model(torch.randn(2, 2, 4, 4))
         with pytest.raises(DistillError, match="0: was overwritten in place by a later module"):
             taps.take()
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "eager",
+        pytest.param(
+            "inductor",
+            marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
+        ),
+    ],
+)
+def test_a_compiled_model_gives_the_same_maps_and_gradients(backend: str) -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Sequential(nn.Tanh(), nn.Conv2d(3, 2, 1)))
+    x, maps, gradients = torch.randn(2, 2, 4, 4), [], []
+    with FeatureTaps(model, ["1.0", "1:input"]) as taps:
+        for run in (model, torch.compile(model, backend=backend, fullgraph=True)):
+            for _ in range(2):  # the second time, nothing is traced
+                run(x)
+                maps.append(taps.take())
+            gradients.append(torch.autograd.grad(maps[-1][0].sum(), [model[0].weight])[0])
+    for compiled in maps[1:]:
+        torch.testing.assert_close(compiled, maps[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_a_compiled_model_that_works_in_place_still_runs() -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.ReLU(inplace=True)).eval()
+    with FeatureTaps(model, ["1"]) as taps, torch.no_grad():
+        y = torch.compile(model, backend="eager")(torch.randn(2, 2, 4, 4))
+        assert torch.equal(taps.take()[0], y)
+
+
+def test_the_public_name_needs_pytorch_alone() -> None:
+    code = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({EXTRAS}))\n"
+        "from fsp_kernels.distill import FeatureTaps\n"
+        "from fsp_kernels.distill.models import CifarResNet\n"
+        "FeatureTaps(CifarResNet(8), ['stage1'])"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_maps_are_taken_two_by_two() -> None:
+    model, x = Branchy(), torch.randn(1, 4)
+    with FeatureTaps(model, ["split:input", "twice", "twice", "split:input"]) as taps:
+        model(x)
+        (a, b), (c, d) = taps.take_pairs()
+    assert a is d
+    assert b is c
+    assert a is not b
+
+
+def test_an_odd_map_has_no_pair() -> None:
+    with pytest.raises(DistillError, match="twice: has no second map to make a pair with"):
+        FeatureTaps(Branchy(), ["twice"]).take_pairs()

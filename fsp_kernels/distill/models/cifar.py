@@ -1,0 +1,162 @@
+"""Residual networks for small images: narrow and deep, or wide.
+
+``CifarResNet`` is of He, Zhang, Ren, Sun, CVPR 2016, section 4.2; ``WideResNet`` of Zagoruyko and
+Komodakis, BMVC 2016. They know nothing of distillation: ``taps.py`` takes feature maps from
+outside, by module path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SubsampleShortcut(nn.Module):
+    """The paper's parameter-free option A: every second position, new channels zero."""
+
+    def __init__(self, stride: int, extra_channels: int) -> None:
+        super().__init__()
+        self.stride, self.extra_channels = stride, extra_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to ``(B, C + extra, ceil(H / stride), ceil(W / stride))``."""
+        x = x[:, :, :: self.stride, :: self.stride]
+        before = self.extra_channels // 2
+        return F.pad(x, (0, 0, 0, 0, before, self.extra_channels - before))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut; each ReLU is a module of its own, to be tapped."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or in_channels != channels:
+            self.shortcut = SubsampleShortcut(stride, channels - in_channels)
+        self.relu2 = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, in_channels, H, W)`` to ``(B, channels, ceil(H / stride), ceil(W / stride))``."""
+        y = self.relu1(self.bn1(self.conv1(x)))
+        return self.relu2(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class CifarResNet(nn.Module):
+    """A 3x3 stem, three stages of ``(depth - 2) / 6`` blocks, average pooling, a linear layer.
+
+    Args:
+        depth: ``6n + 2`` for n blocks a stage: 8, 14, 20, 26, 32, 56, ...
+        width: multiplies the channels 16, 32, 64 of the stages.
+        in_channels: of the images; any height and width from 1 up will do.
+        classes: number of logits.
+
+    Raises:
+        ValueError: ``depth`` is not ``6n + 2`` with n at least 1, or ``width`` is less than 1.
+    """
+
+    def __init__(self, depth: int, width: int = 1, in_channels: int = 3, classes: int = 10) -> None:
+        super().__init__()
+        if depth < 8 or depth % 6 != 2:
+            raise ValueError(f"depth is {depth}, must be 6n + 2 (8, 14, 20, ...)")
+        if width < 1:
+            raise ValueError(f"width is {width}, must be at least 1")
+        blocks = (depth - 2) // 6
+        self.conv = nn.Conv2d(in_channels, 16 * width, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(16 * width)
+        self.relu = nn.ReLU()
+        self.stage1 = _stage(blocks, 16 * width, 16 * width, 1, BasicBlock)
+        self.stage2 = _stage(blocks, 16 * width, 32 * width, 2, BasicBlock)
+        self.stage3 = _stage(blocks, 32 * width, 64 * width, 2, BasicBlock)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(64 * width, classes)
+        _initialise(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, in_channels, H, W)`` to logits ``(B, classes)``."""
+        x = self.relu(self.bn(self.conv(images)))
+        x = self.stage3(self.stage2(self.stage1(x)))
+        return self.fc(self.pool(x).flatten(1))
+
+
+class PreActivationBlock(nn.Module):
+    """Normalisation and ReLU before each of two 3x3 convolutions; the sum is not activated."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.relu1 = nn.ReLU()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu2 = nn.ReLU()
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.shortcut: nn.Module | None = None
+        if stride > 1 or in_channels != channels:
+            self.shortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, in_channels, H, W)`` to ``(B, channels, ceil(H / stride), ceil(W / stride))``."""
+        activated = self.relu1(self.bn1(x))
+        y = self.conv2(self.relu2(self.bn2(self.conv1(activated))))
+        return y + (x if self.shortcut is None else self.shortcut(activated))
+
+
+class WideResNet(nn.Module):
+    """A 3x3 stem, three stages of ``(depth - 4) / 6`` pre-activation blocks, a linear layer.
+
+    Args:
+        depth: ``6n + 4`` for n blocks a stage: 10, 16, 22, 28, 40, ...
+        width: multiplies the channels 16, 32, 64 of the stages; the stem has 16.
+        in_channels: of the images; any height and width from 1 up will do.
+        classes: number of logits.
+
+    Raises:
+        ValueError: ``depth`` is not ``6n + 4`` with n at least 1, or ``width`` is less than 1.
+    """
+
+    def __init__(
+        self, depth: int = 16, width: int = 2, in_channels: int = 3, classes: int = 10
+    ) -> None:
+        super().__init__()
+        if depth < 10 or depth % 6 != 4:
+            raise ValueError(f"depth is {depth}, must be 6n + 4 (10, 16, 22, ...)")
+        if width < 1:
+            raise ValueError(f"width is {width}, must be at least 1")
+        blocks = (depth - 4) // 6
+        self.conv = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
+        self.stage1 = _stage(blocks, 16, 16 * width, 1, PreActivationBlock)
+        self.stage2 = _stage(blocks, 16 * width, 32 * width, 2, PreActivationBlock)
+        self.stage3 = _stage(blocks, 32 * width, 64 * width, 2, PreActivationBlock)
+        self.bn = nn.BatchNorm2d(64 * width)
+        self.relu = nn.ReLU()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(64 * width, classes)
+        _initialise(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, in_channels, H, W)`` to logits ``(B, classes)``."""
+        x = self.stage3(self.stage2(self.stage1(self.conv(images))))
+        return self.fc(self.pool(self.relu(self.bn(x))).flatten(1))
+
+
+def _stage(
+    blocks: int,
+    in_channels: int,
+    channels: int,
+    stride: int,
+    block: Callable[[int, int, int], nn.Module],
+) -> nn.Sequential:
+    first = block(in_channels, channels, stride)
+    return nn.Sequential(first, *(block(channels, channels, 1) for _ in range(blocks - 1)))
+
+
+def _initialise(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,0 +1,257 @@
+"""Which feature maps make the FSP matrices, in each network, and whether they fit one another."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from fsp_kernels import fsp_matrix
+from fsp_kernels.distill.config import Pair
+from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.distill.stages import Stage, looking, run, stages_of, trace
+from fsp_kernels.distill.taps import FeatureTaps
+
+Paths = tuple[str, str]
+Maps = tuple[Tensor, Tensor]
+
+# The first and the last map of each stage (Yim et al., figure 3). In the ResNets of ImageNet, each
+# stage's first block makes its first map, and layer1's is its input; torchdistill has these pairs.
+_IMAGENET_RESNET: tuple[Paths, ...] = (
+    ("layer1:input", "layer1"),
+    ("layer2.1:input", "layer2"),
+    ("layer3.1:input", "layer3"),
+    ("layer4.1:input", "layer4"),
+)
+# By the class's full name, so that none of their packages is imported.
+FAMILIES: dict[str, tuple[Paths, ...]] = {
+    "fsp_kernels.distill.models.cifar.CifarResNet": tuple(
+        (f"stage{i}.0.relu1", f"stage{i}") for i in (1, 2, 3)
+    ),
+    # Activation comes first here: relu1 still has the size and the channels of the stage before.
+    "fsp_kernels.distill.models.cifar.WideResNet": tuple(
+        (f"stage{i}.0.relu2", f"stage{i}") for i in (1, 2, 3)
+    ),
+    "torchvision.models.resnet.ResNet": _IMAGENET_RESNET,
+    "timm.models.resnet.ResNet": _IMAGENET_RESNET,
+}
+_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+@dataclass(frozen=True)
+class PairShapes:
+    """What one image gives for one pair.
+
+    Attributes:
+        student: channels ``(m, n)`` of the first and the second map.
+        teacher: the same of the teacher's.
+        student_sizes: the spatial sizes of the first and the second map.
+        teacher_sizes: the same of the teacher's.
+    """
+
+    student: tuple[int, int]
+    teacher: tuple[int, int]
+    student_sizes: tuple[tuple[int, ...], tuple[int, ...]]
+    teacher_sizes: tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def resolve_pairs(
+    pairs: Literal["auto", "family"] | tuple[Pair, ...],
+    student: nn.Module,
+    teacher: nn.Module,
+    image: Tensor,
+) -> tuple[Pair, ...]:
+    """The pairs that a recipe means.
+
+    Args:
+        pairs: ``auto`` for the first and the last map of each stage of equal spatial size, as
+            ``stages.stages_of`` finds them; ``family`` for those that go with a known
+            architecture; or the pairs themselves.
+        student, teacher: left as they were.
+        image: ``(1, C, H, W)``, on the networks' device.
+
+    Raises:
+        DistillError: there are none, or not as many of ``family`` in both networks.
+    """
+    if pairs == "auto":
+        return _auto_pairs(student, teacher, image)
+    if pairs == "family":
+        return _family_pairs(student, teacher)
+    return tuple(pairs)
+
+
+def family_paths(model: nn.Module) -> tuple[Paths, ...] | None:
+    """The pairs that go with the architecture; ``None`` where it is not known or lacks them."""
+    modules = {path for path, _ in model.named_modules()}
+    for kind in type(model).__mro__:
+        paths = FAMILIES.get(f"{kind.__module__}.{kind.__qualname__}")
+        if paths and all(path.partition(":")[0] in modules for pair in paths for path in pair):
+            return paths
+    return None
+
+
+def check_pairs(
+    pairs: Sequence[Pair],
+    student: nn.Module,
+    teacher: nn.Module,
+    image: Tensor,
+    projection: bool,
+) -> list[PairShapes]:
+    """Both networks have the maps, and the FSP matrices of each pair have one shape.
+
+    Args:
+        pairs: as ``resolve_pairs`` gives them.
+        student, teacher: left as they were.
+        image: ``(1, C, H, W)``, on the networks' device.
+        projection: the student's channels may be others than the teacher's.
+
+    Raises:
+        DistillError: not so; the message names the pair.
+    """
+    students = _shapes(pairs, "student", student, image)
+    teachers = _shapes(pairs, "teacher", teacher, image)
+    for index, ((ours, _), (theirs, _)) in enumerate(zip(students, teachers, strict=True)):
+        if ours != theirs and not projection:
+            raise DistillError(
+                f"pairs.{index}: the student's FSP matrix is {ours[0]} x {ours[1]}, the teacher's "
+                f"{theirs[0]} x {theirs[1]}; their feature maps must have equal channels or "
+                f"fsp.projection be true{_hint(pairs[index], students[index], teachers[index])}"
+            )
+    return [
+        PairShapes(ours, theirs, our_sizes, their_sizes)
+        for (ours, our_sizes), (theirs, their_sizes) in zip(students, teachers, strict=True)
+    ]
+
+
+def tapped_pairs(maps: Sequence[Tensor], channels: Sequence[str]) -> list[Maps]:
+    """Maps as ``FeatureTaps.take()`` gives them, as the pairs that ``fsp_loss`` takes.
+
+    Args:
+        maps: first and second of each pair, in one list.
+        channels: of each pair, ``first``; or ``last``, whose channels are moved, in a view.
+    """
+    pairs = zip(maps[::2], maps[1::2], channels, strict=True)
+    return [
+        (a.movedim(-1, 1), b.movedim(-1, 1)) if where == "last" else (a, b) for a, b, where in pairs
+    ]
+
+
+class Projection(nn.Module):
+    """Learnt 1x1 convolutions, without bias, from the student's channels to the teacher's.
+
+    Maps whose channels are the teacher's pass untouched.
+
+    Args:
+        shapes: as ``check_pairs`` gives them.
+    """
+
+    def __init__(self, shapes: Sequence[PairShapes]) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList(
+            nn.Identity()
+            if have == want
+            else _CONVOLUTIONS[len(size)](have, want, kernel_size=1, bias=False)
+            for pair in shapes
+            for have, want, size in zip(pair.student, pair.teacher, pair.student_sizes, strict=True)
+        )
+
+    @staticmethod
+    def needed(shapes: Sequence[PairShapes]) -> bool:
+        """Whether any map has other channels than the teacher's."""
+        return any(pair.student != pair.teacher for pair in shapes)
+
+    def forward(self, pairs: Sequence[Maps]) -> list[Maps]:
+        """The student's pairs ``(B, C, *spatial)`` with the teacher's channels."""
+        maps = [project(x) for project, x in zip(self.maps, _flat(pairs), strict=True)]
+        return list(zip(maps[::2], maps[1::2], strict=True))
+
+
+def _auto_pairs(student: nn.Module, teacher: nn.Module, image: Tensor) -> tuple[Pair, ...]:
+    ours = stages_of(trace(student, image, "student"), image)
+    theirs = stages_of(trace(teacher, image, "teacher"), image)
+    for role, stages in (("student", ours), ("teacher", theirs)):
+        if not stages:
+            raise DistillError(
+                f"pairs: auto finds no stage in the {role}, a spatial size of two or more maps "
+                "(B, C, H, W); name the pairs, with the paths that fsp-distill inspect shows"
+            )
+    return tuple(
+        Pair(student=(s.first.path, s.last.path), teacher=(t.first.path, t.last.path))
+        for s, t in _match(ours, theirs)
+    )
+
+
+def _match(ours: list[Stage], theirs: list[Stage]) -> list[tuple[Stage, Stage]]:
+    """As many stages in both: in order. Else those of equal size; else from the last backwards."""
+    if len(ours) != len(theirs):
+        by_size = {stage.size: stage for stage in theirs}
+        equal = [(stage, by_size[stage.size]) for stage in ours if stage.size in by_size]
+        if equal:
+            return equal
+    count = min(len(ours), len(theirs))
+    return list(zip(ours[-count:], theirs[-count:], strict=True))
+
+
+def _family_pairs(student: nn.Module, teacher: nn.Module) -> tuple[Pair, ...]:
+    known = ", ".join(re.sub(r"\..*\.", " ", name) for name in FAMILIES)
+    found = []
+    for role, model in (("student", student), ("teacher", teacher)):
+        paths = family_paths(model)
+        if paths is None:
+            raise DistillError(
+                f"pairs: family knows no pairs of the {role}'s {type(model).__name__}; it knows "
+                f"{known}; for others there is auto"
+            )
+        found.append(paths)
+    if len(found[0]) != len(found[1]):
+        raise DistillError(
+            f"pairs: family has {len(found[0])} of the student and {len(found[1])} of the "
+            "teacher, must have as many of both; there is auto"
+        )
+    return tuple(Pair(student=s, teacher=t) for s, t in zip(*found, strict=True))
+
+
+_Shapes = tuple[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+def _shapes(pairs: Sequence[Pair], role: str, model: nn.Module, image: Tensor) -> list[_Shapes]:
+    """Channels and spatial sizes of each pair of one network, which runs once."""
+    found = []
+    with ExitStack() as stack:
+        stack.enter_context(looking(model))
+        all_taps = []
+        for index, pair in enumerate(pairs):
+            with _named(f"pairs.{index}.{role}"):
+                taps = FeatureTaps(model, getattr(pair, role))
+            all_taps.append(stack.enter_context(taps))
+        run(model, image, role)
+        for index, (pair, taps) in enumerate(zip(pairs, all_taps, strict=True)):
+            with _named(f"pairs.{index}.{role}"):
+                [(first, second)] = tapped_pairs(taps.take(), [pair.channels])
+                fsp_matrix(first, second)  # it knows best which maps make one
+            channels = first.shape[1], second.shape[1]
+            found.append((channels, (tuple(first.shape[2:]), tuple(second.shape[2:]))))
+    return found
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, IndexError) as error:
+        raise DistillError(f"{where}: {error}") from error
+
+
+def _hint(pair: Pair, *networks: _Shapes) -> str:
+    sizes = [size for _, both in networks for size in both]
+    if pair.channels == "first" and any(len(size) == 1 for size in sizes):
+        return "; of maps (B, N, C), as tokens are, say channels: last"
+    return ""
+
+
+def _flat(pairs: Sequence[Maps]) -> list[Tensor]:
+    return [x for pair in pairs for x in pair]

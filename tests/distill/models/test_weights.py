@@ -1,0 +1,222 @@
+"""Weights: all of them or an error, but for a classifier of other classes; downloads are faked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fsp_kernels.distill.config import Network
+from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.distill.models import CifarResNet, build_model, load_weights, read_weights
+
+State = dict[str, Tensor]
+
+
+def build(name: str, in_channels: int = 3, classes: int = 10, **settings: Any) -> nn.Module:
+    return build_model(Network(model=name, **settings), in_channels=in_channels, classes=classes)
+
+
+def same(state: State, other: State, but: str = "-") -> bool:
+    names = [name for name in state if not name.startswith(but)]
+    return all(torch.equal(state[name], other[name]) for name in names)
+
+
+@pytest.fixture
+def state() -> State:
+    return CifarResNet(8).state_dict()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth"])
+def test_a_network_starts_from_a_file(state: State, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"weights{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(state, path)
+    assert same(state, build("cifar/resnet8", weights=str(path)).state_dict())
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+def test_weights_are_found_in_a_training_scripts_checkpoint(
+    state: State, tmp_path: Path, key: str
+) -> None:
+    torch.save({key: state, "epoch": 3}, tmp_path / "checkpoint.pt")
+    assert same(state, read_weights(tmp_path / "checkpoint.pt", "student.weights"))
+
+
+def test_the_prefix_of_data_parallel_training_is_taken_off(state: State, tmp_path: Path) -> None:
+    torch.save({f"module.{name}": x for name, x in state.items()}, tmp_path / "weights.pt")
+    assert same(state, read_weights(tmp_path / "weights.pt", "student.weights"))
+
+
+def test_a_classifier_of_other_classes_stays_as_it_was(state: State) -> None:
+    model = CifarResNet(8, classes=4)
+    fresh = model.fc.weight.clone()
+    load_weights(model, state, "teacher")
+    assert torch.equal(model.fc.weight, fresh)
+    assert same(state, model.state_dict(), but="fc.")
+
+
+def test_a_convolution_can_be_the_classifier() -> None:
+    def net(classes: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, classes, 1))
+
+    source, model = net(10), net(2)
+    load_weights(model, source.state_dict(), "teacher")
+    assert torch.equal(model[0].weight, source[0].weight)
+    assert model[1].weight.shape[0] == 2
+
+
+def test_the_given_state_is_not_changed(state: State) -> None:
+    before = dict(state)
+    load_weights(CifarResNet(8, classes=4), state, "teacher")
+    assert state.keys() == before.keys()
+    assert all(state[name] is before[name] for name in before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fc.weight": None}, r"^teacher\.weights: not of this network: lacks fc\.weight$"),
+        (
+            {"conv.weight": None, "bn.weight": None, "bn.bias": None, "fc.bias": None},
+            r"lacks conv\.weight, bn\.weight, bn\.bias and 1 more$",
+        ),
+        ({"fc2.weight": torch.zeros(1)}, r"has unknown fc2\.weight$"),
+        ({"conv.weight": torch.zeros(1, 2)}, r"has conv\.weight 1 x 2 for 16 x 3 x 3 x 3$"),
+        ({"fc.weight": torch.zeros(10, 65)}, r"has fc\.weight 10 x 65 for 10 x 64$"),
+    ],
+)
+def test_anything_else_that_does_not_fit_is_named(
+    state: State, change: dict[str, Tensor | None], message: str
+) -> None:
+    changed = {name: x for name, x in (state | change).items() if x is not None}
+    with pytest.raises(DistillError, match=message):
+        load_weights(CifarResNet(8), changed, "teacher.weights")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("weights.bin", b"", r"^student\.weights: is '.*weights\.bin', must end in \.safetensors"),
+        ("weights.pt", None, r"^student\.weights: .*weights\.pt cannot be read: No such file"),
+        ("weights.safetensors", None, r"^student\.weights: .* cannot be read: No such file"),
+        ("weights.safetensors", b"not weights", r"^student\.weights: .* is damaged: "),
+        ("weights.pt", b"not weights", r"^student\.weights: .* holds no plain state dict: "),
+        ("weights.pt", b"", r"^student\.weights: .* holds no plain state dict: "),
+    ],
+)
+def test_a_file_that_is_none_of_weights_is_refused(
+    tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DistillError, match=message):
+        build("cifar/resnet8", weights=str(tmp_path / name))
+
+
+@pytest.mark.parametrize("content", [[1, 2], {}, {"epoch": 3}, {1: torch.zeros(1)}])
+def test_a_file_of_something_else_is_refused(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "weights.pt")
+    with pytest.raises(DistillError, match="holds no state dict, must hold tensors by name"):
+        read_weights(tmp_path / "weights.pt", "student.weights")
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    torch.save(CifarResNet(8), tmp_path / "weights.pt")
+    with pytest.raises(DistillError, match="holds no plain state dict"):
+        read_weights(tmp_path / "weights.pt", "student.weights")
+
+
+def test_weights_beside_pretrained_are_refused() -> None:
+    with pytest.raises(DistillError, match=r"student\.weights: given beside pretrained"):
+        build("cifar/resnet8", weights="weights.pt", pretrained=True)
+
+
+@pytest.mark.parametrize("name", ["cifar/resnet8", "torch.nn:Identity"])
+def test_networks_without_published_weights_say_so(name: str) -> None:
+    with pytest.raises(DistillError, match=rf"student\.pretrained: is true, must be .* of {name}"):
+        build(name, pretrained=True)
+
+
+def fake_download(monkeypatch: pytest.MonkeyPatch, state: State | Exception) -> None:
+    """torchvision's downloads give ``state``."""
+    from torchvision.models import WeightsEnum
+
+    def get_state_dict(_self: object, *_args: object, **_keywords: object) -> State:
+        if isinstance(state, Exception):
+            raise state
+        return state
+
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", get_state_dict)
+
+
+@pytest.mark.parametrize(("in_channels", "classes"), [(3, 1000), (3, 7), (1, 7)])
+def test_torchvisions_weights_are_loaded_but_for_other_classes_and_channels(
+    monkeypatch: pytest.MonkeyPatch, in_channels: int, classes: int
+) -> None:
+    models = pytest.importorskip("torchvision.models")
+    published = models.resnet18().state_dict()
+    fake_download(monkeypatch, published)
+    model = build("torchvision/resnet18", in_channels, classes, pretrained=True)
+    kept = {n: x for n, x in published.items() if not n.startswith(("fc.", "conv1."))}
+    assert same(kept, model.state_dict())
+    assert torch.equal(model.fc.weight, published["fc.weight"]) == (classes == 1000)
+    summed = model.conv1.weight.sum(1)
+    torch.testing.assert_close(summed, published["conv1.weight"].sum(1))
+
+
+def test_weights_of_auxiliary_classifiers_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = pytest.importorskip("torchvision.models")
+    published = models.googlenet(init_weights=False).state_dict()
+    assert "aux1.fc1.weight" in published
+    fake_download(monkeypatch, published)
+    model = build("torchvision/googlenet", pretrained=True)
+    assert torch.equal(model.conv1.conv.weight, published["conv1.conv.weight"])
+    assert model.transform_input  # what these weights were trained with
+
+
+@pytest.mark.parametrize("error", [URLError("no route"), RuntimeError("invalid hash value")])
+def test_a_failed_download_of_torchvision_gives_the_reason(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    pytest.importorskip("torchvision")
+    fake_download(monkeypatch, error)
+    with pytest.raises(
+        DistillError,
+        match=r"student\.pretrained: the weights of torchvision/resnet18 .*: .*(route|hash)",
+    ):
+        build("torchvision/resnet18", pretrained=True)
+
+
+def test_timm_is_asked_for_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm")
+    asked: dict[str, Any] = {}
+
+    def create_model(name: str, **keywords: Any) -> nn.Module:
+        asked.update(keywords, name=name)
+        return nn.Identity()
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    build("timm/resnet10t", 1, 7, pretrained=True)
+    assert asked == {"name": "resnet10t", "pretrained": True, "in_chans": 1, "num_classes": 7}
+
+
+class NotCachedError(OSError, ValueError):
+    """As huggingface_hub's own error is both."""
+
+
+def test_a_failed_download_of_timm_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm")
+
+    def create_model(*_args: object, pretrained: bool = False, **_keywords: object) -> nn.Module:
+        if pretrained:
+            raise NotCachedError("no route")
+        return nn.Identity()
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(DistillError, match=r"student\.pretrained: the weights of .*: no route"):
+        build("timm/resnet10t", pretrained=True)

@@ -1,0 +1,360 @@
+"""Pairs: found, known by family or given; whether they fit; and the projection where they don't."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fsp_kernels import fsp_loss
+from fsp_kernels.distill.config import Pair
+from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.distill.models import CifarResNet, WideResNet
+from fsp_kernels.distill.pairs import (
+    PairShapes,
+    Projection,
+    check_pairs,
+    resolve_pairs,
+    tapped_pairs,
+)
+
+IMAGE = torch.zeros(1, 3, 32, 32)
+CIFAR_AUTO = [("relu", "stage1"), ("stage2.0.relu1", "stage2"), ("stage3.0.relu1", "stage3")]
+CIFAR_FAMILY = [(f"stage{i}.0.relu1", f"stage{i}") for i in (1, 2, 3)]
+WIDE_FAMILY = [(f"stage{i}.0.relu2", f"stage{i}") for i in (1, 2, 3)]
+TORCHVISION_AUTO = [("maxpool", "layer1"), *((f"layer{i}.0", f"layer{i}") for i in (2, 3, 4))]
+IMAGENET_FAMILY = [
+    ("layer1:input", "layer1"),
+    *((f"layer{i}.1:input", f"layer{i}") for i in (2, 3, 4)),
+]
+
+
+def pair(*paths: str, **settings: Any) -> Pair:
+    """The same two paths in both networks, or the student's and then the teacher's."""
+    return Pair(student=paths[:2], teacher=paths[-2:], **settings)
+
+
+def conv(channels: int, wanted: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(channels, wanted, 3, stride, padding=1), nn.ReLU())
+
+
+def net(*widths: int) -> nn.Sequential:
+    """For each width, two blocks of one more halving: ``0``, ``1``, ``2``, ``3``, ..."""
+    blocks, channels = [], 3
+    for width in widths:
+        blocks += [conv(channels, width, stride=2), conv(width, width)]
+        channels = width
+    return nn.Sequential(*blocks)
+
+
+def resolved(student: nn.Module, teacher: nn.Module, pairs: Any = "auto") -> list[tuple[Any, Any]]:
+    found = resolve_pairs(pairs, student, teacher, IMAGE)
+    return [(pair.student, pair.teacher) for pair in found]
+
+
+def both(paths: list[tuple[str, str]]) -> list[tuple[Any, Any]]:
+    return [(two, two) for two in paths]
+
+
+class Tokens(nn.Module):
+    """A transformer's shapes: an image to (B, 5, C)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, channels)
+        self.block = nn.Linear(channels, channels)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.block(self.embed(image.flatten(1)[:, :20].unflatten(1, (5, 4))))
+
+
+def test_auto_finds_the_first_and_last_map_of_each_stage_of_cifar_networks() -> None:
+    assert resolved(CifarResNet(8), CifarResNet(26)) == both(CIFAR_AUTO)
+
+
+def test_auto_finds_the_stages_of_torchvisions_resnets() -> None:
+    models = pytest.importorskip("torchvision.models")
+    image = torch.zeros(1, 3, 64, 64)
+    found = resolve_pairs("auto", models.resnet18(), models.resnet34(), image)
+    assert [(pair.student, pair.teacher) for pair in found] == both(TORCHVISION_AUTO)
+
+
+def test_auto_ends_a_stage_before_the_next_ones_first_block() -> None:
+    # Before its stride, the first block of a stage still has maps of the stage before.
+    timm = pytest.importorskip("timm")
+    [_, second, *_] = resolved(*[timm.create_model("resnet50")] * 2)
+    assert second == both([("layer2.0.act2", "layer2")])[0]
+    [first, *_] = resolved(*[WideResNet(10)] * 2)
+    assert first == both([("stage1.0.relu1", "stage1")])[0]
+
+
+def test_auto_leaves_networks_as_they_were() -> None:
+    student = CifarResNet(8)
+    student.stage2.eval()
+    before = {name: x.clone() for name, x in student.state_dict().items()}
+    resolved(student, CifarResNet(8))
+    assert student.training
+    assert student.stage3[0].bn1.training
+    assert not student.stage2[0].bn1.training
+    assert all(torch.equal(x, before[name]) for name, x in student.state_dict().items())
+    assert not any(module._forward_hooks for module in student.modules())
+
+
+def test_auto_takes_no_raw_map_of_a_convolution_or_norm() -> None:
+    raw = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    model = nn.Sequential(raw, nn.ReLU(), conv(4, 4))
+    assert resolved(model, model) == both([("1", "2")])
+
+
+def test_auto_takes_no_map_that_is_overwritten() -> None:
+    model = nn.Sequential(conv(3, 4), nn.Tanh(), nn.ReLU(inplace=True), conv(4, 4))
+    assert resolved(model, model) == both([("0", "3")])
+    model = nn.Sequential(nn.Tanh(), nn.ReLU(inplace=True), conv(3, 4))
+    assert resolved(model, model) == both([("1", "2")])
+
+
+def test_auto_takes_no_module_that_runs_twice() -> None:
+    relu = nn.ReLU()
+    model = nn.Sequential(relu, nn.Conv2d(3, 4, 1), relu, conv(4, 4), conv(4, 4))
+    assert resolved(model, model) == both([("3", "4")])
+
+
+def test_auto_leaves_out_single_positions_and_single_maps() -> None:
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.ReLU(), nn.ReLU())
+    model = nn.Sequential(net(4), nn.MaxPool2d(2), pooled)
+    assert resolved(model, model) == both([("0.0", "0")])
+
+
+def test_auto_matches_as_many_stages_in_order_whatever_their_sizes() -> None:
+    late = nn.Sequential(nn.MaxPool2d(2), net(4, 8))
+    assert resolved(net(4, 8), late) == [
+        (("0", "1"), ("1.0", "1.1")),
+        (("2", "3"), ("1.2", "1")),
+    ]
+
+
+def test_auto_matches_stages_of_equal_size_where_their_numbers_differ() -> None:
+    assert resolved(net(4, 8), net(4, 8, 16)) == both([("0", "1"), ("2", "3")])
+
+
+def test_auto_matches_from_the_last_stage_where_no_size_is_equal() -> None:
+    odd = nn.Sequential(nn.MaxPool2d(3), net(4))
+    assert resolved(odd, net(4, 8)) == [(("1.0", "1"), ("2", "3"))]
+
+
+@pytest.mark.parametrize("channels", [9, 96])
+def test_auto_finds_nothing_in_maps_whose_channels_are_last(channels: int) -> None:
+    class ChannelsLast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(nn.GELU(), nn.GELU())
+
+        def forward(self, image: Tensor) -> Tensor:
+            half = image[..., ::2, ::2].movedim(1, -1)
+            return self.blocks(half.repeat(1, 1, 1, channels // 3))
+
+    with pytest.raises(DistillError, match=r"^pairs: auto finds no stage in the student, .*inspec"):
+        resolved(ChannelsLast(), net(4))
+
+
+def test_auto_finds_nothing_in_a_transformer() -> None:
+    with pytest.raises(DistillError, match="auto finds no stage in the teacher"):
+        resolved(net(4), Tokens(8))
+
+
+def test_the_pairs_of_families() -> None:
+    assert resolved(CifarResNet(8), CifarResNet(26), "family") == both(CIFAR_FAMILY)
+    assert resolved(WideResNet(10), WideResNet(16), "family") == both(WIDE_FAMILY)
+    mixed = resolved(WideResNet(10), CifarResNet(8), "family")
+    assert mixed == list(zip(WIDE_FAMILY, CIFAR_FAMILY, strict=True))
+
+
+def test_the_pairs_of_imagenets_resnets_are_known_of_both_packages() -> None:
+    torchvision, timm = map(pytest.importorskip, ("torchvision.models", "timm"))
+    found = resolved(torchvision.resnet18(), timm.create_model("resnet18"), "family")
+    assert found == both(IMAGENET_FAMILY)
+
+
+def test_pairs_of_a_family_fit_the_networks_they_are_named_for() -> None:
+    student, teacher = CifarResNet(8), WideResNet(10, 1)
+    pairs = resolve_pairs("family", student, teacher, IMAGE)
+    check_pairs(pairs, student, teacher, IMAGE, projection=False)
+
+
+def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
+    message = r"^pairs: family knows no pairs of the teacher's Sequential; it knows .*CifarResNet"
+    with pytest.raises(DistillError, match=message):
+        resolved(CifarResNet(8), net(4), "family")
+
+
+def test_a_resnet_too_shallow_for_the_familys_pairs_is_refused() -> None:
+    timm = pytest.importorskip("timm")
+    with pytest.raises(DistillError, match="family knows no pairs of the student's ResNet"):
+        resolved(timm.create_model("resnet10t"), timm.create_model("resnet18"), "family")
+
+
+def test_families_of_other_numbers_of_pairs_do_not_go_together() -> None:
+    models = pytest.importorskip("torchvision.models")
+    with pytest.raises(DistillError, match="family has 3 of the student and 4 of the teacher"):
+        resolved(CifarResNet(8), models.resnet18(), "family")
+
+
+def test_given_pairs_are_taken_as_they_are() -> None:
+    given = (pair("0", "1"),)
+    assert resolve_pairs(given, net(4), net(4), IMAGE) is given
+
+
+def test_checking_gives_channels_and_sizes_of_both_networks() -> None:
+    [shapes] = check_pairs([pair("1", "3", "0", "1")], net(4, 8), net(4), IMAGE, projection=True)
+    assert shapes == PairShapes((4, 8), (4, 4), ((16, 16), (8, 8)), ((16, 16), (16, 16)))
+
+
+def test_a_map_of_one_position_is_fine() -> None:
+    model = nn.Sequential(net(4), nn.AdaptiveAvgPool2d(1))
+    [shapes] = check_pairs([pair("0", "1")], model, model, IMAGE, projection=False)
+    assert shapes.student_sizes == ((16, 16), (1, 1))
+
+
+def test_other_channels_are_refused_unless_projected() -> None:
+    pairs = [pair("0", "1")]
+    message = (
+        r"^pairs\.0: the student's FSP matrix is 8 x 8, the teacher's 4 x 4; their feature maps "
+        r"must have equal channels or fsp\.projection be true$"
+    )
+    with pytest.raises(DistillError, match=message):
+        check_pairs(pairs, net(8), net(4), IMAGE, projection=False)
+    [shapes] = check_pairs(pairs, net(8), net(4), IMAGE, projection=True)
+    assert (shapes.student, shapes.teacher) == ((8, 8), (4, 4))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (pair("0", "zzz", "0", "1"), r"^pairs\.1\.student: zzz: Sequential has no module 'zzz'"),
+        (pair("0", "1", "0", "zzz"), r"^pairs\.1\.teacher: zzz: Sequential has no module 'zzz'"),
+        (pair("0", "2", "0", "1"), r"^pairs\.1\.student: second: has shape \(1, 1024\), expected"),
+    ],
+)
+def test_a_pair_that_is_none_is_named(wrong: Pair, message: str) -> None:
+    student = nn.Sequential(*net(4), nn.Flatten())
+    with pytest.raises(DistillError, match=message):
+        check_pairs([pair("0", "1"), wrong], student, net(4), IMAGE, projection=False)
+
+
+def test_a_value_that_is_no_tensor_is_named() -> None:
+    class Both(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
+
+    model = nn.Sequential(conv(3, 4), Both())
+    with pytest.raises(DistillError, match=r"^pairs: the student's 1: is a tuple, not a tensor"):
+        check_pairs([pair("0", "1")], model, model, IMAGE, projection=False)
+
+
+def test_a_map_that_is_overwritten_is_named() -> None:
+    model = nn.Sequential(nn.Tanh(), nn.BatchNorm2d(3), nn.ReLU(inplace=True))
+    with pytest.raises(DistillError, match=r"^pairs\.0\.student: 1: was overwritten in place"):
+        check_pairs([pair("0", "1")], model, model, IMAGE, projection=False)
+
+
+def test_maps_of_other_ranks_or_batches_make_no_pair() -> None:
+    model = nn.Sequential(*net(4), nn.Flatten(2), nn.Flatten(0, 1), nn.Unflatten(0, (2, 2)))
+    with pytest.raises(DistillError, match=r"pairs\.0\.student: second: has 1 spatial axes"):
+        check_pairs([pair("1", "2")], model, model, IMAGE, projection=False)
+    with pytest.raises(DistillError, match=r"pairs\.0\.student: second: has batch size 2"):
+        check_pairs([pair("2", "4")], model, model, IMAGE, projection=False)
+
+
+def test_a_network_that_cannot_take_the_images_is_named() -> None:
+    with pytest.raises(DistillError, match=r"^teacher\.model: cannot take images of 3 x 32 x 32: "):
+        check_pairs([], net(4), nn.Conv2d(1, 4, 3), IMAGE, projection=False)
+
+
+def test_checking_leaves_networks_as_they_were() -> None:
+    student = CifarResNet(8)
+    check_pairs([pair("relu", "stage1")], student, CifarResNet(8).eval(), IMAGE, projection=False)
+    assert all(module.training for module in student.modules())
+    assert not student.bn.num_batches_tracked
+
+
+def test_tokens_are_read_with_their_channels_last() -> None:
+    pairs = [pair("embed", "block", channels="last")]
+    [shapes] = check_pairs(pairs, Tokens(8), Tokens(8), IMAGE, projection=False)
+    assert shapes == PairShapes((8, 8), (8, 8), ((5,), (5,)), ((5,), (5,)))
+
+
+def test_tokens_that_do_not_fit_are_said_to_need_channels_last() -> None:
+    class Fewer(Tokens):
+        def forward(self, image: Tensor) -> Tensor:
+            return self.block(self.embed(image.flatten(1)[:, :16].unflatten(1, (4, 4))))
+
+    with pytest.raises(DistillError, match=r"5 x 5, .* 4 x 4; .*; of maps \(B, N, C\), .* last$"):
+        check_pairs([pair("embed", "block")], Tokens(8), Fewer(8), IMAGE, projection=False)
+
+
+def test_a_vision_transformers_tokens_can_be_distilled() -> None:
+    timm = pytest.importorskip("timm")
+    settings = {"img_size": 32, "patch_size": 8, "depth": 2}
+    student = timm.create_model("vit_tiny_patch16_224", **settings)
+    teacher = timm.create_model("vit_tiny_patch16_224", embed_dim=96, **settings)
+    pairs = [pair("blocks.0", "blocks.1", channels="last")]
+    [shapes] = check_pairs(pairs, student, teacher, IMAGE, projection=True)
+    assert shapes == PairShapes((192, 192), (96, 96), ((17,), (17,)), ((17,), (17,)))
+
+
+def test_flat_maps_become_pairs_and_channels_move_in_views() -> None:
+    maps = [torch.randn(2, 3, 4, 5), torch.randn(2, 6, 4, 5), torch.randn(2, 7, 3)] * 2
+    pairs = tapped_pairs([*maps[:2], maps[2], maps[2]], ["first", "last"])
+    assert pairs[0][0] is maps[0]
+    assert pairs[0][1] is maps[1]
+    assert pairs[1][0].shape == (2, 3, 7)
+    assert torch.equal(pairs[1][1], maps[2].transpose(1, 2))
+    assert pairs[1][0].data_ptr() == maps[2].data_ptr()
+
+
+def test_channels_last_of_images_move_before_both_spatial_axes() -> None:
+    [(first, _)] = tapped_pairs([torch.randn(2, 4, 5, 3)] * 2, ["last"])
+    assert first.shape == (2, 3, 4, 5)
+
+
+def shapes_of(student: tuple[int, int], teacher: tuple[int, int], rank: int = 2) -> PairShapes:
+    sizes = ((4,) * rank, (2,) * rank)
+    return PairShapes(student, teacher, sizes, sizes)
+
+
+def test_a_projection_is_needed_where_channels_differ() -> None:
+    assert not Projection.needed([shapes_of((3, 5), (3, 5))])
+    assert Projection.needed([shapes_of((3, 5), (3, 5)), shapes_of((3, 5), (3, 6))])
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_a_projection_gives_the_teachers_channels(rank: int) -> None:
+    shapes = [shapes_of((3, 5), (4, 6), rank)]
+    pair = torch.randn(2, 3, *(4,) * rank), torch.randn(2, 5, *(2,) * rank)
+    [(first, second)] = Projection(shapes)([pair])
+    assert first.shape == (2, 4, *(4,) * rank)
+    assert second.shape == (2, 6, *(2,) * rank)
+
+
+def test_a_projection_is_linear_in_the_channels_of_each_position() -> None:
+    projection = Projection([shapes_of((3, 5), (4, 5))])
+    x, y = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 2, 2)
+    [(first, _)] = projection([(x, y)])
+    [weight] = projection.parameters()
+    torch.testing.assert_close(first, torch.einsum("oc,bchw->bohw", weight[:, :, 0, 0], x))
+
+
+def test_a_projection_leaves_maps_that_fit_untouched() -> None:
+    x, y = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 2, 2)
+    [(first, second)] = Projection([shapes_of((3, 5), (4, 5))])([(x, y)])
+    assert first is not x
+    assert second is y
+
+
+def test_a_projection_learns() -> None:
+    projection = Projection([shapes_of((3, 5), (4, 6))])
+    pair = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 2, 2)
+    fsp_loss(projection([pair]), [torch.randn(2, 4, 6)]).backward()
+    assert all(parameter.grad is not None for parameter in projection.parameters())
