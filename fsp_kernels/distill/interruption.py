@@ -1,0 +1,51 @@
+"""SIGTERM and Ctrl-C end a run after the step at hand, with its state saved."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+
+
+class InterruptedRunError(Exception):
+    """A run stopped because a signal asked it to; what it had is saved.
+
+    ``exit_code`` is what a shell reports of a process that the signal ended.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+class Interruption:
+    """Inside a ``with`` block the first SIGTERM or SIGINT is noted, not obeyed; the second is.
+
+    ``requested`` is the number of the signal, 0 while there was none.
+    """
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.requested = 0
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Interruption:
+        self._before = {number: signal.signal(number, self._note) for number in self._SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.requested = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._before = {}

@@ -1,0 +1,111 @@
+"""Files that are whole or not there at all, and folders that can take them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from fsp_kernels.distill.errors import DistillError
+
+_LOCK = ".lock"
+_UNFINISHED = ".unfinished-"  # what a killed process leaves behind begins so
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to; it takes ``path``'s place, on the disk, at the end.
+
+    Whenever the process or the machine stops, ``path`` is the old file or the new one.
+
+    Raises:
+        DistillError: the file cannot be written; ``path`` is as it was.
+    """
+    unfinished = path.with_name(f"{_UNFINISHED}{uuid.uuid4().hex[:8]}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        _flush(unfinished)
+        os.replace(unfinished, path)
+        _flush(path.parent)
+    except OSError as error:
+        raise DistillError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # which wraps the OSErrors of its writes
+            raise
+        raise DistillError(f"{path}: cannot be written: {error}") from error
+    finally:
+        with suppress(OSError):  # of a folder that is none, too
+            unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """``text`` as the whole of ``path``, in UTF-8."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what killed processes were writing in ``folder`` and below."""
+    for path in folder.rglob(f"{_UNFINISHED}*"):
+        path.unlink(missing_ok=True)
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether ``folder`` is there and holds more than what killed processes left unfinished."""
+    return folder.exists() and not all(
+        path.name.startswith((_UNFINISHED, _LOCK)) for path in folder.iterdir()
+    )
+
+
+def check_writable(folder: Path, needed: int) -> None:
+    """Files can be written in ``folder`` and its disk has ``needed`` bytes left; makes the folder.
+
+    Raises:
+        DistillError: it is no folder, cannot be written to, or the disk is too full.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise DistillError(f"{folder}: is not a folder; choose another with --output")
+    probe = folder / f"{_UNFINISHED}probe"
+    write_text(probe, "can this be written?\n")
+    probe.unlink()
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DistillError(
+            f"{folder}: its disk has {free / 2**20:,.0f} MiB free, "
+            f"the run needs about {needed / 2**20:,.0f} MiB; choose another with --output"
+        )
+
+
+def lock(folder: Path) -> FileLock:
+    """Keep other processes from training in ``folder``, until this one ends, however it does.
+
+    Raises:
+        DistillError: one is at it.
+    """
+    # One object for each path: a second study of this process would otherwise wait for the first.
+    held = FileLock(folder / _LOCK, timeout=0, is_singleton=True)
+    try:
+        held.acquire()
+    except Timeout:
+        raise DistillError(
+            f"{folder}: another process is training in it; wait for it, or choose another folder "
+            f"with --output"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        raise DistillError(f"{folder}: cannot be locked: {error}") from error
+    return held
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold what was written to a file, or which names a folder has."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
