@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -23,62 +25,180 @@ from fsp_kernels.distill.settings import (
     to_tree,
 )
 
-_RESNET_DEPTH = Rule(lambda d: d >= 8 and d % 6 == 2, "6n + 2, as in 8, 14, 20, 26, 32, 56")
 _FOLDER_NAME = Rule(
     lambda name: re.fullmatch(r"\w[\w.-]*", name) is not None,
     "a folder name of letters, digits, '.', '_' and '-'",
 )
 _SHARE = Rule(lambda value: 0 < value <= 1, "more than 0 and at most 1")
 
+Dataset = Literal["digits", "mnist5k", "cifar10", "cifar100", "imagefolder"]
+ArmName = Literal[
+    "baseline", "baseline-long", "two-stage", "one-stage", "kd", "two-stage-kd", "one-stage-kd"
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """Which images, and how many of the training pool the networks may see.
 
-    The student's ``train_images`` are among the teacher's ``teacher_images``.
+    Attributes:
+        dataset: ``digits`` and ``mnist5k`` come with their packages; the others are in ``root``.
+        root: of ``cifar10`` and ``cifar100`` the folder that torchvision keeps them in; of
+            ``imagefolder`` one with ``train/CLASS/*`` and ``val/CLASS/*``, as ImageNet is kept.
+        download: fetch ``cifar10`` or ``cifar100`` into ``root`` where it is not there.
+        image_size: height and width, pixels; ``None`` for the set's own (``imagefolder``: 224).
+        train_images: the student's, drawn from the teacher's; ``None`` for all of those.
+        teacher_images: drawn from the training pool; ``None`` for all of it.
+        validation_images: held out of the training pool; ``None`` for the set's own number.
+        augment: random crops and, where a mirrored image keeps its class, flips.
+        batch_size: images of one optimiser step, over all processes and accumulated passes.
+        workers: processes that load images, for each training process.
     """
 
-    dataset: Literal["digits"] = "digits"
-    train_images: int = setting(at_least(10), 200)
-    teacher_images: int = setting(at_least(10), 200)
+    dataset: Dataset = "digits"
+    root: str | None = None
+    download: bool = False
+    image_size: int | None = setting(at_least(4), None)
+    train_images: int | None = setting(at_least(10), None)
+    teacher_images: int | None = setting(at_least(10), None)
+    validation_images: int | None = setting(at_least(0), None)
+    augment: bool = True
     batch_size: int = setting(at_least(2), 32)  # batch normalisation needs two images
+    workers: int = setting(at_least(0), 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """A CIFAR-style ResNet: ``depth = 6n + 2``, channels 16-32-64 times ``width``."""
+    """A network by name; ``fsp_kernels.distill.models`` says which names there are.
 
-    depth: int = setting(_RESNET_DEPTH)
-    width: int = setting(at_least(1), 1)
+    Attributes:
+        model: ``cifar/resnet26``, ``cifar/wrn16-2``, ``torchvision/resnet18``, ``timm/resnet18``,
+            or ``package.module:callable``.
+        arguments: handed to its constructor.
+        weights: a ``.safetensors`` or ``.pt`` file of a state dict to start from.
+        pretrained: start from the weights that torchvision or timm publish, downloaded.
+    """
+
+    model: str
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    weights: str | None = None
+    pretrained: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """End a stage early: after ``patience`` evaluations without a loss lower by ``min_delta``.
+
+    The loss is the stage's own, on the validation split.
+    """
+
+    patience: int = setting(at_least(1))
+    min_delta: float = setting(at_least(0), 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """SGD with momentum; the rate is multiplied by ``decay`` at each milestone.
+    """One run of an optimiser.
 
-    ``steps`` and ``milestones`` count optimiser steps; a milestone is a share of ``steps``.
+    Attributes:
+        steps: of the optimiser; or else ``epochs`` over the images.
+        optimizer: by ``torch.optim``; ``momentum`` and ``nesterov`` are of ``sgd``.
+        learning_rate: at the start, or at the end of the warm-up.
+        weight_decay: as the optimiser takes it.
+        schedule: ``multistep`` multiplies the rate by ``decay`` at each of ``milestones`` (shares
+            of the steps), ``cosine`` takes it to 0.
+        warmup: share of the steps in which the rate rises linearly from nearly 0.
+        clip: largest norm of the gradient.
+        stop: when to stop before ``steps``.
     """
 
-    steps: int = setting(at_least(1))
+    steps: int | None = setting(at_least(1), None)
+    epochs: int | None = setting(at_least(1), None)
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     learning_rate: float = setting(more_than(0))
     momentum: float = setting(between(0, 1), 0.9)
+    nesterov: bool = False
     weight_decay: float = setting(at_least(0), 1e-4)
+    schedule: Literal["multistep", "cosine", "constant"] = "multistep"
     milestones: tuple[float, ...] = setting(_SHARE, (0.5, 0.75))
     decay: float = setting(_SHARE, 0.1)
+    warmup: float = setting(between(0, 1), 0.0)
+    clip: float | None = setting(more_than(0), None)
+    stop: Stop | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Another data set, which the teacher is trained on first (the paper's section 4.3)."""
+
+    data: Data
+    training: Training
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """The two feature maps of one FSP matrix, by module path, in each network."""
+    """The two feature maps of one FSP matrix, by module path, in each network.
+
+    ``channels`` says where the maps have their channels: ``first`` (B, C, *spatial), or ``last``
+    (B, *spatial, C) as the tokens of a transformer.
+    """
 
     student: tuple[str, str]
     teacher: tuple[str, str]
     weight: float = setting(at_least(0), 1.0)
+    channels: Literal["first", "last"] = "first"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fsp:
+    """The FSP loss: ``pool`` and ``norm`` as in ``fsp_kernels.fsp_loss``.
+
+    Attributes:
+        projection: where channels differ, a learnt 1x1 convolution takes the student's maps to the
+            teacher's channels; it is trained with the student and not kept.
+        beta: the loss's weight beside the task's, where both are minimised together.
+        cache_teacher: keep the teacher's FSP matrices and logits on disk; needs ``augment: false``.
+    """
+
+    pool: Literal["max", "avg"] = "max"
+    norm: Literal["frobenius", "mse", "column"] = "frobenius"
+    projection: bool = False
+    beta: float = setting(more_than(0), 1.0)
+    cache_teacher: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftTargets:
+    """Soft targets (Hinton, Vinyals, Dean, 2015): ``(1 - weight) * task + weight * T^2 KL``."""
+
+    weight: float = setting(_SHARE, 0.9)
+    temperature: float = setting(more_than(0), 4.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How the arithmetic is done.
+
+    Attributes:
+        precision: of the forward passes, by autocast; ``fp16`` scales the loss and needs a GPU.
+        accumulation: passes whose gradients make one step, each over a part of its batch.
+        channels_last: the memory format of images and weights.
+        compile: ``torch.compile`` the networks.
+        sync_batch_norm: normalise by the statistics of all processes' images.
+        threads: of each process on the CPU; ``None`` leaves PyTorch's choice.
+    """
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    accumulation: int = setting(at_least(1), 1)
+    channels_last: bool = False
+    compile: bool = False
+    sync_batch_norm: bool = False
+    threads: int | None = setting(at_least(1), None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Which split is quoted, how often, and which accuracies the step counts are about."""
+    """Which split is quoted, how often (steps), and which accuracies the step counts are about."""
 
     split: Literal["validation", "test"] = "test"
     every: int = setting(at_least(1), 10)
@@ -86,21 +206,34 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """What a run can be resumed from: written each ``every`` steps, the last ``keep`` are kept."""
+
+    every: int = setting(at_least(1), 500)
+    keep: int = setting(at_least(2), 2)  # of a damaged one and the one before, the latter serves
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """One whole recipe."""
 
     name: str = setting(_FOLDER_NAME)
-    seeds: tuple[int, ...] = setting(at_least(0))
+    seeds: tuple[int, ...] = setting(at_least(0), (0,))
     teacher_seed: int = setting(at_least(0), 1000)
-    threads: int = setting(at_least(1), 1)
-    data: Data = Data()
+    arms: tuple[ArmName, ...] = ("baseline", "baseline-long", "two-stage")
+    data: Data
+    source: Source | None = None
     teacher: Network
-    teacher_training: Training
+    teacher_training: Training | None = None
     student: Network
-    pairs: tuple[Pair, ...]
+    pairs: Literal["auto", "family"] | tuple[Pair, ...] = "auto"
+    fsp: Fsp = Fsp()
     stage1: Training
     stage2: Training
+    kd: SoftTargets = SoftTargets()
+    execution: Execution = Execution()
     evaluation: Evaluation = Evaluation()
+    checkpoints: Checkpoints = Checkpoints()
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -117,22 +250,63 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     tree.setdefault("name", path.stem)
     override(tree, overrides)
     config = read(Config, tree)
-    if len(set(config.seeds)) < len(config.seeds):
-        raise DistillError(f"seeds: is {list(config.seeds)}, must not hold a seed twice")
-    data = config.data
-    if data.batch_size > data.train_images:
-        raise DistillError(
-            f"data.batch_size: is {data.batch_size}, must be at most "
-            f"data.train_images ({data.train_images})"
-        )
-    if data.train_images > data.teacher_images:
-        raise DistillError(
-            f"data.train_images: is {data.train_images}, must be at most "
-            f"data.teacher_images ({data.teacher_images})"
-        )
+    _check(config)
     return config
 
 
 def dump_config(config: Config) -> str:
     """The recipe with every default filled in, as YAML that ``load_config`` reads back."""
     return yaml.safe_dump(to_tree(config), sort_keys=False, default_flow_style=None)
+
+
+def _check(config: Config) -> None:
+    """What no single key can tell."""
+    for key in ("seeds", "arms"):
+        values = getattr(config, key)
+        if len(set(values)) < len(values):
+            raise DistillError(f"{key}: is {list(values)}, must not hold one twice")
+    _check_data(config.data, "data")
+    trainings = {name: getattr(config, name) for name in ("stage1", "stage2", "teacher_training")}
+    if config.source is not None:
+        _check_data(config.source.data, "source.data")
+        trainings["source.training"] = config.source.training
+        if config.teacher_training is None:
+            raise DistillError("teacher_training: missing; the source is trained on before it")
+    for name, training in trainings.items():
+        if training is not None and (training.steps is None) == (training.epochs is None):
+            raise DistillError(f"{name}: must have steps or epochs, one of the two")
+    if config.teacher_training is None and not (
+        config.teacher.weights or config.teacher.pretrained
+    ):
+        raise DistillError(
+            "teacher_training: missing; a teacher needs it, or else teacher.weights or "
+            "teacher.pretrained"
+        )
+    if config.fsp.cache_teacher and config.data.augment:
+        raise DistillError(
+            "fsp.cache_teacher: is true, must be false while data.augment is true: each epoch "
+            "shows the teacher other images"
+        )
+    if config.data.batch_size % config.execution.accumulation:
+        raise DistillError(
+            f"data.batch_size: is {config.data.batch_size}, must be a multiple of "
+            f"execution.accumulation ({config.execution.accumulation})"
+        )
+
+
+def _check_data(data: Data, where: str) -> None:
+    if data.dataset in ("digits", "mnist5k"):
+        for key in ("root", "download"):
+            if getattr(data, key):
+                raise DistillError(f"{where}.{key}: {data.dataset} has none")
+    elif data.root is None:
+        raise DistillError(f"{where}.root: missing; the folder that {data.dataset} is in")
+    if data.dataset == "imagefolder" and data.download:
+        raise DistillError(f"{where}.download: is true, which an imagefolder can't be")
+    counts = ("batch_size", "train_images", "teacher_images")
+    given = [(key, getattr(data, key)) for key in counts if getattr(data, key) is not None]
+    for (key, count), (limit_key, limit) in pairwise(given):
+        if count > limit:
+            raise DistillError(
+                f"{where}.{key}: is {count}, must be at most {where}.{limit_key} ({limit})"
+            )

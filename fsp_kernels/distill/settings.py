@@ -10,6 +10,7 @@ import math
 import typing
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, NamedTuple, TypeVar
 
 import yaml
@@ -17,6 +18,8 @@ import yaml
 from fsp_kernels.distill.errors import DistillError, did_you_mean
 
 T = TypeVar("T")
+
+_UNIONS = (typing.Union, UnionType)  # ``X | Y`` makes either, by what X and Y are
 
 
 class Rule(NamedTuple):
@@ -27,7 +30,10 @@ class Rule(NamedTuple):
 
 
 def setting(rule: Rule, default: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field whose value, or each of whose items when a tuple, must satisfy ``rule``."""
+    """A dataclass field whose value, or each of whose items when a tuple, must satisfy ``rule``.
+
+    ``None``, where the field admits it, satisfies every rule.
+    """
     return dataclasses.field(default=default, metadata={"rule": rule})
 
 
@@ -101,8 +107,9 @@ def read(kind: type[T], tree: object, where: str = "") -> T:
     """``tree`` as the dataclass ``kind``.
 
     Args:
-        kind: a dataclass whose fields are ``int``, ``float``, ``str``, ``Literal``, tuples of one
-            type, or such dataclasses; fields without a default are required.
+        kind: a dataclass whose fields are ``bool``, ``int``, ``float``, ``str``, ``Literal``,
+            tuples of one type, free mappings ``dict``, such dataclasses, or unions of these and
+            ``None``; fields without a default are required.
         tree: what YAML gave.
         where: dotted key of ``tree``, for messages.
 
@@ -125,7 +132,7 @@ def read(kind: type[T], tree: object, where: str = "") -> T:
         if name in tree:
             values[name] = _convert(hints[name], tree[name], dotted)
             _obey(field.metadata.get("rule"), values[name], dotted)
-        elif field.default is dataclasses.MISSING:
+        elif field.default is field.default_factory is dataclasses.MISSING:
             raise DistillError(f"{dotted}: missing; must be {_expected(hints[name])}")
     return kind(**values)
 
@@ -139,6 +146,8 @@ def to_tree(settings: Any) -> Any:
 
 
 def _convert(hint: Any, value: Any, dotted: str) -> Any:
+    if typing.get_origin(hint) in _UNIONS:
+        return _convert_union(hint, value, dotted)
     if dataclasses.is_dataclass(hint):
         return read(typing.cast(type, hint), value, dotted)
     if typing.get_origin(hint) is tuple:
@@ -154,9 +163,32 @@ def _convert(hint: Any, value: Any, dotted: str) -> Any:
         raise DistillError(f"{dotted}: is {_describe(value)}, must be {_expected(hint)}{near}")
     if hint is float:
         value = _as_float(value)
+    hint = typing.get_origin(hint) or hint  # dict[str, Any], a free mapping
     if type(value) is not hint:  # not isinstance: YAML's `true` must not pass for 1
         raise DistillError(f"{dotted}: is {_describe(value)}, must be {_expected(hint)}")
     return value
+
+
+def _convert_union(hint: Any, value: Any, dotted: str) -> Any:
+    """By the member that takes values of this kind: nothing, a list, a section, or a scalar."""
+    members = [member for member in typing.get_args(hint) if member is not NoneType]
+    if value is None and len(members) < len(typing.get_args(hint)):
+        return None
+    fitting = [member for member in members if _takes(member) is _kind(value)]
+    if not fitting and len(members) > 1:
+        raise DistillError(f"{dotted}: is {_describe(value)}, must be {_expected(hint)}")
+    return _convert((fitting or members)[0], value, dotted)
+
+
+def _kind(value: Any) -> type:
+    return next((kind for kind in (list, dict) if isinstance(value, kind)), object)
+
+
+def _takes(hint: Any) -> type:
+    """The kind of YAML value, as ``_kind`` tells it, that ``hint`` is made from."""
+    if dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict:
+        return dict
+    return list if typing.get_origin(hint) is tuple else object
 
 
 def _as_float(value: Any) -> Any:
@@ -171,7 +203,7 @@ def _as_float(value: Any) -> Any:
 
 
 def _obey(rule: Rule | None, value: Any, dotted: str) -> None:
-    if rule is None:
+    if rule is None or value is None:
         return
     items = enumerate(value) if isinstance(value, tuple) else [(None, value)]
     for index, item in items:
@@ -181,6 +213,9 @@ def _obey(rule: Rule | None, value: Any, dotted: str) -> None:
 
 
 def _expected(hint: Any) -> str:
+    if typing.get_origin(hint) in _UNIONS:
+        members = [member for member in typing.get_args(hint) if member is not NoneType]
+        return ", or ".join(map(_expected, members))
     if typing.get_origin(hint) is tuple:
         item_type, *more = typing.get_args(hint)
         count = "" if more == [...] else f" of {1 + len(more)}"
@@ -189,7 +224,8 @@ def _expected(hint: Any) -> str:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
     if dataclasses.is_dataclass(hint):
         return f"a section with the keys {_names(typing.cast(type, hint))}"
-    return {int: "a whole number", float: "a finite number", str: "text"}[hint]
+    words = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+    return words.get(hint, "a section")
 
 
 def _describe(value: Any) -> str:

@@ -3,35 +3,55 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 from rich.console import Console
 
-from fsp_kernels.distill.compare import Comparison, Laboratory
 from fsp_kernels.distill.config import Config, load_config
-from fsp_kernels.distill.data import load_splits
+from fsp_kernels.distill.interruption import Interruption
 from fsp_kernels.distill.monitor import Monitor
-from fsp_kernels.distill.train import Trainer
+from fsp_kernels.distill.study import Study
 
 TINY_RECIPE = """\
 seeds: [0, 1]
-data: {train_images: 40, teacher_images: 60, batch_size: 20}
-teacher: {depth: 14}
+data: {dataset: digits, train_images: 40, teacher_images: 60, augment: false, batch_size: 20}
+teacher: {model: cifar/resnet14}
 teacher_training: {steps: 6, learning_rate: 0.05}
-student: {depth: 8}
+student: {model: cifar/resnet8}
 pairs:
   - {student: [stage1.0.relu1, stage1], teacher: [stage1.0.relu1, stage1]}
   - {student: ["stage3.0.conv2:input", stage3], teacher: ["stage3.0.conv2:input", stage3]}
+fsp: {beta: 1e-5}
 stage1: {steps: 8, learning_rate: 1e-4}
 stage2: {steps: 6, learning_rate: 0.05}
+execution: {threads: 1}
 evaluation: {split: validation, every: 4, targets: [0.05, 1.0]}
+checkpoints: {every: 3}
 """
+
+Opener = Callable[..., Study]
 
 
 def silent_monitor() -> Monitor:
     """Prints nothing, and writes nothing for TensorBoard."""
     return Monitor(Console(file=io.StringIO()))
+
+
+def open_study(recipe: Path, folder: Path, *overrides: str, resume: bool | None = None) -> Study:
+    """The study of a recipe in a folder, which tells nobody of what it does."""
+    config = load_config(recipe, overrides)
+    return Study(config, folder, silent_monitor(), Interruption(), resume)
+
+
+@pytest.fixture(autouse=True)
+def _a_process_of_its_own() -> None:
+    """Accelerate remembers the first precision of a process; a trainer's process has but one."""
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture
@@ -47,19 +67,27 @@ def config(recipe: Path) -> Config:
 
 
 @pytest.fixture
-def monitor() -> Monitor:
-    return silent_monitor()
-
-
-@pytest.fixture
-def trainer(config: Config, monitor: Monitor) -> Trainer:
-    return Trainer(config, load_splits(config.data), monitor)
+def study(recipe: Path, tmp_path: Path) -> Study:
+    return open_study(recipe, tmp_path / "run")
 
 
 @pytest.fixture(scope="session")
-def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
-    """A whole comparison and its run folder, for tests that only look."""
-    folder = tmp_path_factory.mktemp("compared")
+def studied(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """A whole study, all arms of two seeds, for tests that only look."""
+    folder = tmp_path_factory.mktemp("studied")
     (folder / "tiny.yaml").write_text(TINY_RECIPE)
-    laboratory = Laboratory(load_config(folder / "tiny.yaml"), folder / "run", silent_monitor())
-    return laboratory.compare(), laboratory.folder
+    study = open_study(folder / "tiny.yaml", folder / "run")
+    study.all()
+    return study
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("may not mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

@@ -10,14 +10,28 @@ from fsp_kernels.distill.config import Config, dump_config, load_config
 from fsp_kernels.distill.errors import DistillError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = sorted(CONFIGS.glob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid_and_quote_the_test_split(path: Path) -> None:
     config = load_config(path)
     assert config.name == path.stem
     assert config.evaluation.split == "test"
-    assert len(config.seeds) >= 5
+    assert len(config.seeds) >= 3
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_compare_two_stages_with_as_many_steps_on_the_task(path: Path) -> None:
+    assert {"baseline-long", "two-stage"} <= set(load_config(path).arms)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_say_which_section_they_follow_and_where_they_depart(path: Path) -> None:
+    header = path.read_text().split("seeds:")[0]
+    assert "section" in header
+    assert "Departs" in header
+    assert f"fsp-distill study configs/{path.name}" in header
 
 
 def test_the_name_is_that_of_the_file_unless_given(recipe: Path) -> None:
@@ -26,8 +40,8 @@ def test_the_name_is_that_of_the_file_unless_given(recipe: Path) -> None:
 
 
 def test_overrides_win_over_the_file(recipe: Path) -> None:
-    config = load_config(recipe, ["student.depth=20", "stage1.steps=3"])
-    assert (config.student.depth, config.stage1.steps) == (20, 3)
+    config = load_config(recipe, ["student.model=cifar/resnet20", "stage1.steps=3"])
+    assert (config.student.model, config.stage1.steps) == ("cifar/resnet20", 3)
 
 
 def test_a_dumped_recipe_reads_back_the_same(config: Config, tmp_path: Path) -> None:
@@ -39,14 +53,17 @@ def test_a_dumped_recipe_reads_back_the_same(config: Config, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("student.depth=9", r"student\.depth: is 9, must be 6n \+ 2"),
-        ("student.width=0", r"student\.width: is 0, must be at least 1"),
         ("stage1.learning_rate=0", r"stage1\.learning_rate: is 0\.0, must be more than 0"),
         ("stage2.momentum=1", r"stage2\.momentum: is 1\.0, must be at least 0 and less than 1"),
         ("stage2.milestones=[0.5,2]", r"stage2\.milestones\.1: is 2\.0, must be more than 0 and"),
+        ("stage1.optimizer=sdg", r"stage1\.optimizer: is 'sdg', .*; did you mean 'sgd'"),
         ("evaluation.split=train", r"evaluation\.split: is 'train', must be one of 'validation'"),
+        ("checkpoints.keep=1", r"checkpoints\.keep: is 1, must be at least 2"),
         ("name=a/b", r"name: is 'a/b', must be a folder name"),
-        ("seeds=[1,1]", r"seeds: is \[1, 1\], must not hold a seed twice"),
+        ("seeds=[1,1]", r"seeds: is \[1, 1\], must not hold one twice"),
+        ("arms=[kd,kd]", r"arms: is \['kd', 'kd'\], must not hold one twice"),
+        ("arms=[kdd]", r"arms\.0: is 'kdd', must be one of 'baseline', .*; did you mean 'kd'"),
+        ("pairs=automatic", r"pairs: is 'automatic', must be one of 'auto', 'family'"),
         ("data.batch_size=41", r"data\.batch_size: is 41, must be at most data\.train_images"),
         ("data.teacher_images=39", r"data\.train_images: is 40, must be at most data\.teacher"),
     ],
@@ -54,6 +71,51 @@ def test_a_dumped_recipe_reads_back_the_same(config: Config, tmp_path: Path) -> 
 def test_values_out_of_range_are_refused(recipe: Path, assignment: str, message: str) -> None:
     with pytest.raises(DistillError, match=message):
         load_config(recipe, [assignment])
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["stage1.epochs=3"], "stage1: must have steps or epochs, one of the two"),
+        (["stage2.steps=null"], "stage2: must have steps or epochs, one of the two"),
+        (["teacher_training=null"], "teacher_training: missing; a teacher needs it, or else"),
+        (["data.root=/images"], "data.root: digits has none"),
+        (["data.dataset=cifar10"], "data.root: missing; the folder that cifar10 is in"),
+        (
+            ["data.dataset=imagefolder", "data.root=x", "data.download=true"],
+            "data.download: is true, which an imagefolder can't be",
+        ),
+        (
+            ["fsp.cache_teacher=true", "data.augment=true"],
+            "fsp.cache_teacher: is true, must be false while data.augment is true",
+        ),
+        (
+            ["execution.accumulation=3"],
+            r"data.batch_size: is 20, must be a multiple of execution.accumulation \(3\)",
+        ),
+        (
+            ["source={data: {dataset: cifar10}, training: {steps: 1, learning_rate: 1}}"],
+            "source.data.root: missing",
+        ),
+        (
+            [
+                "source={data: {dataset: mnist5k}, training: {steps: 1, learning_rate: 1}}",
+                "teacher_training=null",
+            ],
+            "teacher_training: missing; the source is trained on before it",
+        ),
+    ],
+)
+def test_combinations_that_make_no_sense_are_refused(
+    recipe: Path, assignments: list[str], message: str
+) -> None:
+    with pytest.raises(DistillError, match=message):
+        load_config(recipe, assignments)
+
+
+def test_a_teacher_that_comes_trained_needs_no_training(recipe: Path) -> None:
+    config = load_config(recipe, ["teacher_training=null", "teacher.weights=teacher.safetensors"])
+    assert config.teacher_training is None
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import pytest
 
@@ -95,3 +95,51 @@ def test_a_malformed_override_is_refused(assignment: str, message: str) -> None:
 def test_a_key_given_twice_is_refused() -> None:
     with pytest.raises(DistillError, match=r"steps: given twice \(again in line 2\)"):
         parse_yaml("steps: 1\nsteps: 2\n", "recipe")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loose:
+    limit: float | None = setting(at_least(0), None)
+    inner: Inner | None = None
+    pairs: Literal["auto", "family"] | tuple[Inner, ...] = "auto"
+    fast: bool = False
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("tree", "settings"),
+    [
+        ({"limit": None}, Loose()),
+        ({"limit": 1}, Loose(limit=1.0)),
+        ({"inner": {"steps": 2}}, Loose(inner=Inner(steps=2))),
+        ({"pairs": "family"}, Loose(pairs="family")),
+        ({"pairs": [{"steps": 1}]}, Loose(pairs=(Inner(steps=1),))),
+        ({"fast": True}, Loose(fast=True)),
+        ({"arguments": {"a": [1, {"b": 2}]}}, Loose(arguments={"a": [1, {"b": 2}]})),
+    ],
+)
+def test_a_value_is_read_as_the_kind_that_takes_it(
+    tree: dict[str, object], settings: Loose
+) -> None:
+    assert read(Loose, tree) == settings
+    assert read(Loose, to_tree(settings)) == settings
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"limit": -1}, r"limit: is -1\.0, must be at least 0"),
+        ({"limit": "x"}, r"limit: is 'x', must be a finite number"),
+        ({"inner": 3}, r"inner: is 3, must be a section with the keys steps, rate"),
+        ({"inner": {"steps": 0}}, r"inner\.steps: is 0, must be at least 1"),
+        ({"pairs": "atuo"}, r"pairs: is 'atuo', must be one of 'auto', 'family'; did you mean"),
+        ({"pairs": {"a": 1}}, r"pairs: is a section, must be one of 'auto', 'family', or a list"),
+        ({"pairs": [{"steps": 0}]}, r"pairs\.0\.steps: is 0, must be at least 1"),
+        ({"pairs": None}, r"pairs: is empty, must be one of"),
+        ({"fast": 1}, r"fast: is 1, must be true or false"),
+        ({"arguments": [1]}, r"arguments: is the list \[1\], must be a section"),
+    ],
+)
+def test_an_error_names_all_that_would_do(tree: dict[str, object], message: str) -> None:
+    with pytest.raises(DistillError, match=message):
+        read(Loose, tree)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from distill.conftest import open_study
 from fsp_kernels.distill.errors import DistillError
-from fsp_kernels.distill.train import Trainer, tapped_pairs
+from fsp_kernels.distill.evaluation import Evaluations
+from fsp_kernels.distill.job import Job
+from fsp_kernels.distill.records import MODEL, Phase, Run
+from fsp_kernels.distill.study import Study
+from fsp_kernels.distill.teacher import LiveTeacher
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -21,126 +27,279 @@ def changed(before: dict[str, Tensor], model: nn.Module) -> set[str]:
     return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
 
 
-def student_and_teacher(trainer: Trainer) -> tuple[nn.Module, nn.Module]:
-    config = trainer.config
-    return trainer.new_network(config.student, 0), trainer.new_network(config.teacher, 1)
+class Bench:
+    """A study's trainer, with one stage of it to be run at a time."""
+
+    def __init__(self, study: Study) -> None:
+        self.study, self.trainer = study, study.trainer
+        config = study.config
+        self.student = self.trainer.new_network(config.student, study.splits, 0, "student")
+        network = self.trainer.new_network(config.teacher, study.splits, 1, "teacher")
+        accelerator = self.trainer.accelerator
+        self.teacher = LiveTeacher(network, study.pairs, accelerator, compiled=False)
+        self.evaluations = Evaluations(study.splits, config, accelerator, self.teacher)
+
+    def run(self, arm: str, *stages: int, student: nn.Module | None = None) -> list[Phase]:
+        """Train by the stages of these numbers, or by all."""
+        all_stages = self.study.stages(arm)
+        job = Job(
+            arm=arm,
+            label="test seed 0",
+            network=self.study.config.student,
+            seed=0,
+            stages=tuple(all_stages[i] for i in stages) or all_stages,
+            data=self.study.config.data,
+            images=self.study.splits.train,
+            folder=self.study.folder / "test",
+            fingerprint="0",
+            pairs=self.study.pairs,
+            shapes=self.study.shapes,
+        )
+        network = self.student if student is None else student
+        return self.trainer.train(job, network, self.evaluations, self.teacher)
 
 
-def test_the_seed_decides_the_initial_weights(trainer: Trainer) -> None:
-    network = trainer.config.student
-    first, again, other = (trainer.new_network(network, seed) for seed in (3, 3, 4))
+@pytest.fixture
+def bench(study: Study) -> Bench:
+    return Bench(study)
+
+
+def bench_with(recipe: Path, tmp_path: Path, *overrides: str) -> Bench:
+    folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+    return Bench(open_study(recipe, folder, *overrides))
+
+
+def test_the_seed_decides_the_initial_weights(study: Study) -> None:
+    network, splits = study.config.student, study.splits
+    first, again, other = (
+        study.trainer.new_network(network, splits, seed, "student") for seed in (3, 3, 4)
+    )
     assert not changed(weights_of(first), again)
     assert changed(weights_of(first), other)
 
 
-def test_stage_1_lowers_the_fsp_loss(trainer: Trainer) -> None:
-    student, teacher = student_and_teacher(trainer)
-    history = trainer.stage1(student, teacher, 0, "student").history
-    assert history[-1]["fsp_loss"] < 0.9 * history[0]["fsp_loss"]
+def test_stage_1_lowers_the_fsp_loss(bench: Bench) -> None:
+    [phase] = bench.run("two-stage", 0)
+    assert phase.history[-1]["fsp_loss"] < 0.9 * phase.history[0]["fsp_loss"]
+    assert not phase.has_task
 
 
-def test_stage_1_trains_the_student_up_to_the_last_map_and_nothing_behind_it(
-    trainer: Trainer,
-) -> None:
-    student, teacher = student_and_teacher(trainer)
-    before = weights_of(student)
-    trainer.stage1(student, teacher, 0, "student")
-    moved = changed(before, student)
+def test_stage_1_trains_the_student_up_to_the_last_map_and_nothing_behind_it(bench: Bench) -> None:
+    before = weights_of(bench.student)
+    bench.run("two-stage", 0)
+    moved = changed(before, bench.student)
     assert {"conv.weight", "stage1.0.conv1.weight", "stage3.0.conv2.weight"} <= moved
     assert not any(name.startswith("fc.") for name in moved)
 
 
-def test_stage_1_leaves_the_teacher_bitwise_alone_and_in_evaluation_mode(trainer: Trainer) -> None:
-    student, teacher = student_and_teacher(trainer)
-    teacher.train()  # a caller who forgot: batch statistics would move its buffers
-    before = weights_of(teacher)
-    trainer.stage1(student, teacher, 0, "student")
-    assert not changed(before, teacher)
-    assert not any(module.training for module in teacher.modules())
-    assert all(p.grad is None for p in teacher.parameters())
+def test_a_stage_leaves_no_hook_that_would_keep_the_maps_of_the_next(bench: Bench) -> None:
+    bench.run("two-stage", 0)
+    modules = list(bench.student.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
-def test_stage_1_measures_without_moving_the_students_statistics(trainer: Trainer) -> None:
-    # A phase of one step evaluates twice: only the step itself may count.
-    trainer.config = dataclasses.replace(
-        trainer.config, stage1=dataclasses.replace(trainer.config.stage1, steps=1)
-    )
-    student, teacher = student_and_teacher(trainer)
-    trainer.stage1(student, teacher, 0, "student")
-    assert student.get_buffer("bn.num_batches_tracked").item() == 1
+@pytest.mark.parametrize("arm", ["two-stage-kd", "one-stage-kd"])
+def test_the_teacher_is_left_bitwise_alone(bench: Bench, arm: str) -> None:
+    before = weights_of(bench.teacher.network)
+    bench.run(arm)
+    assert not changed(before, bench.teacher.network)
+    assert all(p.grad is None for p in bench.teacher.network.parameters())
 
 
-def test_map_pairs_come_first_layer_then_second_in_the_recipes_order(trainer: Trainer) -> None:
-    teacher = trainer.new_network(trainer.config.teacher, 1).eval()
-    images = trainer.splits.test.images[:4]
-    [(first, second), (third, fourth)] = tapped_pairs(teacher, trainer.teacher_paths, images)
-    stage1 = teacher.stage1(teacher.relu(teacher.bn(teacher.conv(images))))
-    stage2 = teacher.stage2(stage1)
-    assert torch.equal(second, stage1)
-    assert torch.equal(fourth, teacher.stage3(stage2))
-    block = teacher.stage3[0]
-    assert torch.equal(third, block.relu1(block.bn1(block.conv1(stage2))))
-    assert first.shape == second.shape == (4, 16, 8, 8)
+def test_only_the_steps_move_the_students_statistics(bench: Bench) -> None:
+    # Stage 1 evaluates three times, in training mode too.
+    bench.run("two-stage", 0)
+    assert bench.student.get_buffer("bn.num_batches_tracked").item() == 8
 
 
-def test_the_task_starts_from_the_weights_it_is_given(trainer: Trainer) -> None:
-    student, teacher = student_and_teacher(trainer)
-    trainer.stage1(student, teacher, 0, "student")
-    expected = trainer.evaluate_task(student.eval())
-    phase = trainer.task(
-        student, trainer.config.stage2, trainer.splits.train, 0, ("student", "task")
-    )
+def test_the_task_starts_from_the_weights_it_is_given(bench: Bench) -> None:
+    bench.run("two-stage", 0)
+    expected = bench.evaluations.task()(bench.student.eval())
+    [phase] = bench.run("two-stage", 1)
     first = phase.history[0]
     assert {name: first[name] for name in expected} == expected
 
 
-def test_the_task_learns(trainer: Trainer) -> None:
-    training = dataclasses.replace(trainer.config.stage2, steps=40)
-    student = trainer.new_network(trainer.config.student, 0)
-    phase = trainer.task(student, training, trainer.splits.train, 0, ("student", "task"))
+def test_the_task_learns(recipe: Path, tmp_path: Path) -> None:
+    [phase] = bench_with(recipe, tmp_path, "stage2.steps=40").run("baseline")
     assert phase.history[0]["accuracy"] < 0.3
     assert phase.history[-1]["accuracy"] > 0.7  # 40 images, 40 steps
     assert phase.history[-1]["train_loss"] < 0.5 * phase.history[1]["train_loss"]
 
 
-def test_a_phase_is_evaluated_at_its_start_every_so_often_and_at_its_end(trainer: Trainer) -> None:
-    student = trainer.new_network(trainer.config.student, 0)
-    phase = trainer.task(
-        student, trainer.config.stage2, trainer.splits.train, 0, ("student", "task")
-    )
+def test_soft_targets_bring_the_student_closer_to_the_teachers_logits(bench: Bench) -> None:
+    images = bench.study.splits.train[0].image[None].expand(2, -1, -1, -1)
+
+    def distance(arm: str) -> float:
+        study = bench.study
+        student = bench.trainer.new_network(study.config.student, study.splits, 0, "student")
+        bench.run(arm, student=student)
+        with torch.no_grad():
+            ours, theirs = student.train()(images), bench.teacher.network(images)
+        return (ours.softmax(1) - theirs.softmax(1)).abs().sum().item()
+
+    assert distance("kd") < distance("baseline-long")
+
+
+def test_a_phase_is_evaluated_at_its_start_every_so_often_and_at_its_end(bench: Bench) -> None:
+    [phase] = bench.run("baseline")
     assert [row["step"] for row in phase.history] == [0, 4, 6]
     assert ["train_loss" in row for row in phase.history] == [False, True, True]
     assert phase.seconds > 0
+    assert not phase.stopped
 
 
-@pytest.mark.parametrize("split", ["validation", "test"])
-def test_the_evaluated_split_is_the_recipes(trainer: Trainer, split: str) -> None:
-    evaluation = dataclasses.replace(trainer.config.evaluation, split=split)
-    trainer.config = dataclasses.replace(trainer.config, evaluation=evaluation)
-    model = trainer.new_network(trainer.config.student, 0).eval()
-    images, labels = getattr(trainer.splits, split)
-    with torch.no_grad():
-        right = (model(images).argmax(1) == labels).float().mean().item()
-    assert trainer.evaluate_task(model)["accuracy"] == pytest.approx(right)
+def test_epochs_are_whole_passes_over_the_images(recipe: Path, tmp_path: Path) -> None:
+    # 40 images in batches of 20: two steps an epoch.
+    bench = bench_with(recipe, tmp_path, "stage2.steps=null", "stage2.epochs=3")
+    assert bench.run("baseline")[0].steps == 6
+    assert bench.run("baseline-long")[0].steps == 14
 
 
-def test_the_rate_falls_at_the_milestones(trainer: Trainer) -> None:
-    # With a rate of nothing after half of the steps, the second half must not move the weights.
-    student = trainer.new_network(trainer.config.student, 0)
-    short = dataclasses.replace(trainer.config.stage2, steps=4, weight_decay=0.0, momentum=0.0)
-    long = dataclasses.replace(short, steps=8, milestones=(0.5,), decay=1e-30)
-    images = trainer.splits.train
-    trainer.task(student, dataclasses.replace(short, milestones=(1.0,)), images, 0, ("s", "task"))
-    other = trainer.new_network(trainer.config.student, 0)
-    trainer.task(other, long, images, 0, ("s", "task"))
-    for ours, theirs in zip(student.parameters(), other.parameters(), strict=True):
+def test_a_stopping_rule_ends_a_stage(recipe: Path, tmp_path: Path) -> None:
+    # A rate that ruins the student: its loss rises at once and does not come back.
+    bench = bench_with(
+        recipe,
+        tmp_path,
+        "stage2.steps=40",
+        "stage2.learning_rate=1e-12",
+        "stage2.stop={patience: 2, min_delta: 1.0}",
+    )
+    [phase] = bench.run("baseline")
+    assert phase.stopped
+    # The first evaluation sets the mark, two more do not beat it by 1.
+    assert [row["step"] for row in phase.history] == [0, 4, 8]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_each_optimiser_learns(recipe: Path, tmp_path: Path, optimizer: str) -> None:
+    rate = {"sgd": 0.05, "adam": 3e-3, "adamw": 3e-3}[optimizer]
+    overrides = [f"stage2.optimizer={optimizer}", f"stage2.learning_rate={rate}"]
+    [phase] = bench_with(recipe, tmp_path, "stage2.steps=20", *overrides).run("baseline")
+    assert phase.history[-1]["loss"] < 0.8 * phase.history[0]["loss"]
+
+
+def test_the_rate_falls_at_the_milestones(recipe: Path, tmp_path: Path) -> None:
+    # With a rate of next to nothing after half of the steps, the second half moves no weight.
+    common = ["stage2.weight_decay=0", "stage2.momentum=0"]
+    short = bench_with(recipe, tmp_path, *common, "stage2.steps=4", "stage2.milestones=[1.0]")
+    long = bench_with(
+        recipe, tmp_path, *common, "stage2.steps=8", "stage2.milestones=[0.5]", "stage2.decay=1e-30"
+    )
+    short.run("baseline")
+    long.run("baseline")
+    for ours, theirs in zip(short.student.parameters(), long.student.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_a_loss_that_is_no_longer_finite_stops_with_a_hint(trainer: Trainer) -> None:
-    trainer.config = dataclasses.replace(
-        trainer.config, stage1=dataclasses.replace(trainer.config.stage1, learning_rate=1e6)
+def test_clipping_bounds_the_step(recipe: Path, tmp_path: Path) -> None:
+    training = "{steps: 1, learning_rate: 1, momentum: 0, weight_decay: 0, schedule: constant"
+    bench = bench_with(recipe, tmp_path, f"stage2={training}, clip: 0.001}}")
+    before = [p.detach().clone() for p in bench.student.parameters()]
+    bench.run("baseline")
+    moved = torch.cat(
+        [(p - q).flatten() for p, q in zip(bench.student.parameters(), before, strict=True)]
     )
-    student, teacher = student_and_teacher(trainer)
-    with pytest.raises(DistillError, match=r"seed 0, stage 1: .* nan by step 4; try a smaller lea"):
-        trainer.stage1(student, teacher, 0, "distilled seed 0")
+    assert moved.norm().item() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_accumulated_passes_make_the_step_of_the_whole_batch(recipe: Path, tmp_path: Path) -> None:
+    # Without batch statistics the gradient is the mean over images, however they are divided.
+    (tmp_path / "plain_model.py").write_text(
+        "from torch import nn\n"
+        "def make(in_channels, classes):\n"
+        "    convolution = nn.Conv2d(in_channels, 16, 3, padding=1)\n"
+        "    head = nn.Linear(16 * 64, classes)\n"
+        "    return nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), head)\n"
+    )
+    model = ["student.model=plain_model:make", "stage2.steps=3"]
+    pairs = "pairs=[{student: ['1', '1'], teacher: [relu, stage1]}]"
+    finals = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        for passes in (1, 4):
+            options = [*model, pairs, f"execution.accumulation={passes}"]
+            bench = bench_with(recipe, tmp_path, *options)
+            bench.run("two-stage")
+            finals.append(bench.student.state_dict()["3.weight"])
+    torch.testing.assert_close(finals[0], finals[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_projection_lets_a_narrow_student_learn_from_a_wide_teacher(
+    recipe: Path, tmp_path: Path
+) -> None:
+    wide = ["teacher.arguments={width: 2}", "fsp.projection=true", "stage1.steps=20"]
+    bench = bench_with(recipe, tmp_path, *wide)
+    [phase] = bench.run("two-stage", 0)
+    assert phase.history[-1]["fsp_loss"] < 0.9 * phase.history[0]["fsp_loss"]
+    assert not any("projection" in name for name in bench.student.state_dict())
+
+
+@pytest.mark.parametrize(
+    "execution",
+    [
+        "{precision: bf16, threads: 1}",
+        "{channels_last: true, threads: 1}",
+        "{precision: bf16, channels_last: true, accumulation: 2, threads: 1}",
+    ],
+)
+def test_every_way_to_execute_learns(recipe: Path, tmp_path: Path, execution: str) -> None:
+    bench = bench_with(recipe, tmp_path, f"execution={execution}", "stage2.steps=20")
+    first, second = bench.run("two-stage")
+    assert first.history[-1]["fsp_loss"] < first.history[0]["fsp_loss"]
+    assert second.history[-1]["loss"] < 0.9 * second.history[0]["loss"]
+
+
+def test_channels_last_reaches_the_weights(recipe: Path, tmp_path: Path) -> None:
+    bench = bench_with(recipe, tmp_path, "execution.channels_last=true")
+    weight = bench.student.get_parameter("stage1.0.conv1.weight")
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_fp16_is_refused_on_a_cpu(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(DistillError, match=r"execution\.precision: is 'fp16', must be 'fp32' or"):
+        open_study(recipe, tmp_path / "run", "execution.precision=fp16")
+
+
+@pytest.mark.slow
+def test_compiled_networks_learn_the_same(recipe: Path, tmp_path: Path) -> None:
+    plain = bench_with(recipe, tmp_path)
+    plain.run("two-stage", 0)
+    compiled = bench_with(recipe, tmp_path, "execution.compile=true")
+    compiled.run("two-stage", 0)
+    for ours, theirs in zip(compiled.student.parameters(), plain.student.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_a_loss_that_is_no_longer_finite_names_step_pair_and_checkpoint(
+    recipe: Path, tmp_path: Path
+) -> None:
+    bench = bench_with(recipe, tmp_path, "stage1.learning_rate=1e6")
+    with pytest.raises(DistillError) as caught:
+        bench.run("two-stage", 0)
+    message = str(caught.value)
+    assert "test seed 0, stage 1: the loss is nan in step" in message
+    assert "the FSP loss of stage1.0.relu1 -> stage1 is" in message
+    assert "try a smaller learning rate" in message
+    checkpoint = Path(message.split("last good checkpoint: ")[1].split(";")[0])
+    weights = load_file(checkpoint)
+    assert all(torch.isfinite(x).all() for x in weights.values() if x.is_floating_point())
+
+
+def test_a_task_loss_that_is_not_finite_is_the_logits(recipe: Path, tmp_path: Path) -> None:
+    bench = bench_with(recipe, tmp_path, "stage2.learning_rate=1e20", "stage2.steps=20")
+    with pytest.raises(DistillError, match="the student's logits are not finite"):
+        bench.run("baseline")
+
+
+def test_same_seed_same_bits_whatever_was_drawn_before(recipe: Path, tmp_path: Path) -> None:
+    runs: list[Run] = []
+    weights = []
+    for name in ("one", "two"):
+        study = open_study(recipe, tmp_path / name, "data.augment=true")
+        torch.rand(17)  # the state of the global generator must not matter
+        runs.append(study.student("two-stage", 1))
+        weights.append(load_file(study.folder_of("two-stage", 1) / MODEL))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    histories = [[phase.history for phase in run.phases] for run in runs]
+    assert histories[0] == histories[1]

@@ -1,0 +1,212 @@
+"""What a network is worth: its accuracy, and how far its FSP matrices are from a teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from fsp_kernels import fsp_matrix
+from fsp_kernels.distill.arms import Stage
+from fsp_kernels.distill.config import Config
+from fsp_kernels.distill.data import Batch, Split, Splits, evaluation_batches
+from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.distill.objective import Maps, Objective, Targets
+from fsp_kernels.distill.teacher import LiveTeacher
+
+_MATRIX_BYTES = 256 << 20
+Matrices = list[Tensor]
+Figures = dict[str, float]
+
+
+def on_device(batches: Iterator[Batch], device: torch.device, config: Config) -> Iterator[Batch]:
+    """The same batches with images (B, C, H, W) and labels (B,) where the networks are."""
+    layout = torch.channels_last if config.execution.channels_last else torch.contiguous_format
+    for batch in batches:
+        images = batch.images.to(device, memory_format=layout, non_blocking=True)
+        yield Batch(images, batch.labels.to(device, non_blocking=True), batch.indices)
+
+
+@contextmanager
+def by_batch_statistics(network: nn.Module) -> Iterator[None]:
+    """In training mode, as stage 1 sees the student, and afterwards as if it had never been.
+
+    Running statistics lag while stage 1 multiplies the scale of the maps, and are those of no
+    training at all before it.
+    """
+    modes = [(module, module.training) for module in network.modules()]
+    kept = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    network.train()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+        for module, training in modes:
+            module.training = training
+
+
+class TaskEvaluation:
+    """Accuracy and cross-entropy on a split, which the processes share out."""
+
+    def __init__(self, split: Split, config: Config, accelerator: Accelerator) -> None:
+        self._split, self._config, self._accelerator = split, config, accelerator
+
+    @torch.no_grad()
+    def __call__(self, network: nn.Module) -> Figures:
+        """``accuracy`` (0 to 1) and mean cross-entropy ``loss`` of ``network`` as it stands."""
+        accelerator = self._accelerator
+        right, loss = 0, 0.0
+        for batch in self._batches():
+            with accelerator.autocast():
+                logits = network(batch.images).float()
+            right += int((logits.argmax(1) == batch.labels).sum())
+            loss += F.cross_entropy(logits, batch.labels, reduction="sum").item()
+        if accelerator.num_processes > 1:
+            sums = torch.tensor([right, loss], dtype=torch.float64, device=accelerator.device)
+            right, loss = accelerator.reduce(sums).tolist()
+        return {"accuracy": right / len(self._split), "loss": loss / len(self._split)}
+
+    def _batches(self) -> Iterator[Batch]:
+        accelerator = self._accelerator
+        batches = evaluation_batches(
+            self._split,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+            workers=self._config.data.workers,
+        )
+        return on_device(batches, accelerator.device, self._config)
+
+
+class FspEvaluation:
+    """FSP loss and mean FSP matrices on a split, by each batch's own statistics.
+
+    The teacher stands still, so what it says of the split is worked out once, for as many of the
+    split's images as have matrices that fit 256 MiB. Every process evaluates all of them.
+    """
+
+    def __init__(
+        self, teacher: LiveTeacher, split: Split, config: Config, accelerator: Accelerator
+    ) -> None:
+        self._config, self._accelerator, self._split = config, accelerator, split
+        self._limit = 1
+        [one] = self._of_teacher(teacher)
+        bytes_each = sum(matrix.nbytes for matrix in one)
+        self._limit = min(len(split), max(1, _MATRIX_BYTES // bytes_each))
+        self._targets = list(self._of_teacher(teacher))
+
+    @property
+    def teacher_matrices(self) -> Matrices:
+        """Each pair's FSP matrix (m, n), averaged over the images."""
+        return _mean(self._targets)
+
+    def __call__(self, objective: Objective) -> Figures:
+        """``fsp_loss``, weighted and summed over the pairs, and ``fsp_loss/INDEX`` of each."""
+        sums, count = [0.0] * len(objective.weights), 0
+        for maps, targets in zip(self._of_student(objective), self._targets, strict=True):
+            size = len(targets[0])
+            losses = objective.fsp_losses(maps, Targets(targets))
+            sums = [total + loss.item() * size for total, loss in zip(sums, losses, strict=True)]
+            count += size
+        each = [total / count for total in sums]
+        return {"fsp_loss": sum(each)} | {f"fsp_loss/{i}": value for i, value in enumerate(each)}
+
+    def matrices(self, objective: Objective) -> Matrices:
+        """Each pair's FSP matrix (m, n) of the student, projected where stage 1 does so."""
+        pool, project = self._config.fsp.pool, objective.projection or (lambda maps: maps)
+        return _mean(
+            [fsp_matrix(*pair, pool=pool).float() for pair in project(maps)]
+            for maps in self._of_student(objective)
+        )
+
+    def _of_teacher(self, teacher: LiveTeacher) -> Iterator[Matrices]:
+        for batch in self._batches():
+            yield teacher.matrices(batch.images, self._config.fsp.pool)[0]
+
+    def _of_student(self, objective: Objective) -> Iterator[Sequence[Maps]]:
+        with by_batch_statistics(objective.student.network):
+            for batch in self._batches():
+                with self._accelerator.autocast():
+                    _, maps = objective.student.uncompiled(batch.images)
+                    yield maps
+
+    def _batches(self) -> Iterator[Batch]:
+        batches = evaluation_batches(
+            self._split, workers=self._config.data.workers, limit=self._limit
+        )
+        return on_device(batches, self._accelerator.device, self._config)
+
+
+def _mean(batches: Iterator[Matrices] | Sequence[Matrices]) -> Matrices:
+    return [torch.cat(pair).mean(0).cpu() for pair in zip(*batches, strict=True)]
+
+
+class Evaluations:
+    """All that is measured of a network: on the split that is quoted and, for a stopping rule, on
+    the validation split.
+
+    Raises:
+        DistillError: a stage has a stopping rule or the recipe quotes the validation split, and
+            there is none.
+    """
+
+    def __init__(
+        self,
+        splits: Splits,
+        config: Config,
+        accelerator: Accelerator,
+        teacher: LiveTeacher | None = None,
+    ) -> None:
+        self._splits, self._config, self._accelerator = splits, config, accelerator
+        self._teacher = teacher
+        self._tasks: dict[str, TaskEvaluation] = {}
+        self._fsps: dict[str, FspEvaluation] = {}
+
+    def task(self, split: str | None = None) -> TaskEvaluation:
+        """Of the quoted split, or of another."""
+        name = split or self._config.evaluation.split
+        if name not in self._tasks:
+            self._tasks[name] = TaskEvaluation(self._of(name), self._config, self._accelerator)
+        return self._tasks[name]
+
+    def fsp(self, split: str | None = None) -> FspEvaluation:
+        """Likewise; there must be a teacher."""
+        assert self._teacher is not None
+        name = split or self._config.evaluation.split
+        if name not in self._fsps:
+            self._fsps[name] = FspEvaluation(
+                self._teacher, self._of(name), self._config, self._accelerator
+            )
+        return self._fsps[name]
+
+    def figures(self, stage: Stage, objective: Objective, split: str | None = None) -> Figures:
+        """What it is about: ``accuracy`` and ``loss``, ``fsp_loss`` and each pair's, or both."""
+        found: Figures = {}
+        if stage.fsp:
+            found |= self.fsp(split)(objective)
+        if stage.task:
+            network = objective.student.network
+            network.eval()
+            found |= self.task(split)(network)
+            network.train()
+        return found
+
+    def stopping_loss(self, stage: Stage, objective: Objective) -> float:
+        """The stage's loss on the validation split, without soft targets."""
+        found = self.figures(stage, objective, "validation")
+        return found.get("loss", 0.0) + stage.fsp * found.get("fsp_loss", 0.0)
+
+    def _of(self, name: str) -> Split:
+        split: Split | None = getattr(self._splits, name)
+        if split is None:
+            raise DistillError(
+                "data.validation_images: is 0, must be more: a stopping rule or evaluation.split "
+                "needs the validation split"
+            )
+        return split

@@ -1,0 +1,41 @@
+"""What is to become of one network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fsp_kernels.distill.arms import Stage
+from fsp_kernels.distill.config import Data, Network, Pair
+from fsp_kernels.distill.data import Split
+from fsp_kernels.distill.pairs import PairShapes
+
+
+@dataclass(frozen=True)
+class Job:
+    """One network to be trained.
+
+    Attributes:
+        arm: a key of ``ARMS``, or what else the network is for: "teacher", "source".
+        label: for people, "two-stage seed 0".
+        network: what it is, by name.
+        seed: of weights, order of images, augmentation and whatever else is random.
+        stages: in order.
+        data, images: what to train on: how it is read, and the split.
+        folder: the run's.
+        fingerprint: a digest of all that the result depends on.
+        pairs, shapes: of the FSP loss, where a stage has it.
+    """
+
+    arm: str
+    label: str
+    network: Network
+    seed: int
+    stages: tuple[Stage, ...]
+    data: Data
+    images: Split
+    folder: Path
+    fingerprint: str
+    pairs: Sequence[Pair] = ()
+    shapes: Sequence[PairShapes] = ()

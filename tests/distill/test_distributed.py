@@ -1,0 +1,245 @@
+"""Several processes train what one does; two gloo processes on the CPU stand for two GPUs."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+from distill.conftest import TINY_RECIPE, open_study
+from distill.processes import environments, finish, run_group, start_cli
+from distill.test_survival import leftovers, results
+from fsp_kernels.distill import checkpoint, records
+from fsp_kernels.distill.models import CifarResNet
+
+# The same sums in another order: single precision rounds at 6e-8, and 20 steps of three trainings
+# made 1.3e-6 of it, relative to the largest weight of each tensor. Statistics of half a batch in
+# place of those of the whole make 0.6, weights of the wrong half more.
+BOUND = 1e-4
+SYNCED = "execution.sync_batch_norm=true"
+ALL_AT_ONCE = (
+    "one-stage-kd",
+    (
+        "data.augment=true",
+        "fsp.beta=1e-5",
+        "fsp.projection=true",
+        "teacher.arguments={width: 2}",
+        "stage2.clip=1",
+        "execution.accumulation=2",
+    ),
+)
+
+
+class NoNormResNet(CifarResNet):
+    """Each image's logits depend on that image alone."""
+
+    def __init__(self, in_channels: int, classes: int) -> None:
+        super().__init__(8, 1, in_channels, classes)
+        for module in [*self.modules()]:
+            for name, child in module.named_children():
+                if isinstance(child, nn.BatchNorm2d):
+                    setattr(module, name, nn.Identity())
+
+
+def distance(ours: Path, theirs: Path) -> float:
+    """The largest difference of two runs' weights, relative to the largest weight of its tensor."""
+    first, second = (checkpoint.load(run / records.MODEL).tensors for run in (ours, theirs))
+    assert first.keys() == second.keys()
+    return max(
+        ((first[name] - x).abs().max() / x.abs().max().clamp_min(1e-30)).item()
+        for name, x in second.items()
+    )
+
+
+def in_one_process(recipe: Path, folder: Path, *overrides: str, arm: str = "two-stage") -> Path:
+    study = open_study(recipe, folder, *overrides)
+    study.student(arm, 0)
+    return study.folder_of(arm, 0)
+
+
+def in_two_processes(recipe: Path, folder: Path, *overrides: str, arm: str = "two-stage") -> Path:
+    command = ["train", recipe, *overrides, "--arm", arm, "--output", folder]
+    log = folder.with_suffix(".log")
+    group = [start_cli(command, log, environment) for environment in environments(2)]
+    finish(group)
+    assert [process.exitcode for process in group] == [0, 0], log.read_text()
+    return folder / arm / "seed-0"
+
+
+def launch(recipe: Path, folder: Path, *options: str) -> subprocess.Popen[str]:
+    """``torchrun`` with two processes of ``fsp-distill train``."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "fsp_kernels.distill", "train", recipe, SYNCED, *options, "--output", folder]
+    return subprocess.Popen(
+        [sys.executable, *torchrun, *map(str, command)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "COLUMNS": "500"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def output_of(process: subprocess.Popen[str]) -> str:
+    """All that it printed, once it has ended; or it is killed with all its processes."""
+    family = [process, *psutil.Process(process.pid).children(recursive=True)]
+    try:
+        return process.communicate(timeout=300)[0]
+    finally:
+        for member in family:
+            if isinstance(member, subprocess.Popen) or member.is_running():
+                member.kill()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("distributed") / "tiny.yaml"
+    path.write_text(TINY_RECIPE + "name: tiny\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def launched(tiny: Path) -> Path:
+    """A student of two stages, trained by ``torchrun``."""
+    process = launch(tiny, tiny.parent / "launched")
+    output = output_of(process)
+    assert process.returncode == 0, output
+    return tiny.parent / "launched" / "two-stage" / "seed-0"
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Path) -> Path:
+    """The same, trained by one process."""
+    return in_one_process(tiny, tiny.parent / "alone")
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_weights_of_one(launched: Path, alone: Path) -> None:
+    assert distance(launched, alone) < BOUND
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(launched: Path, alone: Path) -> None:
+    for ours, theirs in zip(records.read(launched).phases, records.read(alone).phases, strict=True):
+        for row, expected in zip(ours.history, theirs.history, strict=True):
+            assert row == pytest.approx(expected, rel=BOUND)
+
+
+@pytest.mark.slow
+def test_two_processes_keep_the_matrices_that_one_does(launched: Path, alone: Path) -> None:
+    ours, theirs = (checkpoint.load(run / records.MATRICES).tensors for run in (launched, alone))
+    assert ours.keys() == theirs.keys()
+    for name, matrix in theirs.items():
+        torch.testing.assert_close(ours[name], matrix, rtol=0, atol=BOUND * matrix.abs().max())
+
+
+@pytest.mark.slow
+def test_everything_at_once_in_two_processes_is_what_it_is_in_one(tiny: Path) -> None:
+    arm, overrides = ALL_AT_ONCE
+    two = in_two_processes(tiny, tiny.parent / "all two", SYNCED, *overrides, arm=arm)
+    one = in_one_process(tiny, tiny.parent / "all one", *overrides, arm=arm)
+    assert distance(two, one) < BOUND
+
+
+@pytest.mark.slow
+def test_statistics_of_parts_of_a_batch_would_be_told_from_those_of_the_whole(
+    tiny: Path, alone: Path
+) -> None:
+    parts = in_two_processes(tiny, tiny.parent / "parts")
+    assert distance(parts, alone) > 1000 * BOUND
+
+
+def test_two_passes_for_each_step_end_with_the_weights_of_one(tiny: Path) -> None:
+    model = f"model={__name__}:NoNormResNet"
+    settings = (f"student.{model}", f"teacher.{model}", "data.augment=true")
+    once = in_one_process(tiny, tiny.parent / "once", *settings)
+    twice = in_one_process(tiny, tiny.parent / "twice", *settings, "execution.accumulation=2")
+    assert 0 < distance(twice, once) < BOUND
+
+
+def digest(rank: int, recipe: Path) -> None:
+    teacher = open_study(recipe, recipe.parent / "digests").teacher
+    text = checkpoint.digest_of(teacher.network.state_dict())
+    recipe.with_suffix(f".{rank}").write_text(text)
+
+
+@pytest.mark.slow
+def test_all_processes_have_the_same_teacher(tiny: Path) -> None:
+    run_group(2, digest, tiny)  # without synchronised statistics
+    first, second = (tiny.with_suffix(f".{rank}").read_text() for rank in range(2))
+    assert first == second
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "parts"), [(["data.batch_size=21"], 2), (["execution.accumulation=4"], 8)]
+)
+def test_a_batch_that_the_processes_cannot_share_is_an_error_of_each(
+    tiny: Path, tmp_path: Path, overrides: list[str], parts: int
+) -> None:
+    command = ["train", tiny, *overrides, "--output", tmp_path / "run"]
+    group = [start_cli(command, tmp_path / "log", environment) for environment in environments(2)]
+    finish(group)
+    assert [process.exitcode for process in group] == [2, 2]
+    output = (tmp_path / "log").read_text()
+    assert len(re.findall(f"must be a multiple of {parts}.* processes", output)) == 2
+    assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+def newest(folder: Path) -> str:
+    """The name of the student's newest checkpoint."""
+    paths = sorted(folder.glob("two-stage/seed-0/checkpoints/0*"))
+    return paths[-1].name if paths else ""
+
+
+def stop_after(
+    last: str, process: subprocess.Popen[str], folder: Path, stop: Callable[[psutil.Process], None]
+) -> tuple[str, list[psutil.Process]]:
+    """``stop`` the processes once there is a checkpoint newer than ``last``; output, processes."""
+    deadline = time.monotonic() + 300
+    while newest(folder) <= last:
+        assert process.poll() is None, output_of(process)
+        assert time.monotonic() < deadline, output_of(process)
+        time.sleep(0.01)
+    launcher = psutil.Process(process.pid)
+    workers = launcher.children()
+    stop(launcher)
+    return output_of(process), workers
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_or_to_one_process_stops_all_and_the_run_can_be_resumed(
+    tiny: Path, tmp_path: Path, launched: Path
+) -> None:
+    often = "checkpoints.every=1"
+    folder, last = tmp_path / "run", ""
+    stops = (
+        lambda launcher: launcher.send_signal(signal.SIGTERM),
+        lambda launcher: launcher.children()[1].send_signal(signal.SIGTERM),
+    )
+    for resume, stop in zip(([], ["--resume"]), stops, strict=True):
+        process = launch(tiny, folder, often, *resume)
+        output, workers = stop_after(last, process, folder, stop)
+        assert process.returncode != 0
+        assert len(workers) == 2
+        assert not [worker for worker in workers if worker.is_running()]
+        assert "saved; --resume goes on from there" in output
+        assert newest(folder) > last
+        last = newest(folder)
+        assert checkpoint.is_whole(folder / "two-stage" / "seed-0" / "checkpoints" / last)
+    process = launch(tiny, folder, often, "--resume")
+    output = output_of(process)
+    assert process.returncode == 0, output
+    assert "going on from" in output
+    assert results(folder / "two-stage" / "seed-0") == results(launched)
+    assert not leftovers(folder)

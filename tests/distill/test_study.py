@@ -1,0 +1,268 @@
+"""The experiment: fair arms, equal numbers each time, networks trained once, a safe folder."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from distill.conftest import open_study
+from fsp_kernels import fsp_matrix
+from fsp_kernels.distill import records
+from fsp_kernels.distill.config import load_config
+from fsp_kernels.distill.data import evaluation_batches
+from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.distill.interruption import Interruption
+from fsp_kernels.distill.models import CifarResNet
+from fsp_kernels.distill.monitor import Monitor
+from fsp_kernels.distill.objective import Tapped
+from fsp_kernels.distill.records import MATRICES, MODEL, RECORD, Run
+from fsp_kernels.distill.study import Study
+
+ARMS = ("baseline", "baseline-long", "two-stage")
+
+
+def runs_of(study: Study, arm: str) -> list[Run]:
+    return [records.read(study.folder_of(arm, seed)) for seed in study.config.seeds]
+
+
+def numbers(run: Run) -> list[list[dict[str, float]]]:
+    """All of a run but the time it took."""
+    return [phase.history for phase in run.phases]
+
+
+def files_under(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_seed_has_every_arm_in_a_folder_of_its_own(studied: Study) -> None:
+    found = records.find(studied.folder)
+    expected = [studied.folder_of(arm, seed) for arm in ARMS for seed in (0, 1)]
+    assert set(found) == {studied.folder / "teacher", *expected}
+    assert all((folder / MODEL).is_file() for folder in found)
+
+
+def test_the_arms_take_the_steps_they_claim(studied: Study) -> None:
+    for arm, steps in (("baseline", [6]), ("baseline-long", [14]), ("two-stage", [8, 6])):
+        for run in runs_of(studied, arm):
+            assert [phase.steps for phase in run.phases] == steps
+
+
+def test_baselines_of_a_seed_start_equal_and_see_the_same_images(studied: Study) -> None:
+    short, long = (runs_of(studied, arm) for arm in ("baseline", "baseline-long"))
+    for one, other in zip(short, long, strict=True):
+        assert one.task.history[0] == other.task.history[0]
+        # The shorter one's rate falls after its third step, which no loss up to the fourth shows.
+        assert one.task.history[1]["train_loss"] == other.task.history[1]["train_loss"]
+    assert short[0].task.history[0] != short[1].task.history[0]
+
+
+def test_the_distilled_student_starts_from_the_baselines_weights(
+    recipe: Path, tmp_path: Path
+) -> None:
+    tiny = ["stage1.learning_rate=1e-30", "stage2.learning_rate=1e-30"]
+    study = open_study(recipe, tmp_path / "run", *tiny)
+    for arm in ("baseline", "two-stage"):
+        study.student(arm, 1)
+    ours, theirs = (load_file(study.folder_of(arm, 1) / MODEL) for arm in ("baseline", "two-stage"))
+    assert torch.equal(ours["conv.weight"], theirs["conv.weight"])
+
+
+def test_a_seed_has_its_numbers_whatever_other_seeds_and_arms_are_run(
+    studied: Study, study: Study
+) -> None:
+    alone = study.student("two-stage", 1)
+    assert numbers(alone) == numbers(runs_of(studied, "two-stage")[1])
+    ours = load_file(study.folder_of("two-stage", 1) / MODEL)
+    theirs = load_file(studied.folder_of("two-stage", 1) / MODEL)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_baseline_trains_no_teacher(study: Study) -> None:
+    study.student("baseline", 0)
+    assert not (study.folder / "teacher").exists()
+
+
+def test_matrices_are_kept_of_teacher_and_student_before_and_after(studied: Study) -> None:
+    tensors = load_file(studied.folder_of("two-stage", 0) / MATRICES)
+    assert {name: tuple(x.shape) for name, x in tensors.items()} == {
+        f"{moment}/{index}": shape
+        for moment in ("teacher", "before", "after")
+        for index, shape in enumerate([(16, 16), (64, 64)])
+    }
+    teacher = CifarResNet(14, in_channels=1).eval()
+    teacher.load_state_dict(load_file(studied.folder / "teacher" / MODEL))
+    [batch] = evaluation_batches(studied.splits.validation)
+    with torch.no_grad():
+        paths = [pair.teacher for pair in studied.pairs]
+        _, maps = Tapped(teacher, paths, ["first", "first"])(batch.images)
+    for index, pair in enumerate(maps):
+        torch.testing.assert_close(tensors[f"teacher/{index}"], fsp_matrix(*pair).mean(0))
+    assert not torch.equal(tensors["before/0"], tensors["after/0"])
+
+
+def test_a_teacher_of_the_same_settings_is_trained_once(study: Study, recipe: Path) -> None:
+    _ = study.teacher
+    before = (study.folder / "teacher" / RECORD).stat().st_mtime_ns
+    again = open_study(recipe, study.folder, "stage1.steps=2", "seeds=[5]")
+    _ = again.teacher
+    assert (study.folder / "teacher" / RECORD).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "setting", ["teacher_training.steps=5", "teacher_seed=1", "data.augment=true"]
+)
+def test_a_teacher_of_other_settings_is_trained_anew(
+    study: Study, recipe: Path, setting: str
+) -> None:
+    _ = study.teacher
+    before = (study.folder / "teacher" / MODEL).read_bytes()
+    again = open_study(recipe, study.folder, setting)
+    _ = again.teacher
+    assert (study.folder / "teacher" / MODEL).read_bytes() != before
+
+
+@pytest.mark.parametrize("damaged", [MODEL, RECORD])
+def test_a_damaged_teacher_is_reported_and_trained_anew(
+    study: Study, recipe: Path, damaged: str
+) -> None:
+    _ = study.teacher
+    path = study.folder / "teacher" / damaged
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    output = io.StringIO()
+    monitor = Monitor(Console(file=output))
+    again = Study(load_config(recipe), study.folder, monitor, Interruption())
+    _ = again.teacher
+    assert f"{path}: not " in output.getvalue()
+    assert "training it anew" in output.getvalue()
+    assert records.read(study.folder / "teacher").phases[0].steps == 6
+
+
+def test_a_teacher_that_comes_trained_is_measured_not_trained(recipe: Path, tmp_path: Path) -> None:
+    weights = CifarResNet(14, in_channels=1).state_dict()
+    save_file(weights, tmp_path / "given.safetensors")
+    given = ["teacher_training=null", f"teacher.weights={tmp_path / 'given.safetensors'}"]
+    study = open_study(recipe, tmp_path / "run", *given)
+    kept = study.teacher.network.state_dict()
+    assert all(torch.equal(kept[name], weights[name]) for name in weights)
+    run = records.read(study.folder / "teacher")
+    assert (run.steps, run.phases[0].name) == (0, "as given")
+    assert 0 <= run.accuracy <= 1
+
+
+SOURCE = (
+    "source={data: {dataset: mnist5k, image_size: 8, augment: false, batch_size: 20, "
+    "train_images: 200, teacher_images: 200}, training: {steps: 4, learning_rate: 0.05}}"
+)
+
+
+def test_a_teacher_with_a_source_starts_from_what_the_source_made_of_it(
+    recipe: Path, tmp_path: Path
+) -> None:
+    still = ["teacher_training.learning_rate=1e-30", "teacher_training.steps=1"]
+    study = open_study(recipe, tmp_path / "run", SOURCE, *still)
+    _ = study.teacher
+    source, teacher = (load_file(study.folder / arm / MODEL) for arm in ("source", "teacher"))
+    assert torch.equal(source["stage1.0.conv1.weight"], teacher["stage1.0.conv1.weight"])
+    fresh = study.trainer.new_network(study.config.teacher, study.splits, 1000, "teacher")
+    assert not torch.equal(source["conv.weight"], fresh.state_dict()["conv.weight"])
+
+
+def test_a_source_of_other_images_is_refused(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(DistillError, match=r"source\.data"):
+        open_study(recipe, tmp_path / "run", SOURCE.replace("image_size: 8, ", ""))
+
+
+def test_a_cached_teacher_teaches_the_same(recipe: Path, tmp_path: Path) -> None:
+    live = open_study(recipe, tmp_path / "live").student("two-stage-kd", 0)
+    cached = open_study(recipe, tmp_path / "cached", "fsp.cache_teacher=true")
+    stored = cached.student("two-stage-kd", 0)
+    assert len(list((cached.folder / "teacher" / "cache").iterdir())) == 1
+    for ours, theirs in zip(stored.phases, live.phases, strict=True):
+        assert ours.history[-1]["train_loss"] == pytest.approx(
+            theirs.history[-1]["train_loss"], rel=1e-3
+        )
+
+
+def test_results_of_an_earlier_study_are_replaced(study: Study, recipe: Path) -> None:
+    first = study.student("baseline", 0)
+    again = open_study(recipe, study.folder, "stage2.steps=3")
+    second = again.student("baseline", 0)
+    assert second.fingerprint != first.fingerprint
+    assert records.read(study.folder_of("baseline", 0)) == second
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["student.arguments={width: 2}"], r"pairs\.0: the student's FSP matrix is 32 x 32"),
+        (["student.model=cifar/resnet7"], r"student\.model: "),
+        (["data.teacher_images=900"], r"data\.teacher_images: is 900, must be at most 797"),
+        (
+            ["pairs=[{student: [stage1, stage9], teacher: [stage1, stage1]}]"],
+            r"pairs.*stage9.*has no module",
+        ),
+        (
+            ["data.train_images=null", "data.teacher_images=null", "data.batch_size=800"],
+            r"data\.batch_size: is 800, must be at most 797",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_changes(
+    recipe: Path, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(DistillError, match=message):
+        open_study(recipe, tmp_path / "run", *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    before = files_under(folder)
+    with pytest.raises(DistillError, match="is not empty and holds no earlier run"):
+        open_study(recipe, folder)
+    assert files_under(folder) == before
+
+
+def test_a_file_in_place_of_the_folder_is_refused(recipe: Path) -> None:
+    with pytest.raises(DistillError, match="is not a folder; choose another with --output"):
+        open_study(recipe, recipe)
+
+
+def test_a_disk_without_space_is_refused_at_the_door(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage:
+        free = 1 << 20
+
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: Usage)
+    with pytest.raises(DistillError, match="its disk has 1 MiB free, the run needs about"):
+        open_study(recipe, tmp_path / "run")
+
+
+def test_a_record_says_on_what_it_was_made_and_names_no_machine(studied: Study) -> None:
+    run = runs_of(studied, "baseline")[0]
+    assert run.environment["torch"] == version("torch")
+    assert run.environment["device"] == "cpu"
+    assert set(run.environment) <= {
+        "python", "fsp-kernels", "torch", "torchvision", "accelerate", "numpy", "platform", "device"
+    }  # fmt: skip
+    assert run.config["student"]["model"] == "cifar/resnet8"
+
+
+def test_two_processes_do_not_train_in_one_folder(study: Study, recipe: Path) -> None:
+    command = [sys.executable, "-m", "fsp_kernels.distill", "train", recipe, "-o", study.folder]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "another process is training in it" in done.stderr
+    assert not (study.folder / "teacher").exists()
