@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +14,16 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fsp_kernels.distill.compare import ARMS, Laboratory
-from fsp_kernels.distill.config import load_config
+from fsp_kernels.distill import export as exporting
+from fsp_kernels.distill import inspection, records
+from fsp_kernels.distill.arms import ARMS
+from fsp_kernels.distill.config import Network, load_config
 from fsp_kernels.distill.errors import DistillError, did_you_mean
+from fsp_kernels.distill.interruption import InterruptedRunError, Interruption
+from fsp_kernels.distill.models import build_model
 from fsp_kernels.distill.monitor import Monitor
 from fsp_kernels.distill.report import headline, write_report
+from fsp_kernels.distill.study import Study
 
 _RUNS = Path("runs")
 
@@ -26,7 +33,11 @@ app = typer.Typer(
 
     A recipe is a YAML file; any key of it can be overridden on the command line:
 
-        fsp-distill compare recipe.yaml student.depth=14 stage1.steps=200
+        fsp-distill study recipe.yaml stage1.steps=200 execution.precision=bf16
+
+    On several GPUs or machines, start the same under a launcher:
+
+        accelerate launch -m fsp_kernels.distill train recipe.yaml
     """,
     no_args_is_help=True,
     add_completion=False,
@@ -37,7 +48,7 @@ app = typer.Typer(
 Recipe = Annotated[Path, typer.Argument(metavar="CONFIG", help="The recipe, a YAML file.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Overrides, such as student.depth=14."),
+    typer.Argument(metavar="KEY=VALUE", help="Overrides, such as stage1.steps=300."),
 ]
 Output = Annotated[
     Path | None,
@@ -47,6 +58,15 @@ Output = Annotated[
         metavar="FOLDER",
         help="The run folder; runs/NAME of the recipe by default. Results of an earlier run in it "
         "are replaced; a folder that holds anything else is refused.",
+    ),
+]
+Resume = Annotated[
+    bool | None,
+    typer.Option(
+        "--resume/--restart",
+        help="Go on where an earlier process stopped, keeping what it finished; or begin again. "
+        "With neither, an unfinished run is an error.",
+        show_default=False,
     ),
 ]
 
@@ -59,60 +79,146 @@ def _known_arm(name: str) -> str:
 
 
 @app.command()
-def teacher(recipe: Recipe, overrides: Overrides = None, output: Output = None) -> None:
-    """Train the teacher and keep its checkpoint in the run folder."""
-    with _laboratory(recipe, overrides, output) as laboratory:
-        laboratory.teacher()
-        laboratory.monitor.say(f"checkpoint: {laboratory.teacher_path}")
+def study(
+    recipe: Recipe, overrides: Overrides = None, output: Output = None, resume: Resume = None
+) -> None:
+    """Train the teacher (or reuse it), then the student in each of the recipe's arms and seeds.
+
+    Writes report.md and report.html, figures, metrics.json, runs.csv, curves.csv, weights and
+    TensorBoard's event files.
+    """
+    with _study(recipe, overrides, output, resume) as opened:
+        opened.all()
+        if opened.trainer.accelerator.is_main_process:
+            _report([opened.folder], opened.folder, opened.monitor)
 
 
 @app.command()
-def student(
+def teacher(
+    recipe: Recipe, overrides: Overrides = None, output: Output = None, resume: Resume = None
+) -> None:
+    """Train the teacher and keep its weights in the run folder."""
+    with _study(recipe, overrides, output, resume) as opened:
+        _ = opened.teacher
+        opened.monitor.say(f"weights: {opened.folder / 'teacher' / records.MODEL}")
+
+
+@app.command()
+def train(
     recipe: Recipe,
     overrides: Overrides = None,
     arm: Annotated[
         str, typer.Option(help=f"How to train it: {', '.join(ARMS)}.", callback=_known_arm)
-    ] = "distilled",
+    ] = "two-stage",
     seed: Annotated[
         int | None, typer.Option(min=0, help="The seed; the recipe's first by default.")
     ] = None,
     output: Output = None,
+    resume: Resume = None,
 ) -> None:
-    """Train one student: distilled (with the teacher, trained first if need be) or a baseline."""
-    with _laboratory(recipe, overrides, output) as laboratory:
-        first = laboratory.config.seeds[0]
-        run = laboratory.student(arm, first if seed is None else seed)
-        laboratory.monitor.say(f"checkpoint: {laboratory.student_path(run.arm, run.seed)}")
+    """Train one student (its teacher first, if need be) and report on it."""
+    with _study(recipe, overrides, output, resume) as opened:
+        number = opened.config.seeds[0] if seed is None else seed
+        opened.student(arm, number)
+        folder = opened.folder_of(arm, number)
+        if opened.trainer.accelerator.is_main_process:
+            _report([folder], folder, opened.monitor)
+            opened.monitor.say(f"weights: {folder / records.MODEL}")
 
 
 @app.command()
-def compare(recipe: Recipe, overrides: Overrides = None, output: Output = None) -> None:
-    """Train the teacher (or reuse it), baselines and distilled students; write a report.
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or of whole studies.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="For the report.")
+    ] = _RUNS / "comparison",
+) -> None:
+    """Draw several runs together: one report of all finished runs in the given folders."""
+    with _errors():
+        _report(runs, output, Monitor(Console()))
 
-    The run folder gets report.md with figures, metrics.json, runs.csv, curves.csv, checkpoints and
-    TensorBoard's event files.
-    """
-    command = ["fsp-distill", "compare", str(recipe), *(overrides or [])]
-    command += ["--output", str(output)] if output else []
-    with _laboratory(recipe, overrides, output) as laboratory:
-        comparison = laboratory.compare()
-        path = write_report(comparison, laboratory.folder, shlex.join(command))
-        laboratory.monitor.say("")
-        laboratory.monitor.say(headline(comparison).replace("**", ""))
-        laboratory.monitor.say(f"report: {path}")
+
+@app.command()
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="The student: cifar/resnet8, torchvision/resnet18, timm/NAME, package:callable.",
+        ),
+    ],
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Also show which pairs fit this teacher."),
+    ] = None,
+    input: Annotated[  # noqa: A002
+        str, typer.Option(metavar="CxHxW", help="Shape of an image.")
+    ] = "3x32x32",
+    classes: Annotated[int, typer.Option(min=1, help="Number of classes.")] = 10,
+) -> None:
+    """Print a model's module paths with the shapes of their outputs, and pairs for FSP matrices."""
+    with _errors():
+        shape = inspection.parse_input_shape(input)
+        names = {"student": model} | ({"teacher": teacher} if teacher else {})
+        networks = {
+            role: build_model(
+                Network(model=name), in_channels=shape[0], classes=classes, where=role
+            )
+            for role, name in names.items()
+        }
+        # A pipe has no width: rows stay whole, to be searched.
+        console = Console() if Console().is_terminal else Console(width=160)
+        inspection.print_inspection(console, shape, **networks)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FOLDER", help="RUN/export by default."),
+    ] = None,
+) -> None:
+    """Write a run's student as safetensors and as a torch.export program, checked against it."""
+    with _errors():
+        for path in exporting.export_run(run, output or run / "export"):
+            print(path)
+
+
+def _report(folders: list[Path], output: Path, monitor: Monitor) -> None:
+    command = shlex.join(["fsp-distill", *sys.argv[1:]])
+    report = write_report(folders, output, command)
+    monitor.say("")
+    monitor.say(headline(report.comparison))
+    monitor.say(f"report: {report.path} and {report.path.with_suffix('.html').name}")
 
 
 @contextmanager
-def _laboratory(
-    recipe: Path, overrides: list[str] | None, output: Path | None
-) -> Iterator[Laboratory]:
-    """The recipe's laboratory with its bars running; a ``DistillError`` ends with exit code 2."""
-    try:
+def _study(
+    recipe: Path, overrides: list[str] | None, output: Path | None, resume: bool | None
+) -> Iterator[Study]:
+    """The recipe's study with its bars running."""
+    first = os.environ.get("RANK", "0") == "0"
+    with _errors(), Interruption() as interruption:
         config = load_config(recipe, overrides or [])
         folder = output or _RUNS / config.name
-        laboratory = Laboratory(config, folder, Monitor(Console(), folder / "tensorboard"))
-        with laboratory.monitor:
-            yield laboratory
+        # Of several processes one speaks.
+        monitor = Monitor(Console(quiet=not first), folder / "tensorboard" if first else None)
+        opened = Study(config, folder, monitor, interruption, resume)
+        with monitor:
+            yield opened
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """A ``DistillError`` ends with exit code 2, a signal with the shell's code for it."""
+    try:
+        yield
     except DistillError as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from None
+    except InterruptedRunError as error:
+        Console(stderr=True).print(escape(str(error)), soft_wrap=True)
+        raise typer.Exit(error.exit_code) from None
