@@ -24,7 +24,7 @@ help:
 	@echo "make clean  remove .venv, caches, builds and runs/"
 
 demo: .venv/installed
-	$(BIN)/fsp-distill compare configs/network-minimisation-digits.yaml
+	$(BIN)/fsp-distill study --restart configs/network-minimisation-digits.yaml
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -56,7 +56,7 @@ gpu-install:
 
 # Compiling kernels takes most of the time and one core each: files side by side.
 gpu-tests:
-	printf '%s\n' tests/fused/test_*.py tests/triton/test_*.py tests/cuda/test_*.py | xargs -P $(GPU_JOBS) -n 1 $(GPU_PYTHON) -m pytest -m gpu -q -ra
+	printf '%s\n' tests/fused/test_*.py tests/triton/test_*.py tests/cuda/test_*.py tests/distill/test_gpu.py | xargs -P $(GPU_JOBS) -n 1 $(GPU_PYTHON) -m pytest -m gpu -q -ra
 
 gpu-sanitizer:
 	$(GPU_PYTHON) -m benchmarks.sanitize

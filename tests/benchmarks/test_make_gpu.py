@@ -7,7 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = [
-    "printf '%s\\n' tests/fused/test_*.py tests/triton/test_*.py tests/cuda/test_*.py | "
+    "printf '%s\\n' tests/fused/test_*.py tests/triton/test_*.py tests/cuda/test_*.py "
+    "tests/distill/test_gpu.py | "
     "xargs -P 8 -n 1 some-python -m pytest -m gpu -q -ra",
     "some-python -m benchmarks.sanitize",
     "some-python -m benchmarks  --device cuda --layout nchw --pass forward+backward "
