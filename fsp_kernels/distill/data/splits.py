@@ -74,7 +74,8 @@ def _hold_out(collection: Collection, data: Data, where: str) -> tuple[np.ndarra
     count = data.validation_images
     if count is None:
         count = collection.validation_images
-    _require_at_most(count, len(labels) - collection.classes, f"{where}.validation_images")
+    most = max(0, len(labels) - collection.classes)
+    _require_at_most(count, most, f"{where}.validation_images")
     return draw(np.arange(len(labels)), len(labels) - count, labels)
 
 
