@@ -22,7 +22,7 @@ from fsp_kernels.distill.checkpoint import Series
 from fsp_kernels.distill.config import Config
 from fsp_kernels.distill.data import Batch, training_batches
 from fsp_kernels.distill.errors import DistillError
-from fsp_kernels.distill.evaluation import Evaluations, on_device
+from fsp_kernels.distill.evaluation import Evaluations, by_batch_statistics, on_device
 from fsp_kernels.distill.interruption import InterruptedRunError, Interruption
 from fsp_kernels.distill.job import Job
 from fsp_kernels.distill.monitor import Monitor, Watch
@@ -94,7 +94,7 @@ class StageRun:
         ).train()
         optimizer = make_optimizer(stage.training, objective.parameters())
         self._accelerator.ddp_handler = DistributedDataParallelKwargs(
-            find_unused_parameters=not stage.task  # the FSP loss alone has no use for the head
+            find_unused_parameters=self._leaves_weights_out(objective)
         )
         self._objective, self._optimizer = self._accelerator.prepare(objective, optimizer)
         self._plain_objective = objective
@@ -316,6 +316,20 @@ class StageRun:
 
     def _seed(self, purpose: Purpose, *numbers: int) -> None:
         seed_everything(self._job.seed, purpose, self._index, self._state.step, *numbers)
+
+    def _leaves_weights_out(self, objective: Objective) -> bool:
+        """Whether a weight gets no gradient, which DDP must know of, and looks for in vain if told.
+
+        The FSP loss alone has no use for the head, and a user's network may have any weights.
+        """
+        if self._accelerator.num_processes == 1:
+            return False
+        batch = next(self._batches(self._state.step, self._state.step + 1))
+        with by_batch_statistics(objective), torch.enable_grad(), self._accelerator.autocast():
+            objective(batch.images, batch.labels, self._targets(batch)).backward()
+        left_out = any(p.grad is None for p in objective.parameters() if p.requires_grad)
+        objective.zero_grad()
+        return left_out
 
     def _new_projection(self) -> Projection | None:
         if not (self._stage.fsp and self._config.fsp.projection):

@@ -51,6 +51,14 @@ class NoNormResNet(CifarResNet):
                     setattr(module, name, nn.Identity())
 
 
+class IdleResNet(CifarResNet):
+    """Has a layer that its logits have no use for."""
+
+    def __init__(self, in_channels: int, classes: int) -> None:
+        super().__init__(8, 1, in_channels, classes)
+        self.idle = nn.Linear(3, 3)
+
+
 def distance(ours: Path, theirs: Path) -> float:
     """The largest difference of two runs' weights, relative to the largest weight of its tensor."""
     first, second = (checkpoint.load(run / records.MODEL).tensors for run in (ours, theirs))
@@ -243,3 +251,11 @@ def test_a_signal_to_the_launcher_or_to_one_process_stops_all_and_the_run_can_be
     assert "going on from" in output
     assert results(folder / "two-stage" / "seed-0") == results(launched)
     assert not leftovers(folder)
+
+
+@pytest.mark.slow
+def test_a_weight_that_a_stage_has_no_use_for_stops_nobody(tiny: Path, tmp_path: Path) -> None:
+    idle = "student.model=distill.test_distributed:IdleResNet"
+    ours = in_two_processes(tiny, tmp_path / "two", idle, SYNCED)
+    theirs = in_one_process(tiny, tmp_path / "one", idle)
+    assert distance(ours, theirs) < BOUND
