@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fsp_kernels import fsp_matrix
@@ -15,6 +14,7 @@ from fsp_kernels.distill.arms import Stage
 from fsp_kernels.distill.config import Config
 from fsp_kernels.distill.data import Batch, Split, Splits, evaluation_batches
 from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.distill.job import Setup
 from fsp_kernels.distill.objective import Maps, Objective, Targets
 from fsp_kernels.distill.teacher import LiveTeacher
 
@@ -29,6 +29,17 @@ def on_device(batches: Iterator[Batch], device: torch.device, config: Config) ->
     for batch in batches:
         images = batch.images.to(device, memory_format=layout, non_blocking=True)
         yield Batch(images, batch.labels.to(device, non_blocking=True), batch.indices)
+
+
+def _unless_stopped(batches: Iterator[Batch], setup: Setup) -> Iterator[Batch]:
+    """The batches on the device; a signal ends them, for a large split takes longer than is waited.
+
+    But not where there are several processes, which might be told at different batches.
+    """
+    for batch in on_device(batches, setup.accelerator.device, setup.config):
+        if setup.accelerator.num_processes == 1:
+            setup.interruption.check()
+        yield batch
 
 
 @contextmanager
@@ -55,13 +66,13 @@ def by_batch_statistics(network: nn.Module) -> Iterator[None]:
 class TaskEvaluation:
     """Accuracy and cross-entropy on a split, which the processes share out."""
 
-    def __init__(self, split: Split, config: Config, accelerator: Accelerator) -> None:
-        self._split, self._config, self._accelerator = split, config, accelerator
+    def __init__(self, split: Split, setup: Setup) -> None:
+        self._split, self._setup = split, setup
 
     @torch.no_grad()
     def __call__(self, network: nn.Module) -> Figures:
         """``accuracy`` (0 to 1) and mean cross-entropy ``loss`` of ``network`` as it stands."""
-        accelerator = self._accelerator
+        accelerator = self._setup.accelerator
         right, loss = 0, 0.0
         for batch in self._batches():
             with accelerator.autocast():
@@ -74,14 +85,14 @@ class TaskEvaluation:
         return {"accuracy": right / len(self._split), "loss": loss / len(self._split)}
 
     def _batches(self) -> Iterator[Batch]:
-        accelerator = self._accelerator
+        accelerator = self._setup.accelerator
         batches = evaluation_batches(
             self._split,
             process=accelerator.process_index,
             processes=accelerator.num_processes,
-            workers=self._config.data.workers,
+            workers=self._setup.config.data.workers,
         )
-        return on_device(batches, accelerator.device, self._config)
+        return _unless_stopped(batches, self._setup)
 
 
 class FspEvaluation:
@@ -91,10 +102,8 @@ class FspEvaluation:
     split's images as have matrices that fit 256 MiB. Every process evaluates all of them.
     """
 
-    def __init__(
-        self, teacher: LiveTeacher, split: Split, config: Config, accelerator: Accelerator
-    ) -> None:
-        self._config, self._accelerator, self._split = config, accelerator, split
+    def __init__(self, teacher: LiveTeacher, split: Split, setup: Setup) -> None:
+        self._setup, self._split = setup, split
         self._limit = 1
         [one] = self._of_teacher(teacher)
         bytes_each = sum(matrix.nbytes for matrix in one)
@@ -119,7 +128,7 @@ class FspEvaluation:
 
     def matrices(self, objective: Objective) -> Matrices:
         """Each pair's FSP matrix (m, n) of the student, projected where stage 1 does so."""
-        pool, project = self._config.fsp.pool, objective.projection or (lambda maps: maps)
+        pool, project = self._setup.config.fsp.pool, objective.projection or (lambda maps: maps)
         return _mean(
             [fsp_matrix(*pair, pool=pool).float() for pair in project(maps)]
             for maps in self._of_student(objective)
@@ -127,20 +136,20 @@ class FspEvaluation:
 
     def _of_teacher(self, teacher: LiveTeacher) -> Iterator[Matrices]:
         for batch in self._batches():
-            yield teacher.matrices(batch.images, self._config.fsp.pool)[0]
+            yield teacher.matrices(batch.images, self._setup.config.fsp.pool)[0]
 
     def _of_student(self, objective: Objective) -> Iterator[Sequence[Maps]]:
         with by_batch_statistics(objective.student.network):
             for batch in self._batches():
-                with self._accelerator.autocast():
+                with self._setup.accelerator.autocast():
                     _, maps = objective.student.uncompiled(batch.images)
                     yield maps
 
     def _batches(self) -> Iterator[Batch]:
         batches = evaluation_batches(
-            self._split, workers=self._config.data.workers, limit=self._limit
+            self._split, workers=self._setup.config.data.workers, limit=self._limit
         )
-        return on_device(batches, self._accelerator.device, self._config)
+        return _unless_stopped(batches, self._setup)
 
 
 def _mean(batches: Iterator[Matrices] | Sequence[Matrices]) -> Matrices:
@@ -159,30 +168,26 @@ class Evaluations:
     def __init__(
         self,
         splits: Splits,
-        config: Config,
-        accelerator: Accelerator,
+        setup: Setup,
         teacher: LiveTeacher | None = None,
     ) -> None:
-        self._splits, self._config, self._accelerator = splits, config, accelerator
-        self._teacher = teacher
+        self._splits, self._setup, self._teacher = splits, setup, teacher
         self._tasks: dict[str, TaskEvaluation] = {}
         self._fsps: dict[str, FspEvaluation] = {}
 
     def task(self, split: str | None = None) -> TaskEvaluation:
         """Of the quoted split, or of another."""
-        name = split or self._config.evaluation.split
+        name = split or self._setup.config.evaluation.split
         if name not in self._tasks:
-            self._tasks[name] = TaskEvaluation(self._of(name), self._config, self._accelerator)
+            self._tasks[name] = TaskEvaluation(self._of(name), self._setup)
         return self._tasks[name]
 
     def fsp(self, split: str | None = None) -> FspEvaluation:
         """Likewise; there must be a teacher."""
         assert self._teacher is not None
-        name = split or self._config.evaluation.split
+        name = split or self._setup.config.evaluation.split
         if name not in self._fsps:
-            self._fsps[name] = FspEvaluation(
-                self._teacher, self._of(name), self._config, self._accelerator
-            )
+            self._fsps[name] = FspEvaluation(self._teacher, self._of(name), self._setup)
         return self._fsps[name]
 
     def figures(self, stage: Stage, objective: Objective, split: str | None = None) -> Figures:

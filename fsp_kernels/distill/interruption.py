@@ -7,14 +7,14 @@ from types import FrameType, TracebackType
 
 
 class InterruptedRunError(Exception):
-    """A run stopped because a signal asked it to; what it had is saved.
+    """A run stopped because a signal asked it to.
 
-    ``exit_code`` is what a shell reports of a process that the signal ended.
+    ``number`` is the signal's, ``exit_code`` what a shell reports of a process that it ended.
     """
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
-        self.exit_code = 128 + number
+        self.number, self.exit_code = number, 128 + number
 
 
 class Interruption:
@@ -28,6 +28,15 @@ class Interruption:
     def __init__(self) -> None:
         self.requested = 0
         self._before: dict[signal.Signals, object] = {}
+
+    def check(self) -> None:
+        """Obey, if there was a signal.
+
+        Raises:
+            InterruptedRunError: there was.
+        """
+        if self.requested:
+            raise InterruptedRunError("stopped while measuring", self.requested)
 
     def __enter__(self) -> Interruption:
         self._before = {number: signal.signal(number, self._note) for number in self._SIGNALS}

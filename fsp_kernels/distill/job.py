@@ -1,15 +1,29 @@
-"""What is to become of one network."""
+"""What is to become of one network, and what there is to do it with."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+from accelerate import Accelerator
 
 from fsp_kernels.distill.arms import Stage
-from fsp_kernels.distill.config import Data, Network, Pair
+from fsp_kernels.distill.config import Config, Data, Network, Pair
 from fsp_kernels.distill.data import Split
+from fsp_kernels.distill.interruption import Interruption
+from fsp_kernels.distill.monitor import Monitor
 from fsp_kernels.distill.pairs import PairShapes
+
+
+class Setup(NamedTuple):
+    """What all that trains or measures in a process shares."""
+
+    config: Config
+    accelerator: Accelerator
+    monitor: Monitor
+    interruption: Interruption
 
 
 @dataclass(frozen=True)

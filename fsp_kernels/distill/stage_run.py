@@ -7,10 +7,9 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     broadcast,
@@ -19,13 +18,12 @@ from torch import Tensor, nn
 
 from fsp_kernels.distill import checkpoint
 from fsp_kernels.distill.checkpoint import Series
-from fsp_kernels.distill.config import Config
 from fsp_kernels.distill.data import Batch, training_batches
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.evaluation import Evaluations, by_batch_statistics, on_device
-from fsp_kernels.distill.interruption import InterruptedRunError, Interruption
-from fsp_kernels.distill.job import Job
-from fsp_kernels.distill.monitor import Monitor, Watch
+from fsp_kernels.distill.interruption import InterruptedRunError
+from fsp_kernels.distill.job import Job, Setup
+from fsp_kernels.distill.monitor import Watch
 from fsp_kernels.distill.objective import Objective, Targets
 from fsp_kernels.distill.pairs import Projection
 from fsp_kernels.distill.records import MATRICES, Phase
@@ -41,15 +39,6 @@ from fsp_kernels.distill.state import (
     restore_optimizer,
 )
 from fsp_kernels.distill.teacher import Teacher
-
-
-class Setup(NamedTuple):
-    """What all stages of a process share."""
-
-    config: Config
-    accelerator: Accelerator
-    monitor: Monitor
-    interruption: Interruption
 
 
 class StageRun:
@@ -114,32 +103,41 @@ class StageRun:
         """
         stage, state = self._stage, self._state
         label = (self._job.label, stage.name)
-        batches = self._batches(state.step, stage.steps)
         evaluated = int(state.history[-1]["step"]) if state.history else -1
         with self._setup.monitor.watch(*label, stage.steps, state.step, evaluated) as watch:
-            while True:
-                if self._evaluation_is_due():
-                    self._evaluate(watch)
-                if state.step == stage.steps or self._patience.exhausted:
-                    break
-                if state.step % self._config.checkpoints.every == 0:
-                    self._save()
-                if self._step(batches):
-                    self._save()
-                    # A launcher ends all processes as soon as one has ended.
-                    self._accelerator.wait_for_everyone()
-                    raise InterruptedRunError(
-                        f"{self._job.label}, {stage.name}: stopped in step {state.step} of "
-                        f"{stage.steps}, saved; --resume goes on from there",
-                        self._setup.interruption.requested or signal.SIGTERM,
-                    )
-                watch.step()
-        if stage.fsp:
-            self._keep_matrices()
+            try:
+                self._train(watch)
+                if stage.fsp:
+                    self._keep_matrices()
+            except InterruptedRunError as stop:
+                self._save()
+                # A launcher ends all processes as soon as one has ended.
+                self._accelerator.wait_for_everyone()
+                raise InterruptedRunError(
+                    f"{self._job.label}, {stage.name}: stopped in step {state.step} of "
+                    f"{stage.steps}, saved; --resume goes on from there",
+                    stop.number,
+                ) from None
         self._plain_objective.student.taps.detach()  # the next stage's maps are not for these
         return Phase(
             stage.name, stage.losses, state.history, state.seconds, self._patience.exhausted
         )
+
+    def _train(self, watch: Watch) -> None:
+        """Evaluate, save and step in turn, as each is due, until the stage is over."""
+        stage, state = self._stage, self._state
+        batches = self._batches(state.step, stage.steps)
+        while True:
+            if self._evaluation_is_due():
+                self._evaluate(watch)
+            if state.step == stage.steps or self._patience.exhausted:
+                return
+            if state.step % self._config.checkpoints.every == 0:
+                self._save()
+            if self._step(batches):
+                number = self._setup.interruption.requested or signal.SIGTERM
+                raise InterruptedRunError("stopped", number)
+            watch.step()
 
     def _step(self, batches: Iterator[Batch]) -> bool:
         """One step of the optimiser; whether a signal asked any process to stop."""

@@ -151,7 +151,7 @@ class Study:
 
     @cached_property
     def _distilled(self) -> Evaluations:
-        return Evaluations(self.splits, self.config, self._accelerator, self.teacher)
+        return Evaluations(self.splits, self.trainer.setup, self.teacher)
 
     @cached_property
     def _answers(self) -> Teacher:
@@ -161,7 +161,7 @@ class Study:
         return cached(self.teacher, self.splits.train, self.config, self._accelerator, folder)
 
     def _plain(self, splits: Splits) -> Evaluations:
-        return Evaluations(splits, self.config, self._accelerator)
+        return Evaluations(splits, self.trainer.setup)
 
     def _load_source(self) -> Splits | None:
         source = self.config.source

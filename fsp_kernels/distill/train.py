@@ -13,12 +13,12 @@ from fsp_kernels.distill.data import Splits
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.evaluation import Evaluations
 from fsp_kernels.distill.interruption import Interruption
-from fsp_kernels.distill.job import Job
+from fsp_kernels.distill.job import Job, Setup
 from fsp_kernels.distill.models import build_model
 from fsp_kernels.distill.monitor import Monitor
 from fsp_kernels.distill.records import Phase
 from fsp_kernels.distill.seeds import Purpose, seed_everything
-from fsp_kernels.distill.stage_run import Setup, StageRun
+from fsp_kernels.distill.stage_run import StageRun
 from fsp_kernels.distill.state import State, load_part
 from fsp_kernels.distill.sync_norm import synchronised
 from fsp_kernels.distill.teacher import Teacher
@@ -40,6 +40,11 @@ class Trainer:
         self.accelerator = make_accelerator(config)
         if config.execution.threads is not None:
             torch.set_num_threads(config.execution.threads)
+
+    @property
+    def setup(self) -> Setup:
+        """What there is to train and to measure with."""
+        return Setup(self.config, self.accelerator, self.monitor, self.interruption)
 
     def new_network(self, network: Network, splits: Splits, seed: int, where: str) -> nn.Module:
         """A network on the device, its weights from ``seed`` or from where the recipe says."""
@@ -80,11 +85,10 @@ class Trainer:
             state = State()
         else:
             load_part(network, state, "network")
-        setup = Setup(self.config, self.accelerator, self.monitor, self.interruption)
         if self.config.execution.compile:
             torch.compiler.reset()  # what was compiled for other networks is of no use to this one
         for index in range(len(state.phases), len(job.stages)):
-            run = StageRun(setup, job, index, network, evaluations, teacher, series, state)
+            run = StageRun(self.setup, job, index, network, evaluations, teacher, series, state)
             state = State(phases=[*state.phases, run.run()])
             self.accelerator.free_memory()  # it holds on to all that it prepared
         return state.phases

@@ -40,7 +40,7 @@ def objective(study: Study, stage: Stage) -> Objective:
 
 @pytest.fixture
 def evaluations(study: Study, teacher: LiveTeacher) -> Evaluations:
-    return Evaluations(study.splits, study.config, study.trainer.accelerator, teacher)
+    return Evaluations(study.splits, study.trainer.setup, teacher)
 
 
 def test_accuracy_and_loss_are_means_over_the_split(
@@ -117,7 +117,7 @@ def test_only_as_many_images_as_have_matrices_that_fit(
 ) -> None:
     of_one_image = 4 * (16 * 16 + 64 * 64)
     monkeypatch.setattr(evaluation, "_MATRIX_BYTES", 10 * of_one_image)
-    fsp = FspEvaluation(teacher, study.splits.test, study.config, study.trainer.accelerator)
+    fsp = FspEvaluation(teacher, study.splits.test, study.trainer.setup)
     ten = evaluation_batches(study.splits.test, limit=10)
     expected, _ = teacher.matrices(next(ten).images, "max")
     torch.testing.assert_close(fsp.teacher_matrices[0], expected[0].mean(0))

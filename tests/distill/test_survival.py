@@ -45,6 +45,23 @@ class AfterSteps(Interruption):
         self._left -= 1
         return self._number if self._left <= 0 else 0
 
+    def check(self) -> None:
+        """Evaluations are not counted."""
+
+
+class AfterBatches(Interruption):
+    """Asks to stop in the given one of the batches that are measured from now on."""
+
+    def __init__(self, batches: int) -> None:
+        super().__init__()
+        self._left = batches
+
+    def check(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self.requested = signal.SIGTERM
+        super().check()
+
 
 class DropoutResNet(CifarResNet):
     """Draws random numbers in every pass."""
@@ -520,3 +537,18 @@ def test_a_disk_that_is_full_is_an_error_and_the_run_goes_on_once_there_is_space
     assert kept
     assert all(checkpoint.is_whole(path) for path in kept)
     assert results(trained(recipe, tmp_path / "run", resume=True)) == results(plain)
+
+
+# The teacher measures 3 times, stage 1 first the teacher's matrices, then 3 times with a look at
+# the student's, and in the end those; stage 2 measures 3 times. Each time it is one batch.
+@pytest.mark.parametrize("batch", [1, 3, 4, 6, 9, 12, 13, 15])
+def test_a_signal_during_an_evaluation_is_obeyed_at_the_next_batch(
+    plain: Path, recipe: Path, tmp_path: Path, batch: int
+) -> None:
+    folder = tmp_path / "run"
+    study = open_study(recipe, folder)
+    study.trainer.interruption = AfterBatches(batch)
+    with pytest.raises(InterruptedRunError, match="--resume goes on from there") as caught:
+        study.student("two-stage", 0)
+    assert caught.value.exit_code == 143
+    assert results(trained(recipe, folder, resume=True)) == results(plain)

@@ -37,7 +37,7 @@ class Bench:
         network = self.trainer.new_network(config.teacher, study.splits, 1, "teacher")
         accelerator = self.trainer.accelerator
         self.teacher = LiveTeacher(network, study.pairs, accelerator, compiled=False)
-        self.evaluations = Evaluations(study.splits, config, accelerator, self.teacher)
+        self.evaluations = Evaluations(study.splits, study.trainer.setup, self.teacher)
 
     def run(self, arm: str, *stages: int, student: nn.Module | None = None) -> list[Phase]:
         """Train by the stages of these numbers, or by all."""
