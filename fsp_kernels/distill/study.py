@@ -116,7 +116,10 @@ class Study:
         evaluations = self._distilled if distilled else self._plain(self.splits)
         teacher = self._answers if distilled else None
         names = ("data", "student", "stage1", "stage2", "kd", "fsp", "execution", "evaluation")
-        settings = self._settings(*names) | {"weights": _file_of(config.student)}
+        settings = self._settings(*names) | {
+            "weights": _file_of(config.student),
+            "images": [self.splits.train.fingerprint, self.splits.test.fingerprint],
+        }
         if distilled:
             settings["teacher"] = checkpoint.digest_of(self.teacher.network.state_dict())
             settings["pairs"] = to_tree(self.pairs)
@@ -180,7 +183,7 @@ class Study:
         return network
 
     def _settings(self, *names: str) -> dict[str, Any]:
-        """These sections of the recipe, but for what can't change a result."""
+        """These sections of the recipe, but for where the images are: they tell what they are."""
         tree = to_tree(self.config)
         for section in (tree["data"], *([tree["source"]["data"]] if tree["source"] else ())):
             for key in ("root", "download", "workers"):
@@ -196,6 +199,7 @@ class Study:
         if arm == SOURCE:  # what comes after it is nothing to it
             settings |= {"data": None, "teacher_training": None}
         settings |= {"weights": _file_of(self.config.teacher), "arm": arm, "seed": seed}
+        settings["images"] = [splits.teacher_train.fingerprint, splits.test.fingerprint]
         images = splits.teacher_train
         stages: tuple[Stage, ...] = ()
         if training is not None:

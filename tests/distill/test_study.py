@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from distill.conftest import open_study
+from distill.data.conftest import folder as image_folder  # noqa: F401  # a fixture
 from fsp_kernels import fsp_matrix
 from fsp_kernels.distill import records
 from fsp_kernels.distill.config import load_config
@@ -127,6 +128,27 @@ def test_a_teacher_of_other_settings_is_trained_anew(
     again = open_study(recipe, study.folder, setting)
     _ = again.teacher
     assert (study.folder / "teacher" / MODEL).read_bytes() != before
+
+
+def test_a_teacher_of_other_images_in_another_folder_is_not_taken_for_this_ones(
+    recipe: Path,
+    tmp_path: Path,
+    image_folder: Path,  # noqa: F811
+) -> None:
+    images = ["data.dataset=imagefolder", "data.image_size=16", "data.batch_size=10"]
+    images += ["data.train_images=10", "data.teacher_images=12", "evaluation.split=test"]
+
+    def opened(root: Path) -> Study:
+        study = open_study(recipe, tmp_path / "run", *images, f"data.root={root}")
+        _ = study.teacher
+        return study
+
+    first = records.read(opened(image_folder).folder / "teacher")
+    moved = image_folder.rename(tmp_path / "moved")
+    assert records.read(opened(moved).folder / "teacher") == first
+    for part in ("train", "val"):
+        (moved / part / "one").rename(moved / part / "a-class-that-comes-first")
+    assert records.read(opened(moved).folder / "teacher").fingerprint != first.fingerprint
 
 
 @pytest.mark.parametrize("damaged", [MODEL, RECORD])
