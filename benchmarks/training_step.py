@@ -47,8 +47,7 @@ class Tapped:
     def __call__(self, images: Tensor) -> Pairs:
         """The maps of a forward pass."""
         self.model(images)
-        maps = self._taps.take()
-        return list(zip(maps[::2], maps[1::2], strict=True))
+        return self._taps.take_pairs()
 
 
 class Distillation:

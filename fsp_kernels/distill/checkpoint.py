@@ -36,8 +36,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], note: dict[str, Any]) -> Non
     Raises:
         DistillError: the file cannot be written: no space, no permission. The old one is untouched.
     """
-    # Copies: safetensors refuses tensors that share their memory, as tied weights do.
-    ours = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
+    ours = _apart({name: x.detach().cpu().contiguous() for name, x in tensors.items()})
     text = json.dumps(note)
     with replacing(path) as unfinished:
         save_file(ours, unfinished, metadata={"note": text, "digest": digest_of(ours, text)})
@@ -49,12 +48,18 @@ def load(path: Path) -> Checkpoint:
     Raises:
         DistillError: the file is damaged (a bit is enough), or not one of ours.
     """
+    mapped = load_mapped(path)
+    # Copies: what safetensors hands out is the file itself.
+    return mapped._replace(tensors={name: x.clone() for name, x in mapped.tensors.items()})
+
+
+def load_mapped(path: Path) -> Checkpoint:
+    """As ``load``, but the tensors are the file, mapped into memory: neither may be changed."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             note = json.loads(metadata["note"])
-            # Copies: what safetensors hands out is the file itself, mapped into memory.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if metadata["digest"] != digest_of(tensors, metadata["note"]):
             raise ValueError("its contents are not those that were written")
     except (OSError, SafetensorError, KeyError, ValueError) as error:
@@ -67,7 +72,7 @@ def load(path: Path) -> Checkpoint:
 def is_whole(path: Path) -> bool:
     """Whether there is a file that ``load`` would read."""
     try:
-        return path.is_file() and bool(load(path))
+        return path.is_file() and bool(load_mapped(path))
     except DistillError:
         return False
 
@@ -136,6 +141,19 @@ def digest_of(tensors: Mapping[str, Tensor], note: str = "") -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same, but copies of those that share another's memory, as tied weights do.
+
+    Safetensors refuses them. Copies of all would be twice the memory.
+    """
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return tensors
 
 
 def file_digest(path: Path) -> str:

@@ -37,7 +37,7 @@ app = typer.Typer(
 
     On several GPUs or machines, start the same under a launcher:
 
-        accelerate launch -m fsp_kernels.distill train recipe.yaml
+        torchrun --nproc-per-node 4 -m fsp_kernels.distill train recipe.yaml
     """,
     no_args_is_help=True,
     add_completion=False,

@@ -13,12 +13,12 @@ from fsp_kernels import fsp_matrix
 from fsp_kernels.distill.arms import Stage
 from fsp_kernels.distill.config import Config
 from fsp_kernels.distill.data import Batch, Split, Splits, evaluation_batches
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.job import Setup
 from fsp_kernels.distill.objective import Maps, Objective, Targets
 from fsp_kernels.distill.teacher import LiveTeacher
 
 _MATRIX_BYTES = 256 << 20
+_BATCH = 512
 Matrices = list[Tensor]
 Figures = dict[str, float]
 
@@ -88,6 +88,7 @@ class TaskEvaluation:
         accelerator = self._setup.accelerator
         batches = evaluation_batches(
             self._split,
+            batch_size=_BATCH,
             process=accelerator.process_index,
             processes=accelerator.num_processes,
             workers=self._setup.config.data.workers,
@@ -107,7 +108,9 @@ class FspEvaluation:
         self._limit = 1
         [one] = self._of_teacher(teacher)
         bytes_each = sum(matrix.nbytes for matrix in one)
-        self._limit = min(len(split), max(1, _MATRIX_BYTES // bytes_each))
+        limit = min(len(split), max(2, _MATRIX_BYTES // bytes_each))
+        # Batch normalisation has no statistics of a single image whose map is 1 x 1.
+        self._limit = limit - 1 if limit % _BATCH == 1 else limit
         self._targets = list(self._of_teacher(teacher))
 
     @property
@@ -147,7 +150,10 @@ class FspEvaluation:
 
     def _batches(self) -> Iterator[Batch]:
         batches = evaluation_batches(
-            self._split, workers=self._setup.config.data.workers, limit=self._limit
+            self._split,
+            batch_size=_BATCH,
+            workers=self._setup.config.data.workers,
+            limit=self._limit,
         )
         return _unless_stopped(batches, self._setup)
 
@@ -158,19 +164,10 @@ def _mean(batches: Iterator[Matrices] | Sequence[Matrices]) -> Matrices:
 
 class Evaluations:
     """All that is measured of a network: on the split that is quoted and, for a stopping rule, on
-    the validation split.
-
-    Raises:
-        DistillError: a stage has a stopping rule or the recipe quotes the validation split, and
-            there is none.
+    the validation split, which must be there then.
     """
 
-    def __init__(
-        self,
-        splits: Splits,
-        setup: Setup,
-        teacher: LiveTeacher | None = None,
-    ) -> None:
+    def __init__(self, splits: Splits, setup: Setup, teacher: LiveTeacher | None = None) -> None:
         self._splits, self._setup, self._teacher = splits, setup, teacher
         self._tasks: dict[str, TaskEvaluation] = {}
         self._fsps: dict[str, FspEvaluation] = {}
@@ -209,9 +206,5 @@ class Evaluations:
 
     def _of(self, name: str) -> Split:
         split: Split | None = getattr(self._splits, name)
-        if split is None:
-            raise DistillError(
-                "data.validation_images: is 0, must be more: a stopping rule or evaluation.split "
-                "needs the validation split"
-            )
+        assert split is not None  # the study has been checked
         return split

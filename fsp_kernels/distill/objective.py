@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fsp_kernels import fsp_loss
 from fsp_kernels.distill.arms import Stage
 from fsp_kernels.distill.config import Fsp, Pair, SoftTargets
-from fsp_kernels.distill.pairs import Projection, tapped_pairs
+from fsp_kernels.distill.pairs import Projection, channels_first
 from fsp_kernels.distill.taps import FeatureTaps
 
 Maps = tuple[Tensor, Tensor]
@@ -66,7 +66,7 @@ class Tapped(nn.Module):
         return logits
 
     def _maps(self) -> list[Maps]:
-        return tapped_pairs(self.taps.take(), self.channels)
+        return channels_first(self.taps.take_pairs(), self.channels)
 
 
 class Objective(nn.Module):

@@ -127,16 +127,16 @@ def check_pairs(
     ]
 
 
-def tapped_pairs(maps: Sequence[Tensor], channels: Sequence[str]) -> list[Maps]:
-    """Maps as ``FeatureTaps.take()`` gives them, as the pairs that ``fsp_loss`` takes.
+def channels_first(pairs: Sequence[Maps], channels: Sequence[str]) -> list[Maps]:
+    """The pairs that ``FeatureTaps.take_pairs()`` gives as ``fsp_loss`` takes them.
 
     Args:
-        maps: first and second of each pair, in one list.
+        pairs: of maps.
         channels: of each pair, ``first``; or ``last``, whose channels are moved, in a view.
     """
-    pairs = zip(maps[::2], maps[1::2], channels, strict=True)
     return [
-        (a.movedim(-1, 1), b.movedim(-1, 1)) if where == "last" else (a, b) for a, b, where in pairs
+        (a.movedim(-1, 1), b.movedim(-1, 1)) if where == "last" else (a, b)
+        for (a, b), where in zip(pairs, channels, strict=True)
     ]
 
 
@@ -158,11 +158,6 @@ class Projection(nn.Module):
             for pair in shapes
             for have, want, size in zip(pair.student, pair.teacher, pair.student_sizes, strict=True)
         )
-
-    @staticmethod
-    def needed(shapes: Sequence[PairShapes]) -> bool:
-        """Whether any map has other channels than the teacher's."""
-        return any(pair.student != pair.teacher for pair in shapes)
 
     def forward(self, pairs: Sequence[Maps]) -> list[Maps]:
         """The student's pairs ``(B, C, *spatial)`` with the teacher's channels."""
@@ -231,7 +226,7 @@ def _shapes(pairs: Sequence[Pair], role: str, model: nn.Module, image: Tensor) -
         run(model, image, role)
         for index, (pair, taps) in enumerate(zip(pairs, all_taps, strict=True)):
             with _named(f"pairs.{index}.{role}"):
-                [(first, second)] = tapped_pairs(taps.take(), [pair.channels])
+                [(first, second)] = channels_first(taps.take_pairs(), [pair.channels])
                 fsp_matrix(first, second)  # it knows best which maps make one
             channels = first.shape[1], second.shape[1]
             found.append((channels, (tuple(first.shape[2:]), tuple(second.shape[2:]))))

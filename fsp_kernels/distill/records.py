@@ -104,7 +104,7 @@ def read(folder: Path) -> Run:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         if tree.pop("format") != _FORMAT:
-            raise DistillError(f"{path}: was written by another version of this program")
+            raise ValueError("it was written by another version of this program")
         phases = [Phase(**phase) for phase in tree.pop("phases")]
         return Run(phases=phases, **tree)
     except FileNotFoundError:
@@ -112,8 +112,6 @@ def read(folder: Path) -> Run:
     except OSError as error:
         raise DistillError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, DistillError):
-            raise
         raise DistillError(f"{path}: not the record of a run, or damaged: {error}") from error
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from fsp_kernels.distill.errors import DistillError
 
@@ -33,12 +34,9 @@ def replacing(path: Path) -> Iterator[Path]:
         _flush(unfinished)
         os.replace(unfinished, path)
         _flush(path.parent)
-    except OSError as error:
-        raise DistillError(f"{path}: cannot be written: {error.strerror or error}") from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":  # which wraps the OSErrors of its writes
-            raise
-        raise DistillError(f"{path}: cannot be written: {error}") from error
+    except (OSError, SafetensorError) as error:  # the latter wraps the former of its writes
+        reason = getattr(error, "strerror", None) or error
+        raise DistillError(f"{path}: cannot be written: {reason}") from error
     finally:
         with suppress(OSError):  # of a folder that is none, too
             unfinished.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,7 @@ class Study:
             self.splits = load_splits(config.data)
             self.source_splits = self._load_source()
             needed = self._check_networks()
-        self._check_batches()
-        check_evaluation(config, self.splits)
+        self._check_sets()
         self._accelerator.wait_for_everyone()  # to have checked the folder as it was
         if self._accelerator.is_main_process:
             check_writable(folder, needed)
@@ -308,25 +307,43 @@ class Study:
         # A checkpoint holds the weights and up to two numbers of the optimiser for each.
         return students * sizes[0] + 2 * sizes[1] + 3 * (config.checkpoints.keep + 1) * max(sizes)
 
-    def _check_batches(self) -> None:
-        """Each training pool fills a batch, and each batch its passes and processes."""
+    def _check_sets(self) -> None:
+        """Each training pool fills a batch, each batch its passes and processes; and there are
+        validation images where they are needed.
+        """
         config = self.config
-        sets = [("data", config.data, self.splits)]
+        own = (config.stage1, config.stage2, config.teacher_training)
+        sets: list[tuple[str, Data, Splits, Sequence[Training | None]]] = [
+            ("data", config.data, self.splits, own)
+        ]
         if config.source is not None and self.source_splits is not None:
-            sets.append(("source.data", config.source.data, self.source_splits))
+            source = config.source
+            sets.append(("source.data", source.data, self.source_splits, (source.training,)))
         parts = config.execution.accumulation, self._accelerator.num_processes
-        for where, data, splits in sets:
+        for where, data, splits, trainings in sets:
             check_batch_size(len(splits.train), data.batch_size, *parts, where)
+            check_evaluation(splits, trainings, config.evaluation.split, where)
 
 
-def check_evaluation(config: Config, splits: Splits) -> None:
-    """There are validation images where something is to be measured on them."""
-    trainings = (config.stage1, config.stage2, config.teacher_training)
+def check_evaluation(
+    splits: Splits, trainings: Sequence[Training | None], quoted: str, where: str
+) -> None:
+    """There are validation images where the quoted figures or a stopping rule need them.
+
+    Args:
+        splits: of one data set.
+        trainings: what is trained on it.
+        quoted: the split of the quoted figures.
+        where: the data set's section of the recipe, for messages.
+
+    Raises:
+        DistillError: there are none.
+    """
     stops = any(training is not None and training.stop is not None for training in trainings)
-    if splits.validation is None and (stops or config.evaluation.split == "validation"):
+    if splits.validation is None and (stops or quoted == "validation"):
         raise DistillError(
-            "data.validation_images: is 0, must be more: a stopping rule or evaluation.split "
-            "needs the validation split"
+            f"{where}.validation_images: is 0, must be more: a stopping rule or evaluation.split "
+            f"needs the validation split"
         )
 
 

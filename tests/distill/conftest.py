@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,8 +33,6 @@ execution: {threads: 1}
 evaluation: {split: validation, every: 4, targets: [0.05, 1.0]}
 checkpoints: {every: 3}
 """
-
-Opener = Callable[..., Study]
 
 
 def silent_monitor() -> Monitor:

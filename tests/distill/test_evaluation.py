@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,17 @@ def test_a_missing_validation_split_is_refused_at_the_door(
     with pytest.raises(DistillError, match=r"data\.validation_images: is 0, must be more"):
         open_study(recipe, tmp_path / "run", *test, *overrides)
     assert not (tmp_path / "run").exists()
+
+
+def test_no_image_is_left_to_be_normalised_by_itself(
+    study: Study, teacher: LiveTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 600 images in batches of 599: the last one's 1 x 1 maps have no deviation.
+    monkeypatch.setattr(evaluation, "_BATCH", 599)
+    [first, _] = study.stages("two-stage")
+    network = study.trainer.new_network(study.config.student, study.splits, 5, "student")
+    network.stage3[0].conv1.stride = (4, 4)
+    network.stage3[0].shortcut.stride = 4
+    objective = Objective(network, first, study.pairs, study.config.fsp, None)
+    fsp = FspEvaluation(teacher, study.splits.test, study.trainer.setup)
+    assert math.isfinite(fsp(objective)["fsp_loss"])

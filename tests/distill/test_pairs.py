@@ -15,9 +15,9 @@ from fsp_kernels.distill.models import CifarResNet, WideResNet
 from fsp_kernels.distill.pairs import (
     PairShapes,
     Projection,
+    channels_first,
     check_pairs,
     resolve_pairs,
-    tapped_pairs,
 )
 
 IMAGE = torch.zeros(1, 3, 32, 32)
@@ -304,9 +304,9 @@ def test_a_vision_transformers_tokens_can_be_distilled() -> None:
     assert shapes == PairShapes((192, 192), (96, 96), ((17,), (17,)), ((17,), (17,)))
 
 
-def test_flat_maps_become_pairs_and_channels_move_in_views() -> None:
-    maps = [torch.randn(2, 3, 4, 5), torch.randn(2, 6, 4, 5), torch.randn(2, 7, 3)] * 2
-    pairs = tapped_pairs([*maps[:2], maps[2], maps[2]], ["first", "last"])
+def test_channels_that_are_last_move_in_views_and_others_stay() -> None:
+    maps = [torch.randn(2, 3, 4, 5), torch.randn(2, 6, 4, 5), torch.randn(2, 7, 3)]
+    pairs = channels_first([(maps[0], maps[1]), (maps[2], maps[2])], ["first", "last"])
     assert pairs[0][0] is maps[0]
     assert pairs[0][1] is maps[1]
     assert pairs[1][0].shape == (2, 3, 7)
@@ -315,18 +315,13 @@ def test_flat_maps_become_pairs_and_channels_move_in_views() -> None:
 
 
 def test_channels_last_of_images_move_before_both_spatial_axes() -> None:
-    [(first, _)] = tapped_pairs([torch.randn(2, 4, 5, 3)] * 2, ["last"])
+    [(first, _)] = channels_first([(torch.randn(2, 4, 5, 3),) * 2], ["last"])
     assert first.shape == (2, 3, 4, 5)
 
 
 def shapes_of(student: tuple[int, int], teacher: tuple[int, int], rank: int = 2) -> PairShapes:
     sizes = ((4,) * rank, (2,) * rank)
     return PairShapes(student, teacher, sizes, sizes)
-
-
-def test_a_projection_is_needed_where_channels_differ() -> None:
-    assert not Projection.needed([shapes_of((3, 5), (3, 5))])
-    assert Projection.needed([shapes_of((3, 5), (3, 5)), shapes_of((3, 5), (3, 6))])
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])

@@ -203,6 +203,16 @@ def test_a_source_of_other_images_is_refused(recipe: Path, tmp_path: Path) -> No
         open_study(recipe, tmp_path / "run", SOURCE.replace("image_size: 8, ", ""))
 
 
+@pytest.mark.parametrize("why", ["evaluation.split=validation", "source.training.stop.patience=2"])
+def test_a_source_without_validation_images_is_refused_where_they_are_needed(
+    recipe: Path, tmp_path: Path, why: str
+) -> None:
+    source = SOURCE.replace("batch_size", "validation_images: 0, batch_size")
+    with pytest.raises(DistillError, match=r"^source\.data\.validation_images: is 0, must be more"):
+        open_study(recipe, tmp_path / "run", source, "evaluation.split=test", why)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_cached_teacher_teaches_the_same(recipe: Path, tmp_path: Path) -> None:
     live = open_study(recipe, tmp_path / "live").student("two-stage-kd", 0)
     cached = open_study(recipe, tmp_path / "cached", "fsp.cache_teacher=true")
