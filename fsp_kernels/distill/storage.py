@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
@@ -98,6 +99,19 @@ def lock(folder: Path) -> FileLock:
     except (OSError, NotImplementedError) as error:
         raise DistillError(f"{folder}: cannot be locked: {error}") from error
     return held
+
+
+def require_agreement(found: object, folder: Path) -> None:
+    """All processes ``found`` the same in ``folder``: where it is one folder, they do.
+
+    Raises:
+        DistillError: not so; each process then raises it.
+    """
+    if len(set(gather_object([found]))) > 1:
+        raise DistillError(
+            f"{folder}: not every process finds the same in it; several machines need a folder on "
+            f"a disk that they share"
+        )
 
 
 def _flush(path: Path) -> None:

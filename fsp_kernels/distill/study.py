@@ -29,6 +29,7 @@ from fsp_kernels.distill.storage import (
     is_in_use,
     lock,
     remove_unfinished,
+    require_agreement,
     write_text,
 )
 from fsp_kernels.distill.teacher import LiveTeacher, Teacher, cached
@@ -225,7 +226,8 @@ class Study:
     ) -> Run:
         """Make of ``network`` what ``job`` asks for: train it, or ``reuse`` what was trained."""
         run = self._earlier(job, network) if reuse else None
-        self._accelerator.wait_for_everyone()  # to have read what there is before it goes
+        # By now all have read what there is, so it may go.
+        require_agreement(run is not None, job.folder)
         if run is not None:
             if self._accelerator.is_main_process:  # which may have been killed before it did this
                 Series(job.folder / "checkpoints", self.config.checkpoints.keep).clear()

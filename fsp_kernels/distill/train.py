@@ -20,6 +20,7 @@ from fsp_kernels.distill.records import Phase
 from fsp_kernels.distill.seeds import Purpose, seed_everything
 from fsp_kernels.distill.stage_run import StageRun
 from fsp_kernels.distill.state import State, load_part
+from fsp_kernels.distill.storage import require_agreement
 from fsp_kernels.distill.sync_norm import synchronised
 from fsp_kernels.distill.teacher import Teacher
 
@@ -76,11 +77,12 @@ class Trainer:
 
         Raises:
             DistillError: a loss is no longer finite; a checkpoint can't be written; the checkpoints
-                are of other settings.
+                are of other settings, or not the same ones to each process.
             InterruptedRunError: by a signal; a checkpoint was written.
         """
         series = Series(job.folder / "checkpoints", self.config.checkpoints.keep)
         state = self._earlier(job, series) if resume else None
+        require_agreement(state and (len(state.phases), state.step), job.folder)
         if state is None:
             state = State()
         else:

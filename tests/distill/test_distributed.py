@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from torch import nn
 
 from distill.conftest import TINY_RECIPE, open_study
 from distill.processes import environments, finish, run_group, start_cli
-from distill.test_survival import leftovers, results
+from distill.test_survival import AfterSteps, leftovers, results
 from fsp_kernels.distill import checkpoint, records
+from fsp_kernels.distill.interruption import InterruptedRunError
 from fsp_kernels.distill.models import CifarResNet
 
 # The same sums in another order: single precision rounds at 6e-8, and 20 steps of three trainings
@@ -202,6 +204,29 @@ def test_a_batch_that_the_processes_cannot_share_is_an_error_of_each(
     assert len(re.findall(f"must be a multiple of {parts}.* processes", output)) == 2
     assert "Traceback" not in output
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unshared", [".", "two-stage"])
+def test_a_run_that_not_all_machines_have_is_an_error_of_each(
+    tiny: Path, tmp_path: Path, unshared: str
+) -> None:
+    stopped = open_study(tiny, tmp_path / "stopped")
+    stopped.trainer.interruption = AfterSteps(10)  # the teacher is finished, stage 1 is not
+    with pytest.raises(InterruptedRunError):
+        stopped.student("two-stage", 0)
+    folders = [shutil.copytree(stopped.folder, tmp_path / name) for name in ("here", "there")]
+    shutil.rmtree(folders[1] / unshared)
+    group = [
+        start_cli(["train", tiny, "--resume", "--output", folder], tmp_path / "log", environment)
+        for folder, environment in zip(folders, environments(2), strict=True)
+    ]
+    finish(group)
+    output = (tmp_path / "log").read_text()
+    assert [process.exitcode for process in group] == [2, 2], output
+    assert output.count("several machines need a folder on a disk that they share") == 2
+    assert "Traceback" not in output
+    assert newest(folders[0])
 
 
 def newest(folder: Path) -> str:
