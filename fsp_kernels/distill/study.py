@@ -332,6 +332,8 @@ def check_evaluation(
 ) -> None:
     """There are validation images where the quoted figures or a stopping rule need them.
 
+    Of a single one, batch normalisation may have no statistics.
+
     Args:
         splits: of one data set.
         trainings: what is trained on it.
@@ -339,13 +341,14 @@ def check_evaluation(
         where: the data set's section of the recipe, for messages.
 
     Raises:
-        DistillError: there are none.
+        DistillError: there are none, or only one.
     """
+    count = 0 if splits.validation is None else len(splits.validation)
     stops = any(training is not None and training.stop is not None for training in trainings)
-    if splits.validation is None and (stops or quoted == "validation"):
+    if count < 2 and (stops or quoted == "validation"):
         raise DistillError(
-            f"{where}.validation_images: is 0, must be more: a stopping rule or evaluation.split "
-            f"needs the validation split"
+            f"{where}.validation_images: is {count}, must be at least 2: a stopping rule or "
+            f"evaluation.split needs the validation split"
         )
 
 

@@ -16,6 +16,7 @@ from fsp_kernels.distill.config import Config, load_config
 from fsp_kernels.distill.interruption import Interruption
 from fsp_kernels.distill.monitor import Monitor
 from fsp_kernels.distill.study import Study
+from fsp_kernels.distill.teacher import LiveTeacher
 
 TINY_RECIPE = """\
 seeds: [0, 1]
@@ -67,6 +68,13 @@ def config(recipe: Path) -> Config:
 @pytest.fixture
 def study(recipe: Path, tmp_path: Path) -> Study:
     return open_study(recipe, tmp_path / "run")
+
+
+@pytest.fixture
+def teacher(study: Study) -> LiveTeacher:
+    """An untrained teacher of that study."""
+    network = study.trainer.new_network(study.config.teacher, study.splits, 7, "teacher")
+    return LiveTeacher(network, study.pairs, study.trainer.accelerator, compiled=False)
 
 
 @pytest.fixture(scope="session")

@@ -23,12 +23,6 @@ from fsp_kernels.distill.teacher import LiveTeacher
 
 
 @pytest.fixture
-def teacher(study: Study) -> LiveTeacher:
-    network = study.trainer.new_network(study.config.teacher, study.splits, 7, "teacher")
-    return LiveTeacher(network, study.pairs, study.trainer.accelerator, compiled=False)
-
-
-@pytest.fixture
 def stage(study: Study) -> Stage:
     return study.stages("two-stage")[0]
 
@@ -148,13 +142,21 @@ def test_a_stopping_rule_looks_at_the_stages_loss_on_the_validation_split(
 @pytest.mark.parametrize(
     "overrides", [["evaluation.split=validation"], ["stage1.stop.patience=2"]], ids=str
 )
-def test_a_missing_validation_split_is_refused_at_the_door(
-    recipe: Path, tmp_path: Path, overrides: list[str]
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_validation_images_are_refused_at_the_door(
+    recipe: Path, tmp_path: Path, overrides: list[str], count: int
 ) -> None:
-    test = ["data.validation_images=0", "evaluation.split=test"]
-    with pytest.raises(DistillError, match=r"data\.validation_images: is 0, must be more"):
+    test = [f"data.validation_images={count}", "evaluation.split=test"]
+    match = rf"^data\.validation_images: is {count}, must be at least 2"
+    with pytest.raises(DistillError, match=match):
         open_study(recipe, tmp_path / "run", *test, *overrides)
     assert not (tmp_path / "run").exists()
+
+
+def test_two_validation_images_are_enough(recipe: Path, tmp_path: Path) -> None:
+    study = open_study(recipe, tmp_path / "run", "data.validation_images=2")
+    first, _ = study.student("two-stage", 0).phases
+    assert all(math.isfinite(row["fsp_loss"]) for row in first.history)
 
 
 def test_no_image_is_left_to_be_normalised_by_itself(

@@ -208,7 +208,7 @@ def test_a_source_without_validation_images_is_refused_where_they_are_needed(
     recipe: Path, tmp_path: Path, why: str
 ) -> None:
     source = SOURCE.replace("batch_size", "validation_images: 0, batch_size")
-    with pytest.raises(DistillError, match=r"^source\.data\.validation_images: is 0, must be more"):
+    with pytest.raises(DistillError, match=r"^source\.data\.validation_images: is 0, must be at"):
         open_study(recipe, tmp_path / "run", source, "evaluation.split=test", why)
     assert not (tmp_path / "run").exists()
 

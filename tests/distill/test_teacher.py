@@ -20,12 +20,6 @@ from fsp_kernels.distill.teacher import CachedTeacher, LiveTeacher, cached
 
 
 @pytest.fixture
-def teacher(study: Study) -> LiveTeacher:
-    network = study.trainer.new_network(study.config.teacher, study.splits, 7, "teacher")
-    return LiveTeacher(network, study.pairs, study.trainer.accelerator, compiled=False)
-
-
-@pytest.fixture
 def batch(study: Study) -> Batch:
     return next(evaluation_batches(study.splits.train, batch_size=16))
 
