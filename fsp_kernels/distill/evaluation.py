@@ -14,7 +14,8 @@ from fsp_kernels.distill.arms import Stage
 from fsp_kernels.distill.config import Config
 from fsp_kernels.distill.data import Batch, Split, Splits, evaluation_batches
 from fsp_kernels.distill.job import Setup
-from fsp_kernels.distill.objective import Maps, Objective, Targets
+from fsp_kernels.distill.objective import Objective, Targets
+from fsp_kernels.distill.pairs import Maps
 from fsp_kernels.distill.teacher import LiveTeacher
 
 _MATRIX_BYTES = 256 << 20

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from fsp_kernels import fsp_loss
 from fsp_kernels.distill.arms import Stage
 from fsp_kernels.distill.config import Fsp, Pair, SoftTargets
-from fsp_kernels.distill.pairs import Projection, channels_first
+from fsp_kernels.distill.pairs import Maps, Projection, channels_first
 from fsp_kernels.distill.taps import FeatureTaps
-
-Maps = tuple[Tensor, Tensor]
 
 
 class Targets(NamedTuple):

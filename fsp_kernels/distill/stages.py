@@ -154,7 +154,7 @@ def _maps(runs: list[ModuleRun], image: Tensor) -> list[Map]:
     """Distinct maps in the order of execution; modules that give the very same are one."""
     found: dict[int, list[ModuleRun]] = {}
     for entry in sorted(runs, key=lambda entry: entry.rank):
-        if entry.output is not None and _is_map(entry, image):
+        if _is_map(entry, image):
             found.setdefault(id(entry.output), []).append(entry)
     maps = []
     for same in found.values():

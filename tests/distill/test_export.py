@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from distill.conftest import open_study
+from distill.report.made_up import run_of
 from fsp_kernels.distill import checkpoint, export, records
 from fsp_kernels.distill.config import Network
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.export import export_run
 from fsp_kernels.distill.models import build_model
 from fsp_kernels.distill.study import Study
-from tests.distill.conftest import open_study
-from tests.distill.report.made_up import run_of
 
 # No traced program can ask its input which way to go.
 UNEXPORTABLE = """

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from distill.report.made_up import fsp_phase, run_of, task_phase
 from fsp_kernels.distill import records
 from fsp_kernels.distill.errors import DistillError
-from tests.distill.report.made_up import fsp_phase, run_of, task_phase
 
 
 def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:

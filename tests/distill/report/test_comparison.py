@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from distill.report.made_up import keep, keep_matrices, recipe, run_of
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.report.comparison import gather
-from tests.distill.report.made_up import keep, keep_matrices, recipe, run_of
 
 
 def test_runs_of_one_arm_are_one_group_in_the_order_of_seeds(tmp_path: Path) -> None:

@@ -13,9 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.lines import Line2D
 
-from fsp_kernels.distill.report import figures
-from fsp_kernels.distill.report.comparison import Comparison, gather
-from tests.distill.report.made_up import (
+from distill.report.made_up import (
     comparison_of,
     fsp_phase,
     keep,
@@ -24,6 +22,8 @@ from tests.distill.report.made_up import (
     run_of,
     task_phase,
 )
+from fsp_kernels.distill.report import figures
+from fsp_kernels.distill.report.comparison import Comparison, gather
 
 Draw = Callable[[Comparison, Path], None]
 

@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 from scipy.stats import ttest_rel
 
-from fsp_kernels.distill.report import metrics
-from fsp_kernels.distill.report.comparison import gather
-from tests.distill.report.made_up import (
+from distill.report.made_up import (
     comparison_of,
     fsp_phase,
     keep,
@@ -19,6 +17,8 @@ from tests.distill.report.made_up import (
     run_of,
     task_phase,
 )
+from fsp_kernels.distill.report import metrics
+from fsp_kernels.distill.report.comparison import gather
 
 
 def test_a_summary_is_mean_and_sample_deviation_of_the_last_accuracies() -> None:

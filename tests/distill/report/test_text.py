@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fsp_kernels.distill.report import text
-from fsp_kernels.distill.report.comparison import Comparison, gather
-from tests.distill.report.made_up import (
+from distill.report.made_up import (
     RECIPE,
     comparison_of,
     fsp_phase,
@@ -19,6 +17,8 @@ from tests.distill.report.made_up import (
     run_of,
     task_phase,
 )
+from fsp_kernels.distill.report import text
+from fsp_kernels.distill.report.comparison import Comparison, gather
 
 
 def rows_of(table: str) -> dict[str, list[str]]:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from distill.report.made_up import comparison_of, keep, keep_matrices, run_of
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.report import Report, write_report
 from fsp_kernels.distill.study import Study
-from tests.distill.report.made_up import comparison_of, keep, keep_matrices, run_of
 
 COMMAND = "fsp-distill compare '<b>' && echo"
 
