@@ -6,13 +6,13 @@ import os
 import platform
 import re
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fsp_kernels
+from fsp_kernels._machine import cores, cpu_model, installed
 
 ROOT = Path(__file__).resolve().parents[1]
 # nvidia-smi's names for what it alone knows, and ours.
@@ -25,37 +25,12 @@ NVIDIA_SMI = {
 }
 
 
-def cpu_model() -> str:
-    """The processor's marketing name, where the system tells it."""
-    try:
-        cpuinfo = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    return found[1].strip() if found else platform.machine()
-
-
-def cores() -> int:
-    """Logical cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def blas() -> str:
     """The BLAS torch was built with, and MKL's version where it is MKL."""
     config = torch.__config__.show()
     name = re.search(r"BLAS_INFO=(\w+)", config)
     version = re.search(r"Math Kernel Library Version (\S+)", config)
     return " ".join(x[1] for x in (name, version) if x) or "unknown"
-
-
-def installed(package: str) -> str:
-    """A package's version."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def output_of(*command: str) -> str:

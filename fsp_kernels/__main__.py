@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
 import platform
 
 import torch
 
+from fsp_kernels._machine import cores, cpu_model, installed
 from fsp_kernels._version import __version__
 from fsp_kernels.backends import registered_backends, requested_backend
 from fsp_kernels.backends.cuda.extension import extension
@@ -22,9 +21,9 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
-        "triton": _installed("triton"),
+        "triton": installed("triton"),
         "cuda extension": _extension(),
-        "cpu": f"{_cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "cpu": f"{cpu_model()}, {cores()} cores, {torch.get_num_threads()} threads",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "blas": "MKL" if torch.backends.mkl.is_available() else "not MKL",
         "float32 matmul precision": torch.get_float32_matmul_precision(),
@@ -49,21 +48,6 @@ def _extension() -> str:
     if isinstance(found, str):
         return found.removeprefix("its extension ")
     return f"built for {found.architectures}"
-
-
-def _installed(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def main(arguments: list[str] | None = None) -> None:

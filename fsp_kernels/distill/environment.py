@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
+
+from fsp_kernels._machine import cores, cpu_model, installed
 
 _PACKAGES = ("fsp-kernels", "torch", "torchvision", "accelerate", "numpy")
 
 
 def describe_environment(device: torch.device) -> dict[str, str]:
     """Versions, platform and device, by name."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return found | {"platform": f"{platform.system()} {platform.machine()}", "device": name}
+    return {
+        "python": platform.python_version(),
+        **{package: installed(package) for package in _PACKAGES},
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": _name(device),
+    }
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"{cpu_model()}, {cores()} cores"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
