@@ -29,7 +29,8 @@ from benchmarks.race import NotRun, failure
 from benchmarks.workloads import Case, Pairs, Workload
 from fsp_kernels import reference
 from fsp_kernels.functional import planned_loss
-from fsp_kernels.plan import Form, MapSpec, alternatives
+from fsp_kernels.loss_plan import Form, MapSpec
+from fsp_kernels.plan import alternatives
 
 # Both maps of the pair: of the last stage of a ResNet-18, which kernels evaluate in Gram form, and
 # of an early one, which they evaluate in matrix form. Of a larger batch errors are the same.

@@ -18,7 +18,8 @@ from benchmarks.race import Outcome, Race, Rounds
 from benchmarks.replay import CLOCK
 from benchmarks.workloads import DTYPES, Case, Pairs, Workload
 from fsp_kernels.functional import planned_loss
-from fsp_kernels.plan import LossPlan, MapSpec, PairPlan, alternatives
+from fsp_kernels.loss_plan import LossPlan, MapSpec, PairPlan
+from fsp_kernels.plan import alternatives
 
 BATCH = {"cpu": 8, "cuda": 32}
 # Of both maps of a pair, and the sides of the square maps.

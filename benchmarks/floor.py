@@ -18,7 +18,8 @@ from torch import Tensor
 
 from benchmarks.measure import float32_products, leaves
 from benchmarks.workloads import DTYPES, Case, Pairs
-from fsp_kernels.plan import MapSpec, fewest_flops
+from fsp_kernels.loss_plan import MapSpec
+from fsp_kernels.plan import fewest_flops
 
 COPY_BYTES = 1 << 30  # on a GPU: twenty times the largest L2; next to nothing is found there
 COPIES = 20

@@ -36,7 +36,8 @@ from fsp_kernels.backends.triton.elementwise import scale
 from fsp_kernels.backends.triton.launch import Launch
 from fsp_kernels.backends.triton.loss import Program
 from fsp_kernels.backends.triton.product import prepare
-from fsp_kernels.plan import MapSpec, plan_loss
+from fsp_kernels.loss_plan import MapSpec
+from fsp_kernels.plan import plan_loss
 
 # Chips each family's table is compiled for, and the shared memory a program may have on them: CUDA
 # C++ Programming Guide, "Technical Specifications per Compute Capability".

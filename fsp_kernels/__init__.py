@@ -4,8 +4,8 @@ from fsp_kernels import compat, operators
 from fsp_kernels._version import __version__
 from fsp_kernels.backends import available_backends, use_backend
 from fsp_kernels.functional import explain, fsp_loss, fsp_matrix
+from fsp_kernels.loss_plan import LossPlan
 from fsp_kernels.modules import FSPLoss, pairs_of
-from fsp_kernels.plan import LossPlan
 
 __all__ = [
     "FSPLoss",

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fsp_kernels.plan import MapSpec, PairSpec, TeacherSpec
+from fsp_kernels.loss_plan import MapSpec, PairSpec, TeacherSpec
 
 POOLS = ("max", "avg")
 NORMS = ("frobenius", "mse", "column")

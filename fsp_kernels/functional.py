@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fsp_kernels import checks
 from fsp_kernels.backends import get_backend, requested_backend, select_backend
-from fsp_kernels.plan import LossPlan, MapSpec, PairSpec, TeacherSpec, plan_loss
+from fsp_kernels.loss_plan import LossPlan, MapSpec, PairSpec, TeacherSpec
+from fsp_kernels.plan import plan_loss
 from fsp_kernels.reference import match_spatial
 
 Pair = tuple[Tensor, Tensor]

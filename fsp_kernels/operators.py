@@ -18,7 +18,8 @@ from fsp_kernels.functional import (
     forbid_second_derivative,
     run_loss,
 )
-from fsp_kernels.plan import LossPlan, MapSpec, accumulation_dtype, gradient_dtype, plan_loss
+from fsp_kernels.loss_plan import LossPlan, MapSpec
+from fsp_kernels.plan import accumulation_dtype, gradient_dtype, plan_loss
 
 _LIBRARY = torch.library.Library("fsp", "DEF")
 _LIBRARY.define("matrix(Tensor first, Tensor second, str backend) -> Tensor")

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fsp_kernels as fsp
 from fsp_kernels.backends.torch_backend import TorchBackend
-from fsp_kernels.plan import CHUNK_BYTES, CHUNK_SAMPLES, LossPlan, MapSpec, PairPlan, plan_loss
+from fsp_kernels.loss_plan import LossPlan, MapSpec, PairPlan
+from fsp_kernels.plan import CHUNK_BYTES, CHUNK_SAMPLES, plan_loss
 
 FP64, FP32, FP16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 Size = int | tuple[int, ...]

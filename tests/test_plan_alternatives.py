@@ -10,7 +10,8 @@ from tolerances import assert_near
 
 from fsp_kernels import reference
 from fsp_kernels.functional import planned_loss
-from fsp_kernels.plan import MapSpec, alternatives, fewest_flops, plan_loss
+from fsp_kernels.loss_plan import MapSpec
+from fsp_kernels.plan import alternatives, fewest_flops, plan_loss
 
 FP32, BF16 = torch.float32, torch.bfloat16
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fsp_kernels import plan as planning
-from fsp_kernels.plan import LossPlan, MapSpec, PairPlan, plan_loss
+from fsp_kernels.loss_plan import LossPlan, MapSpec, PairPlan
+from fsp_kernels.plan import plan_loss
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fsp_kernels import reference
-from fsp_kernels.plan import HALF, LossPlan, PairPlan
+from fsp_kernels.loss_plan import LossPlan, PairPlan
+from fsp_kernels.plan import HALF
 
 
 class Tolerance(NamedTuple):

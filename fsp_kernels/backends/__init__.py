@@ -19,7 +19,7 @@ from fsp_kernels.backends.cuda import CudaBackend
 from fsp_kernels.backends.torch_backend import TorchBackend
 from fsp_kernels.backends.triton import TritonBackend
 from fsp_kernels.checks import check_choice
-from fsp_kernels.plan import LossPlan
+from fsp_kernels.loss_plan import LossPlan
 
 
 class Backend(Protocol):

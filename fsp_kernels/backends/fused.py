@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fsp_kernels.plan import LossPlan, MapPlan
+from fsp_kernels.loss_plan import LossPlan, MapPlan
 from fsp_kernels.pooling import pool, unpool
 
 # --- FSP matrices and the scaling of gradients --------------------------------------------------

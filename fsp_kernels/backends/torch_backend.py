@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fsp_kernels.plan import LossPlan, MapPlan, PairPlan, accumulation_dtype, difference_block
+from fsp_kernels.loss_plan import LossPlan, MapPlan, PairPlan
+from fsp_kernels.plan import accumulation_dtype, difference_block
 from fsp_kernels.pooling import pool, unpool
 
 # What a gradient is a sum of: alpha * x @ y, batched; y = None stands for the identity.

@@ -8,7 +8,7 @@ from calls import BF16, DTYPES, FP16, FP32, NORMS, POOLS, Regime, check, run, te
 from tolerances import assert_near, flatten, oracle
 
 import fsp_kernels as fsp
-from fsp_kernels import plan as planning
+from fsp_kernels.loss_plan import GPU_WINDOW
 
 ONE_PASS = Regime((5, 6), (), "one pass")
 SIZES = {
@@ -168,6 +168,6 @@ def test_averages_of_windows_are_taken_in_fp32(pool):
 
 def test_the_largest_window_is_that_of_the_plan():
     sizes = ((8, 8), (1, 1))
-    assert planning.GPU_WINDOW == 64
+    assert GPU_WINDOW == 64
     plan = fsp.explain([pooled_pair(sizes)], [pooled_pair(sizes)])
     assert all(m.fused_windows for m in plan.maps)

@@ -33,7 +33,7 @@ from fsp_kernels.backends.fused import (
     raw_stream,
     targets_of,
 )
-from fsp_kernels.plan import LossPlan
+from fsp_kernels.loss_plan import LossPlan
 
 
 class CudaBackend(FusedBackend):

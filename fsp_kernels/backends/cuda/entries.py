@@ -13,7 +13,8 @@ from torch import Tensor
 from fsp_kernels.backends.cuda.extension import index_of, module, scalar_of
 from fsp_kernels.backends.cuda.maps import map_spec, matrix_spec, operand_of, splits
 from fsp_kernels.backends.fused import Slots, fp32_precision, partner_of
-from fsp_kernels.plan import HALF, LossPlan, MapPlan, PairPlan, Residual, stored_samples
+from fsp_kernels.loss_plan import LossPlan, MapPlan, PairPlan, Residual
+from fsp_kernels.plan import HALF, stored_samples
 
 # Addresses of a pair: a, b, c, d, their gradients, and its stored residual.
 SLOTS = 9

@@ -16,7 +16,7 @@ from torch import Tensor
 from fsp_kernels.backends.cuda.entries import Pair
 from fsp_kernels.backends.cuda.extension import index_of, module, scalar_of
 from fsp_kernels.backends.fused import Programs, raw_stream, slots_of
-from fsp_kernels.plan import LossPlan
+from fsp_kernels.loss_plan import LossPlan
 
 _NUMBER = torch.float32.itemsize
 _ALIGNMENT = 4  # numbers, 16 bytes: where each workspace begins

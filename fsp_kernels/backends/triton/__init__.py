@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fsp_kernels.backends.fused import FusedBackend, on_device, remembered, why_no_gpu
-from fsp_kernels.plan import LossPlan
+from fsp_kernels.loss_plan import LossPlan
 
 OLDEST_CAPABILITY = (8, 0)
 

@@ -18,15 +18,8 @@ from fsp_kernels.backends.triton.configurations import (
 from fsp_kernels.backends.triton.maps import MapLayout, access_of, layout_of
 from fsp_kernels.backends.triton.residual import Entry, MatrixLayout
 from fsp_kernels.backends.triton.tiles import GradientEntry
-from fsp_kernels.plan import (
-    HALF,
-    LossPlan,
-    MapPlan,
-    PairPlan,
-    Residual,
-    gram_blocks,
-    stored_samples,
-)
+from fsp_kernels.loss_plan import LossPlan, MapPlan, PairPlan, Residual
+from fsp_kernels.plan import HALF, gram_blocks, stored_samples
 
 
 class Pair:

@@ -28,7 +28,7 @@ from fsp_kernels.backends.triton.tiles import (
     fsp_gradients,
     fsp_residual,
 )
-from fsp_kernels.plan import LossPlan
+from fsp_kernels.loss_plan import LossPlan
 
 Step = Callable[[int, Sequence[Slots], Sequence[float], Tensor], None]
 
