@@ -1,7 +1,8 @@
-"""A recipe that takes a second or two, and the networks and data it speaks of."""
+"""Studies that take a second or two, in all their states."""
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import subprocess
@@ -10,41 +11,11 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
-from rich.console import Console
 
+from distill.studies import STAGE_1, TEACHER, TINY_RECIPE, interrupted, open_study, trained
 from fsp_kernels.distill.config import Config, load_config
-from fsp_kernels.distill.interruption import Interruption
-from fsp_kernels.distill.monitor import Monitor
 from fsp_kernels.distill.study import Study
 from fsp_kernels.distill.teacher import LiveTeacher
-
-TINY_RECIPE = """\
-seeds: [0, 1]
-data: {dataset: digits, train_images: 40, teacher_images: 60, augment: false, batch_size: 20}
-teacher: {model: cifar/resnet14}
-teacher_training: {steps: 6, learning_rate: 0.05}
-student: {model: cifar/resnet8}
-pairs:
-  - {student: [stage1.0.relu1, stage1], teacher: [stage1.0.relu1, stage1]}
-  - {student: ["stage3.0.conv2:input", stage3], teacher: ["stage3.0.conv2:input", stage3]}
-fsp: {beta: 1e-5}
-stage1: {steps: 8, learning_rate: 1e-4}
-stage2: {steps: 6, learning_rate: 0.05}
-execution: {threads: 1}
-evaluation: {split: validation, every: 4, targets: [0.05, 1.0]}
-checkpoints: {every: 3}
-"""
-
-
-def silent_monitor() -> Monitor:
-    """Prints nothing, and writes nothing for TensorBoard."""
-    return Monitor(Console(file=io.StringIO()))
-
-
-def open_study(recipe: Path, folder: Path, *overrides: str, resume: bool | None = None) -> Study:
-    """The study of a recipe in a folder, which tells nobody of what it does."""
-    config = load_config(recipe, overrides)
-    return Study(config, folder, silent_monitor(), Interruption(), resume)
 
 
 @pytest.fixture(autouse=True)
@@ -97,3 +68,35 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("may not mount a file system")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def heard() -> io.StringIO:
+    """All that a study says to ``speaking_study``'s monitor."""
+    return io.StringIO()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny recipe's student of two stages, never interrupted."""
+    folder = tmp_path_factory.mktemp("plain")
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(TINY_RECIPE)
+    return trained(recipe, folder / "run")
+
+
+@pytest.fixture
+def unfinished(recipe: Path, tmp_path: Path) -> Path:
+    """The same run, stopped in stage 2 with checkpoints of its steps 3 and 4."""
+    folder = tmp_path / "unfinished"
+    interrupted(open_study(recipe, folder), TEACHER + STAGE_1 + 4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def _quick_collections() -> Iterator[None]:
+    """The trainer collects garbage after each stage: not all that the tests have ever imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

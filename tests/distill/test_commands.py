@@ -22,7 +22,7 @@ def invoke(*arguments: object) -> Result:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a study, of one seed and the arms baseline-long and two-stage."""
-    from distill.conftest import TINY_RECIPE
+    from distill.studies import TINY_RECIPE
 
     recipe = tmp_path_factory.mktemp("commands") / "tiny.yaml"
     recipe.write_text(TINY_RECIPE)

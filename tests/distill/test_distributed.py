@@ -17,11 +17,9 @@ import pytest
 import torch
 from torch import nn
 
-from distill.conftest import TINY_RECIPE, open_study
 from distill.processes import environments, finish, run_group, start_cli
-from distill.test_survival import AfterSteps, leftovers, results
+from distill.studies import TINY_RECIPE, interrupted, leftovers, open_study, results, trained
 from fsp_kernels.distill import checkpoint, records
-from fsp_kernels.distill.interruption import InterruptedRunError
 from fsp_kernels.distill.models import CifarResNet
 
 # The same sums in another order: single precision rounds at 6e-8, and 20 steps of three trainings
@@ -69,12 +67,6 @@ def distance(ours: Path, theirs: Path) -> float:
         ((first[name] - x).abs().max() / x.abs().max().clamp_min(1e-30)).item()
         for name, x in second.items()
     )
-
-
-def in_one_process(recipe: Path, folder: Path, *overrides: str, arm: str = "two-stage") -> Path:
-    study = open_study(recipe, folder, *overrides)
-    study.student(arm, 0)
-    return study.folder_of(arm, 0)
 
 
 def in_two_processes(recipe: Path, folder: Path, *overrides: str, arm: str = "two-stage") -> Path:
@@ -129,7 +121,7 @@ def launched(tiny: Path) -> Path:
 @pytest.fixture(scope="module")
 def alone(tiny: Path) -> Path:
     """The same, trained by one process."""
-    return in_one_process(tiny, tiny.parent / "alone")
+    return trained(tiny, tiny.parent / "alone")
 
 
 @pytest.mark.slow
@@ -156,7 +148,7 @@ def test_two_processes_keep_the_matrices_that_one_does(launched: Path, alone: Pa
 def test_everything_at_once_in_two_processes_is_what_it_is_in_one(tiny: Path) -> None:
     arm, overrides = ALL_AT_ONCE
     two = in_two_processes(tiny, tiny.parent / "all two", SYNCED, *overrides, arm=arm)
-    one = in_one_process(tiny, tiny.parent / "all one", *overrides, arm=arm)
+    one = trained(tiny, tiny.parent / "all one", *overrides, arm=arm)
     assert distance(two, one) < BOUND
 
 
@@ -171,8 +163,8 @@ def test_statistics_of_parts_of_a_batch_would_be_told_from_those_of_the_whole(
 def test_two_passes_for_each_step_end_with_the_weights_of_one(tiny: Path) -> None:
     model = f"model={__name__}:NoNormResNet"
     settings = (f"student.{model}", f"teacher.{model}", "data.augment=true")
-    once = in_one_process(tiny, tiny.parent / "once", *settings)
-    twice = in_one_process(tiny, tiny.parent / "twice", *settings, "execution.accumulation=2")
+    once = trained(tiny, tiny.parent / "once", *settings)
+    twice = trained(tiny, tiny.parent / "twice", *settings, "execution.accumulation=2")
     assert 0 < distance(twice, once) < BOUND
 
 
@@ -212,9 +204,7 @@ def test_a_run_that_not_all_machines_have_is_an_error_of_each(
     tiny: Path, tmp_path: Path, unshared: str
 ) -> None:
     stopped = open_study(tiny, tmp_path / "stopped")
-    stopped.trainer.interruption = AfterSteps(10)  # the teacher is finished, stage 1 is not
-    with pytest.raises(InterruptedRunError):
-        stopped.student("two-stage", 0)
+    interrupted(stopped, 10)  # the teacher is finished, stage 1 is not
     folders = [shutil.copytree(stopped.folder, tmp_path / name) for name in ("here", "there")]
     shutil.rmtree(folders[1] / unshared)
     group = [
@@ -282,5 +272,5 @@ def test_a_signal_to_the_launcher_or_to_one_process_stops_all_and_the_run_can_be
 def test_a_weight_that_a_stage_has_no_use_for_stops_nobody(tiny: Path, tmp_path: Path) -> None:
     idle = "student.model=distill.test_distributed:IdleResNet"
     ours = in_two_processes(tiny, tmp_path / "two", idle, SYNCED)
-    theirs = in_one_process(tiny, tmp_path / "one", idle)
+    theirs = trained(tiny, tmp_path / "one", idle)
     assert distance(ours, theirs) < BOUND

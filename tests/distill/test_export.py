@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from distill.conftest import open_study
 from distill.report.made_up import run_of
+from distill.studies import open_study
 from fsp_kernels.distill import checkpoint, export, records
 from fsp_kernels.distill.config import Network
 from fsp_kernels.distill.errors import DistillError

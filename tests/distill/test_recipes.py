@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from distill.conftest import open_study
 from distill.data.conftest import WriteCifar, folder, write_cifar  # noqa: F401  # fixtures
+from distill.studies import open_study
 from fsp_kernels.distill.report import write_report
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from distill.conftest import open_study
 from distill.data.conftest import folder as image_folder  # noqa: F401  # a fixture
+from distill.studies import open_study
 from fsp_kernels import fsp_matrix
 from fsp_kernels.distill import records
 from fsp_kernels.distill.config import load_config

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import gc
 import io
 import os
 import random
@@ -12,41 +10,31 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
-from distill.conftest import TINY_RECIPE, open_study
 from distill.processes import start_cli
+from distill.studies import (
+    STAGE_1,
+    STAGE_2,
+    STEPS,
+    TEACHER,
+    AfterSteps,
+    checkpoints,
+    interrupted,
+    leftovers,
+    open_study,
+    results,
+    speaking_study,
+    trained,
+)
 from fsp_kernels.distill import checkpoint, records, storage
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.interruption import InterruptedRunError, Interruption
 from fsp_kernels.distill.models import CifarResNet
-from fsp_kernels.distill.monitor import Monitor
-from fsp_kernels.distill.study import Study
-
-TEACHER, STAGE_1, STAGE_2 = 6, 8, 6  # steps of the tiny recipe
-STEPS = TEACHER + STAGE_1 + STAGE_2
-
-
-class AfterSteps(Interruption):
-    """Asks to stop in the given one of the steps that are taken from now on."""
-
-    def __init__(self, steps: int, number: int = signal.SIGTERM) -> None:
-        self._left, self._number = steps, number
-
-    @property
-    def requested(self) -> int:  # is asked for once a step
-        self._left -= 1
-        return self._number if self._left <= 0 else 0
-
-    def check(self) -> None:
-        """Evaluations are not counted."""
 
 
 class AfterBatches(Interruption):
@@ -71,112 +59,7 @@ class DropoutResNet(CifarResNet):
         self.fc = nn.Sequential(nn.Dropout(0.5), self.fc)
 
 
-class BreakingResNet(CifarResNet):
-    """The maps of its sixth training pass are not finite."""
-
-    def __init__(self, in_channels: int, classes: int) -> None:
-        super().__init__(8, 1, in_channels, classes)
-        self.passes = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.passes += self.training and torch.is_grad_enabled()
-        return super().forward(x * torch.nan if self.passes == 6 else x)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections() -> Iterator[None]:
-    """The trainer collects garbage after each stage: not all that the tests have ever imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture
-def heard() -> io.StringIO:
-    """All that a study says to ``speaking_study``'s monitor."""
-    return io.StringIO()
-
-
-def speaking_study(
-    recipe: Path, folder: Path, heard: io.StringIO, *overrides: str, resume: bool | None = None
-) -> Study:
-    study = open_study(recipe, folder, *overrides, resume=resume)
-    study.monitor = study.trainer.monitor = Monitor(Console(file=heard, width=1000))
-    return study
-
-
-def interrupted(study: Study, steps: int, arm: str = "two-stage") -> InterruptedRunError:
-    """Train until a signal in the given step."""
-    study.trainer.interruption = AfterSteps(steps)
-    with pytest.raises(InterruptedRunError) as caught:
-        study.student(arm, 0)
-    return caught.value
-
-
-def trained(
-    recipe: Path,
-    folder: Path,
-    *overrides: str,
-    arm: str = "two-stage",
-    stops: Sequence[int] = (),
-    resume: bool | None = None,
-) -> Path:
-    """The folder of a student; ``stops`` are the steps that each process before the last lives."""
-    for steps in stops:
-        interrupted(open_study(recipe, folder, *overrides, resume=resume), steps, arm)
-        resume = True
-    study = open_study(recipe, folder, *overrides, resume=resume)
-    study.student(arm, 0)
-    return study.folder_of(arm, 0)
-
-
-def results(folder: Path) -> dict[str, Any]:
-    """All that is kept of a run but how long it took."""
-    run = records.read(folder)
-    found: dict[str, Any] = {
-        f"{phase.name} {what}": getattr(phase, what)
-        for phase in run.phases
-        for what in ("losses", "history", "stopped")
-    }
-    for name in (records.MODEL, records.MATRICES):
-        if (folder / name).exists():
-            found |= {
-                f"{name}: {key}": bits(x)
-                for key, x in checkpoint.load(folder / name).tensors.items()
-            }
-    return found | {"fingerprint": run.fingerprint}
-
-
-def bits(tensor: Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def leftovers(folder: Path) -> list[Path]:
-    """What only an unfinished run has."""
-    return [path for pattern in (".unfinished-*", "checkpoints") for path in folder.rglob(pattern)]
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny recipe's student of two stages, never interrupted."""
-    folder = tmp_path_factory.mktemp("plain")
-    recipe = folder / "tiny.yaml"
-    recipe.write_text(TINY_RECIPE)
-    return trained(recipe, folder / "run")
-
-
-@pytest.fixture
-def unfinished(recipe: Path, tmp_path: Path) -> Path:
-    """The same run, stopped in stage 2 with checkpoints of its steps 3 and 4."""
-    folder = tmp_path / "unfinished"
-    interrupted(open_study(recipe, folder), TEACHER + STAGE_1 + 4)
-    return folder
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    return sorted((folder / "two-stage" / "seed-0" / "checkpoints").iterdir())
-
+pytestmark = pytest.mark.usefixtures("_quick_collections")
 
 AUGMENTED = "data.augment=true"
 WEAK = "fsp.beta=1e-5"  # or the untrained student of one stage diverges
@@ -347,34 +230,6 @@ def test_a_run_that_is_killed_at_twenty_random_moments_ends_with_the_same_bits(
     assert "damaged" not in log.read_text()  # a kill is no reason to lose a checkpoint
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut short"])
-def test_a_damaged_newest_checkpoint_is_told_of_and_the_one_before_used(
-    recipe: Path, unfinished: Path, plain: Path, heard: io.StringIO, damage: str
-) -> None:
-    newest = checkpoints(unfinished)[-1]
-    content = bytearray(newest.read_bytes())
-    content[len(content) // 2] ^= 1
-    newest.write_bytes(content if damage == "flipped" else content[:-100])
-    speaking_study(recipe, unfinished, heard, resume=True).student("two-stage", 0)
-    assert f"{newest}: not a checkpoint of this program, or damaged" in heard.getvalue()
-    assert "going on from the one before" in heard.getvalue()
-    assert "going on from stage 2, step 3" in heard.getvalue()
-    assert results(unfinished / "two-stage" / "seed-0") == results(plain)
-
-
-def test_with_all_checkpoints_damaged_the_run_says_so_and_begins_again(
-    recipe: Path, unfinished: Path, plain: Path, heard: io.StringIO
-) -> None:
-    for path in checkpoints(unfinished):
-        path.write_bytes(path.read_bytes()[:-1])
-    # Stopped once more: what is saved now must not be taken for older than what is damaged.
-    interrupted(speaking_study(recipe, unfinished, heard, resume=True), 2)
-    assert "; beginning again" in heard.getvalue()
-    speaking_study(recipe, unfinished, heard, resume=True).student("two-stage", 0)
-    assert "going on from stage 1, step 2" in heard.getvalue()
-    assert results(unfinished / "two-stage" / "seed-0") == results(plain)
-
-
 @pytest.mark.parametrize("override", ["stage2.learning_rate=0.04", "data.augment=true"])
 def test_an_unfinished_run_is_not_resumed_under_other_settings(
     recipe: Path, unfinished: Path, override: str
@@ -458,85 +313,6 @@ def test_what_a_process_left_that_was_killed_at_its_very_start_is_no_hindrance(
         open_study(recipe, tmp_path / "run")
         assert not path.exists()
         path.touch()
-
-
-BROKEN = f"student.model={__name__}:BreakingResNet"
-
-
-def test_a_loss_that_is_not_finite_is_told_with_all_that_is_known(
-    recipe: Path, tmp_path: Path
-) -> None:
-    study = open_study(recipe, tmp_path / "run", BROKEN)
-    with pytest.raises(DistillError) as caught:
-        study.student("two-stage", 0)
-    kept = checkpoints(tmp_path / "run")
-    assert [checkpoint.load(path).note["step"] for path in kept] == [0, 3]
-    assert str(caught.value) == (
-        "two-stage seed 0, stage 1: the loss is nan in step 6: the FSP loss of stage1.0.relu1 -> "
-        f"stage1 is nan; last good checkpoint: {kept[-1]}; try a smaller learning rate"
-    )
-
-
-def test_a_loss_that_is_not_finite_ends_a_run_without_results(recipe: Path, tmp_path: Path) -> None:
-    study = open_study(recipe, tmp_path / "run", BROKEN)
-    with pytest.raises(DistillError, match="the loss is nan"):
-        study.student("two-stage", 0)
-    assert [path.name for path in study.folder_of("two-stage", 0).iterdir()] == ["checkpoints"]
-
-
-def test_weights_that_are_not_finite_make_no_checkpoint(recipe: Path, tmp_path: Path) -> None:
-    study = open_study(
-        recipe,
-        tmp_path / "run",
-        "stage1.learning_rate=1e3",
-        "stage1.weight_decay=1e38",
-        "checkpoints.every=1",
-    )
-    with pytest.raises(DistillError) as caught:
-        study.student("two-stage", 0)
-    [path] = checkpoints(tmp_path / "run")
-    assert all(x.isfinite().all() for x in checkpoint.load(path).tensors.values())
-    assert str(caught.value) == (
-        "two-stage seed 0, stage 1: weights are not finite after step 1; last good checkpoint: "
-        f"{path}; try a smaller learning rate"
-    )
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_disk_that_is_too_full_for_tensorboard_is_an_error_that_names_its_folder(
-    full_disk: Path,
-) -> None:
-    def log_on() -> None:
-        with Monitor(Console(file=io.StringIO()), full_disk).watch("run", "stage", 99) as watch:
-            for step in range(99):
-                watch.log(step, {f"value {number}": 0.5 for number in range(99)})
-
-    with pytest.raises(DistillError, match=r"/full/run-stage: cannot be written: No space left on"):
-        log_on()
-
-
-def test_a_disk_that_is_full_is_an_error_and_the_run_goes_on_once_there_is_space(
-    recipe: Path, tmp_path: Path, plain: Path
-) -> None:
-    fsync, left = os.fsync, [12]  # two for each file: into stage 1
-
-    def full_after_a_while(file: int) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(file)
-
-    study = open_study(recipe, tmp_path / "run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", full_after_a_while)
-        with pytest.raises(
-            DistillError, match=r"checkpoints/\d+\.safetensors: cannot be written: No space left"
-        ):
-            study.student("two-stage", 0)
-    kept = checkpoints(study.folder)
-    assert kept
-    assert all(checkpoint.is_whole(path) for path in kept)
-    assert results(trained(recipe, tmp_path / "run", resume=True)) == results(plain)
 
 
 # The teacher measures 3 times, stage 1 first the teacher's matrices, then 3 times with a look at

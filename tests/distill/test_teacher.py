@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from distill.conftest import open_study
+from distill.studies import open_study
 from fsp_kernels import fsp_loss, fsp_matrix
 from fsp_kernels.distill import teacher as teachers
 from fsp_kernels.distill.data import Batch, evaluation_batches
