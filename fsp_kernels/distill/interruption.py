@@ -20,6 +20,7 @@ class InterruptedRunError(Exception):
 class Interruption:
     """Inside a ``with`` block the first SIGTERM or SIGINT is noted, not obeyed; the second is.
 
+    One that the process ignores, as a shell has its background jobs ignore Ctrl-C, it still does.
     ``requested`` is the number of the signal, 0 while there was none.
     """
 
@@ -39,7 +40,8 @@ class Interruption:
             raise InterruptedRunError("stopped while measuring", self.requested)
 
     def __enter__(self) -> Interruption:
-        self._before = {number: signal.signal(number, self._note) for number in self._SIGNALS}
+        heeded = [n for n in self._SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:

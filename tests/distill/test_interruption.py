@@ -11,6 +11,7 @@ import pytest
 
 from fsp_kernels.distill.interruption import InterruptedRunError, Interruption
 
+pytestmark = pytest.mark.usefixtures("heeding_ctrl_c")
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 
 
@@ -30,6 +31,16 @@ def test_the_second_ctrl_c_is_obeyed() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         interrupt_twice()
+
+
+def test_what_is_ignored_stays_so() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert interruption.requested == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.requested == signal.SIGTERM
 
 
 @BOTH

@@ -167,6 +167,7 @@ def run_until(signal_number: int, recipe: Path, folder: Path, *options: str) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("heeding_ctrl_c")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_the_command_line_obeys_a_signal_with_a_shells_exit_code_and_resumes(
     recipe: Path, tmp_path: Path, number: signal.Signals, code: int
