@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 aten = torch.ops.aten
@@ -18,6 +19,16 @@ aten = torch.ops.aten
 # Addresses so many bytes apart share a set of a CPU's first cache; and the fewest channels (and
 # positions, of which such a plane has more) that PyTorch transposes in blocks.
 CACHE_STRIDE, BLOCK_CHANNELS = 4096, 60
+
+
+def match_spatial(first: Tensor, second: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """Each map pooled to the smaller of the two sizes, axis by axis, with PyTorch's autograd."""
+    size = [min(p, q) for p, q in zip(first.shape[2:], second.shape[2:], strict=True)]
+    adaptive_pool = getattr(F, f"adaptive_{mode}_pool{len(size)}d")
+    first, second = (
+        x if list(x.shape[2:]) == size else adaptive_pool(x, size) for x in (first, second)
+    )
+    return first, second
 
 
 def pool(x: Tensor, size: Sequence[int], mode: str, indexed: bool) -> tuple[Tensor, Tensor | None]:

@@ -1,7 +1,9 @@
 """The oracle itself, held to arithmetic done by hand and to loops in plain Python."""
 
 import math
+import re
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -282,3 +284,11 @@ def test_gradient_reaches_a_ready_matrix():
 def test_matrix_is_twice_differentiable():
     maps = [randn(1, 2, 3, seed=i).requires_grad_() for i in range(2)]
     assert torch.autograd.gradgradcheck(reference.fsp_matrix, maps)
+
+
+def test_nothing_that_is_tested_with_the_oracle_imports_it():
+    sources = Path(reference.__file__).parent.rglob("*.py")
+    importing = [
+        x for x in sources if re.search(r"^ *(from|import)\b.*\breference\b", x.read_text(), re.M)
+    ]
+    assert importing == []
