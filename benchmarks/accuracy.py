@@ -28,6 +28,8 @@ from benchmarks.peers import Loss
 from benchmarks.race import NotRun, failure
 from benchmarks.workloads import Case, Pairs, Workload
 from fsp_kernels import reference
+from fsp_kernels.backends import registered_backends
+from fsp_kernels.backends.fused import fp32_precision
 from fsp_kernels.functional import planned_loss
 from fsp_kernels.loss_plan import Form, MapSpec
 from fsp_kernels.plan import alternatives
@@ -102,7 +104,8 @@ def loss_by(form: Form) -> Loss:
     def loss(student: Pairs, teacher: Pairs) -> Tensor:
         (a, b), (c, d) = student[0], teacher[0]
         specs = (MapSpec.of(a), MapSpec.of(b)), (MapSpec.of(c), MapSpec.of(d))
-        plans = alternatives(*specs, "max", "frobenius", "torch")
+        backend = registered_backends()["torch"]
+        plans = alternatives(*specs, "max", "frobenius", backend, fp32_precision())
         plan = next((plan for plan in plans if plan.pairs[0].form == form), None)
         if plan is None:
             raise NotRun(f"not run: has no {form} form for this shape")

@@ -17,6 +17,8 @@ from benchmarks.contenders import Contender
 from benchmarks.race import Outcome, Race, Rounds
 from benchmarks.replay import CLOCK
 from benchmarks.workloads import DTYPES, Case, Pairs, Workload
+from fsp_kernels.backends import registered_backends
+from fsp_kernels.backends.fused import fp32_precision
 from fsp_kernels.functional import planned_loss
 from fsp_kernels.loss_plan import LossPlan, MapSpec, PairPlan
 from fsp_kernels.plan import alternatives
@@ -55,7 +57,9 @@ def plans_of(case: Case, device: str, backend: str) -> list[LossPlan]:
         )
         return first, second
 
-    return alternatives(specs(case.training), specs(False), "max", "frobenius", backend)
+    maps = specs(case.training), specs(False)
+    named = registered_backends()[backend]
+    return alternatives(*maps, "max", "frobenius", named, fp32_precision())
 
 
 def label(pair: PairPlan) -> str:

@@ -29,6 +29,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.measure import float32_products
+from fsp_kernels.backends import registered_backends
 from fsp_kernels.backends.fused import fp32_precision, raw_stream
 from fsp_kernels.backends.triton import configurations
 from fsp_kernels.backends.triton.configurations import FAMILIES, Row
@@ -37,7 +38,7 @@ from fsp_kernels.backends.triton.launch import Launch
 from fsp_kernels.backends.triton.loss import Program
 from fsp_kernels.backends.triton.product import prepare
 from fsp_kernels.loss_plan import MapSpec
-from fsp_kernels.plan import plan_loss
+from fsp_kernels.plan import alternatives
 
 # Chips each family's table is compiled for, and the shared memory a program may have on them: CUDA
 # C++ Programming Guide, "Technical Specifications per Compute Capability".
@@ -166,7 +167,8 @@ def _loss_call(
         for x, need in zip(maps, wanted, strict=True)
     ]
     student, teacher = (specs[0], specs[1]), tuple(specs[2:])
-    plan = plan_loss((student,), (teacher,), pool, norm, "triton")
+    backend = registered_backends()["triton"]
+    plan, *_ = alternatives(student, teacher, pool, norm, backend, fp32_precision())
     gradients = [
         None if m.gradient_dtype is None else torch.empty_like(x, dtype=m.gradient_dtype)
         for x, m in zip(maps, plan.maps, strict=True)

@@ -128,6 +128,7 @@ PYBIND11_MODULE(_cuda, module) {
       .def("add_combine", &Program::add_combine, "pairs"_a)
       .def("add_gradients", &Program::add_gradients, "operand"_a, "products"_a)
       .def("add_matrix_gradients", &Program::add_matrix_gradients, "products"_a)
+      .def_property_readonly("kernels", &Program::kernels)
       .def_property_readonly("partials", &Program::partials)
       .def("__call__", &Program::run, "stream"_a, "addresses"_a, "weights"_a);
 

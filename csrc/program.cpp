@@ -108,6 +108,8 @@ class Launch : public Step {
     }
   }
 
+  const char* kernel() const override { return kernel_.name; }
+
   void run(cudaStream_t stream, const std::vector<uintptr_t>& addresses,
            const std::vector<float>& weights, float* partials) const override {
     Group group = group_;
@@ -261,6 +263,12 @@ void Program::add_matrix_gradients(std::vector<ProductSpec> products) {
   steps_.push_back(std::make_unique<ProductLaunch>(
       device_, what_, matrix_gradients_kernel(), 0, std::move(products),
       [](const Product& x) { return x.samples * x.own_channels; }));
+}
+
+std::vector<std::string> Program::kernels() const {
+  std::vector<std::string> names;
+  for (const auto& step : steps_) names.push_back(step->kernel());
+  return names;
 }
 
 void Program::run(uintptr_t stream, const std::vector<uintptr_t>& addresses,

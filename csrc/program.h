@@ -56,6 +56,7 @@ bool recompute_fits(int device, Scalar operand, int positions);
 class Step {
  public:
   virtual ~Step() = default;
+  virtual const char* kernel() const = 0;
   virtual void run(cudaStream_t stream, const std::vector<uintptr_t>& addresses,
                    const std::vector<float>& weights, float* partials) const = 0;
 };
@@ -72,6 +73,9 @@ class Program {
   void add_combine(std::vector<PairSpec> pairs);
   void add_gradients(Scalar operand, std::vector<ProductSpec> products);
   void add_matrix_gradients(std::vector<ProductSpec> products);
+
+  // The kernels that a call launches, in order, but for the last, which adds the partial losses.
+  std::vector<std::string> kernels() const;
 
   // How many partial losses the launches leave, a float each.
   int partials() const { return partials_; }

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fsp_kernels import checks
-from fsp_kernels.backends import get_backend, requested_backend, select_backend
+from fsp_kernels.backends import Backend, get_backend, requested_backend, select_backend
+from fsp_kernels.backends.fused import fp32_precision
 from fsp_kernels.loss_plan import LossPlan, MapSpec, PairSpec, TeacherSpec
 from fsp_kernels.plan import plan_loss
-from fsp_kernels.reference import match_spatial
+from fsp_kernels.pooling import match_spatial
 
 Pair = tuple[Tensor, Tensor]
 
@@ -61,7 +62,7 @@ def fsp_matrix(
     specs = checks.spec_of("first", first), checks.spec_of("second", second)
     checks.check_pair(None, *specs)
     checks.check_choice("pool", pool, checks.POOLS)
-    name = _select(requested_backend(backend), specs)
+    name = _select(requested_backend(backend), specs).name
     if specs[0].shape[2:] != specs[1].shape[2:]:
         first, second = match_spatial(first, second, pool)
     return matrix(first.flatten(2), second.flatten(2), name)
@@ -152,7 +153,8 @@ def _plan_here(
         all_or_none = torch.is_grad_enabled()
     elif not torch.is_grad_enabled():
         all_or_none = False
-    return _checked_plan(student, teacher, pool, norm, requested, all_or_none)
+    precision = fp32_precision()
+    return _checked_plan(student, teacher, pool, norm, requested, all_or_none, precision)
 
 
 @lru_cache(maxsize=1024)
@@ -163,6 +165,7 @@ def _checked_plan(
     norm: str,
     requested: str | None,
     all_or_none: bool | None,
+    precision: str,
 ) -> LossPlan:
     """Checks and plan of a signature; a hit skips both, and failures are not remembered.
 
@@ -172,11 +175,11 @@ def _checked_plan(
         student, teacher = _want(student, all_or_none), _want(teacher, all_or_none)
     checks.check_loss(student, teacher)
     specs = [spec for entry in (*student, *teacher) for spec in entry]
-    return plan_loss(student, teacher, pool, norm, _select(requested, specs))
+    return plan_loss(student, teacher, pool, norm, _select(requested, specs), precision)
 
 
-def _select(requested: str | None, specs: Sequence[MapSpec]) -> str:
-    return select_backend(requested, specs[0].device, tuple({s.dtype: None for s in specs})).name
+def _select(requested: str | None, specs: Sequence[MapSpec]) -> Backend:
+    return select_backend(requested, specs[0].device, tuple({s.dtype: None for s in specs}))
 
 
 def _want(specs: Any, wanted: bool) -> Any:
@@ -207,7 +210,7 @@ def _loss_operator(
     needs = [enabled and spec.requires_grad for spec in specs]
     ready = [len(entry) == 1 for entry in teacher]
     loss: Tensor = torch.ops.fsp.loss(
-        maps, ready, needs, list(weights), pool, norm, _select(requested, specs)
+        maps, ready, needs, list(weights), pool, norm, _select(requested, specs).name
     )[0]
     return loss
 

@@ -1,12 +1,12 @@
-"""What planning takes and gives: what there is to know of tensors, and how a loss is evaluated.
+"""What planning takes and gives: tensors and a backend's limits in, the evaluation of a loss out.
 
-``plan.py`` makes the one of the other.
+``plan.py`` makes the second from the first.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -14,10 +14,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Residual = Literal["difference", "direct"]
+# How D / K = G^S - G^T comes about: from p = a - c and q = b - d; from both networks' products,
+# summed together or, where their positions differ, apart; or from a product and a ready matrix.
+Residual = Literal["difference", "direct", "apart", "ready"]
 Form = Literal["matrix", "gram"]
 Evaluation = Literal["chunks", "one pass", "tiles", "recomputed tiles"]
+Pool = Literal["none", "max", "avg"]
 
+HALF = (torch.float16, torch.bfloat16)
 # The most elements of a pooling window that kernels take: their code unrolls it.
 GPU_WINDOW = 64
 
@@ -30,10 +34,14 @@ class MapSpec(NamedTuple):
     device: torch.device
     layout: torch.layout
     requires_grad: bool
+    strides: tuple[int, ...] | None = None  # None: those of a contiguous tensor
 
     @classmethod
-    def of(cls, tensor: Tensor) -> MapSpec:
-        return cls(tensor.shape, tensor.dtype, tensor.device, tensor.layout, tensor.requires_grad)
+    def of(cls, x: Tensor) -> MapSpec:
+        layout = x.layout
+        strides = x.stride() if layout is torch.strided else None  # sparse tensors have none
+        # Every map of every call comes here, and cls(...) would take half as long again.
+        return tuple.__new__(cls, (x.shape, x.dtype, x.device, layout, x.requires_grad, strides))
 
     @property
     def positions(self) -> int:
@@ -48,15 +56,18 @@ TeacherSpec = PairSpec | tuple[MapSpec]  # one entry: a ready FSP matrix (B, m, 
 class MapPlan:
     """One feature map of a pair: what it is pooled to and what becomes of its gradient.
 
-    ``pooled_size`` is ``None`` where the map keeps its spatial size. ``gradient_dtype`` is what the
-    gradient is held in between forward and backward (``None``: no gradient wanted): the map's own
-    dtype, except that fp16 waits in fp32. Its true size is about ``1/(B K)``, which fp16 would
-    flush to zero before a loss scale arriving in backward could rescue it.
+    ``pooled_size`` is ``None`` where the map keeps its spatial size; ``pool`` is then ``"none"``.
+    ``gradient_dtype`` is what the gradient is held in between forward and backward (``None``: no
+    gradient wanted): the map's own dtype, except that fp16 waits in fp32. Its true size is about
+    ``1/(B K)``, which fp16 would flush to zero before a loss scale arriving in backward could
+    rescue it.
     """
 
     shape: tuple[int, ...]
+    strides: tuple[int, ...]
     dtype: torch.dtype
     pooled_size: tuple[int, ...] | None
+    pool: Pool
     gradient_dtype: torch.dtype | None
 
     @property
@@ -72,6 +83,11 @@ class MapPlan:
     def positions(self) -> int:
         return math.prod(self.pooled_size or self.shape[2:])
 
+    @property
+    def multiplied_dtype(self) -> torch.dtype:
+        """Averages of half-precision elements are not half-precision numbers."""
+        return torch.float32 if self.pool == "avg" and self.dtype in HALF else self.dtype
+
     @cached_property
     def fused_windows(self) -> bool:
         """Whether kernels can pool while they read: by windows of one size, not too large."""
@@ -79,23 +95,68 @@ class MapPlan:
         window = math.prod(full // part for full, part in sizes)
         return all(full % part == 0 for full, part in sizes) and window <= GPU_WINDOW
 
+    @cached_property
+    def read(self) -> MapPlan:
+        """The map that kernels read: this one or, where they cannot pool it, a pooled copy."""
+        if self.fused_windows:
+            return self
+        assert self.pooled_size is not None
+        shape = (*self.shape[:2], *self.pooled_size)
+        gradient = None if self.gradient_dtype is None else torch.float32
+        strides = contiguous_strides(shape)
+        return MapPlan(shape, strides, self.multiplied_dtype, None, "none", gradient)
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+class Limits(NamedTuple):
+    """What a backend can do for one pair on one device, as far as planning depends on it.
+
+    ``evaluations`` are those that it has. The other fields bound them: ``one_pass`` are the most
+    channels of the residuals that its kernels keep on chip, ascending, one for each kernel; the
+    positions are the most that the Gram form and recomputed tiles can have, ``None`` for any.
+    ``gram_flop_cost`` is the time of a flop in Gram form over one in matrix form, and
+    ``gram_in_memory`` says that the blocks of all samples wait in device memory.
+
+    ``exact_halves`` says that products of half-precision maps are exact, while their differences
+    would be rounded. Pairs share a launch where ``kernels`` are equal: at most ``launch_pairs`` of
+    them, ``launch_products`` gradients. ``recompute_by_side`` says that a launch
+    recomputes tiles for whole pairs, not for as many maps as it takes pairs.
+    """
+
+    evaluations: tuple[Evaluation, ...] = ("chunks",)
+    one_pass: tuple[int, ...] = ()
+    gram_positions: int | None = None
+    recompute_positions: int = 0
+    gram_flop_cost: float = 1.0
+    gram_in_memory: bool = False
+    exact_halves: bool = False
+    kernels: Hashable = None
+    launch_pairs: int = 1
+    launch_products: int = 1
+    recompute_by_side: bool = False
+
 
 @dataclass(frozen=True)
 class PairPlan:
     """How one pair is evaluated.
 
     ``teacher`` holds two maps, or one when it is a ready matrix. ``evaluation`` is ``"chunks"``
-    for the torch backend. Fused kernels hold a sample's residual or Gram blocks in one program
-    (``"one pass"``), or store it by tiles (``"tiles"``), ``parts`` programs to a tile, or compute
-    each tile where it is needed (``"recomputed tiles"``). Work proceeds ``samples`` at a time.
-    ``passes`` is 1 when these are still at hand for the second sweep and 2 when the maps come from
-    memory twice.
+    for backends that take a chunk of samples at a time. Fused kernels hold a sample's residual or
+    Gram blocks in one program (``"one pass"``), or store it by tiles (``"tiles"``), ``parts``
+    programs to a tile, or compute each tile where it is needed (``"recomputed tiles"``). Work
+    proceeds ``samples`` at a time. ``passes`` is 1 when these are still at hand for the second
+    sweep and 2 when the maps come from memory twice. ``scratch_bytes`` are held during the pair's
+    step alone, ``pooled_bytes`` for the whole call.
     """
 
     batch: int
     channels: tuple[int, int]  # (m, n)
     student: tuple[MapPlan, ...]
     teacher: tuple[MapPlan, ...]
+    norm: str
     residual: Residual
     form: Form
     evaluation: Evaluation
@@ -103,7 +164,8 @@ class PairPlan:
     passes: int
     samples: int
     flops: int
-    workspace_bytes: int
+    scratch_bytes: int
+    pooled_bytes: int = 0
 
     @property
     def maps(self) -> tuple[MapPlan, ...]:
@@ -124,23 +186,78 @@ class PairPlan:
         return sum(m.gradient_bytes for m in self.maps)
 
     @property
+    def workspace_bytes(self) -> int:
+        """Bytes of temporary memory, beyond the gradients."""
+        return self.scratch_bytes + self.pooled_bytes
+
+    @cached_property
     def wants_gradients(self) -> bool:
         return any(m.gradient_dtype is not None for m in self.maps)
+
+    @cached_property
+    def halves(self) -> bool:
+        """Whether all that is multiplied is half precision."""
+        return all(dtype in HALF for dtype in multiplied_dtypes(self.student, self.teacher))
+
+    @property
+    def divisor(self) -> int:
+        """Of the sum over samples (and entries): ``B``, or ``B m n`` for ``"mse"``."""
+        return self.batch * (math.prod(self.channels) if self.norm == "mse" else 1)
+
+    @property
+    def slope_scale(self) -> int:
+        """The derivative by ``D / K`` is so many times the slope: squares have a factor of 2."""
+        return 1 if self.norm == "column" else 2
+
+    @property
+    def finishes(self) -> bool:
+        """Of stored tiles: whether the launch that computes a tile can tell its loss."""
+        return self.parts == 1 and self.norm != "column"
+
+    @property
+    def stores(self) -> bool:
+        """Of stored tiles: whether anything reads a tile after it was computed."""
+        return self.wants_gradients or not self.finishes
+
+
+def multiplied_dtypes(
+    student: Sequence[MapPlan], teacher: Sequence[MapPlan]
+) -> tuple[torch.dtype, ...]:
+    """The dtypes of a pair's operands; a ready matrix is none."""
+    maps = [*student, *teacher] if len(teacher) == 2 else student
+    return tuple(m.multiplied_dtype for m in maps)
+
+
+class Step(NamedTuple):
+    """What some pairs of one evaluation do together, for one chunk of their samples.
+
+    ``pairs`` are their numbers in the order in which a launch takes them, ``launches`` the kernels.
+    """
+
+    evaluation: Evaluation
+    form: Form
+    pairs: tuple[int, ...]
+    chunk: int
+    launches: tuple[str, ...]
+    scratch_bytes: int
 
 
 @dataclass(frozen=True, eq=False)  # planning is cached, so a plan is equal to itself alone
 class LossPlan:
     """The evaluation of one :func:`fsp_kernels.fsp_loss` call; ``print`` it to read it.
 
-    ``compute_dtype`` is what products are accumulated in and the dtype of the loss.
+    ``compute_dtype`` is what products are accumulated in and the dtype of the loss. ``precision``
+    says how fp32 maps are multiplied on tensor cores: ``"tf32x3"`` or ``"tf32"``.
     """
 
     pairs: tuple[PairPlan, ...]
+    steps: tuple[Step, ...]
     pool: str
     norm: str
     device: str
     backend: str
     compute_dtype: torch.dtype
+    precision: str
 
     @property
     def flops(self) -> int:
@@ -160,14 +277,22 @@ class LossPlan:
     @property
     def workspace_bytes(self) -> int:
         """Bytes of temporary memory at any one time, beyond the gradients."""
-        # The torch backend takes pair after pair; fused kernels take all of them in one launch.
-        total = max if self.backend == "torch" else sum
-        return total(p.workspace_bytes for p in self.pairs)
+        pooled = sum(p.pooled_bytes for p in self.pairs)
+        return pooled + max(step.scratch_bytes for step in self.steps)
 
     @property
     def extra_bytes(self) -> int:
         """Peak memory of a call beyond its inputs: gradients and workspace."""
         return self.gradient_bytes + self.workspace_bytes
+
+    @property
+    def launches(self) -> tuple[str, ...]:
+        """The kernels that are launched for value and gradients, in order; of fused backends.
+
+        Where windows of pooling are no whole numbers, PyTorch's pooling comes before and after.
+        """
+        names = [name for step in self.steps for name in step.launches]
+        return (*names, "finish") if names else ()
 
     @cached_property
     def maps(self) -> tuple[MapPlan, ...]:
@@ -200,6 +325,8 @@ class LossPlan:
         rows.append(("all", "", "", "", "", "", *amounts))
         widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+        if self.launches:
+            lines.append(f"{len(self.launches)} launches: {', '.join(self.launches)}")
         return "\n".join([head, *(line.rstrip() for line in lines)])
 
     __repr__ = __str__

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fsp_kernels.backends import get_backend
+from fsp_kernels.backends.fused import fp32_precision
 from fsp_kernels.functional import (
     _Matrix,
     _MatrixBackward,
@@ -116,7 +118,9 @@ def _plan(
     for is_matrix in ready:
         student.append((next(specs), next(specs)))
         teacher.append((next(specs),) if is_matrix else (next(specs), next(specs)))
-    return plan_loss(tuple(student), tuple(teacher), pool, norm, backend)
+    return plan_loss(
+        tuple(student), tuple(teacher), pool, norm, get_backend(backend), fp32_precision()
+    )
 
 
 def _loss_setup_context(

@@ -13,8 +13,9 @@ and two forms,
 * *gram*: with ``P = [p c]``, ``Q = [b q]`` it is ``||D||^2 = <P^T P, Q^T Q>``, so only ``K x K``
   blocks are formed, ``O((m + n) K^2)``: cheaper for few positions and many channels.
 
-Everything here is a pure function of metadata, so it is cached and can be tested for any device
-without having one. :func:`fsp_kernels.explain` shows the outcome.
+What a backend can do is what its ``limits`` say; which of that is done is decided here and nowhere
+else. Everything here is a pure function of metadata, so it is cached and can be tested for any
+device without having one. :func:`fsp_kernels.explain` shows the outcome.
 """
 
 from __future__ import annotations
@@ -22,21 +23,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
+from fsp_kernels.launch_plan import Chosen, steps_of
 from fsp_kernels.loss_plan import (
+    HALF,
     Evaluation,
     Form,
+    Limits,
     LossPlan,
     MapPlan,
+    MapSpec,
     PairPlan,
     PairSpec,
+    Residual,
     TeacherSpec,
+    contiguous_strides,
+    multiplied_dtypes,
 )
-
-HALF = (torch.float16, torch.bfloat16)
 
 # What the inputs, gradients and workspace of one chunk may occupy. A chunk is read by its first
 # sweep and read again by its second, so it should still be in the last-level cache by then; below
@@ -52,22 +58,38 @@ CHUNK_SAMPLES = {"cpu": 4, "cuda": 1}
 DIFFERENCES_WHOLE, DIFFERENCES_BLOCK = 16 << 20, 4 << 20
 # What a flop of the Gram form costs a CPU, in flops of the matrix form: its products are smaller.
 GRAM_FLOP_COST = 1.1
-# A residual that one GPU program can keep in registers: in fp32 it is an operand of two TF32 terms,
-# and takes twice as many. The most positions whose Gram blocks a program can keep, and the most for
-# which a tile's share of a gradient fits beside the tile.
+# On a GPU: channels of a tile of a residual; and the most positions for which Gram blocks, or a
+# gradient beside a recomputed tile, stay on chip.
 GPU_TILE_CHANNELS = 128
-GPU_TILE_CHANNELS_FP32 = 64
 GPU_GRAM_POSITIONS = 64
 GPU_RECOMPUTE_POSITIONS = 256
 # Programs that fill a large GPU (two for each of about 130 multiprocessors): with fewer tiles the
 # positions are split. A constant, not the device's, so that results do not depend on the device.
 GPU_PROGRAMS = 256
 GPU_PART_POSITIONS = 512  # and no part is shorter than this
+FP32_BYTES = torch.float32.itemsize
 
 
 def pooled_size(first: Sequence[int], second: Sequence[int]) -> tuple[int, ...]:
     """The spatial size both maps of a pair are brought to: the smaller, axis by axis."""
     return tuple(min(p, q) for p, q in zip(first, second, strict=True))
+
+
+class Planned(Protocol):
+    """What planning asks of a backend."""
+
+    name: str
+
+    def __hash__(self) -> int: ...  # plans are cached by it
+
+    def limits(
+        self,
+        device: torch.device,
+        student: Sequence[MapPlan],
+        teacher: Sequence[MapPlan],
+        precision: str,
+    ) -> Limits:
+        """See :class:`fsp_kernels.backends.Backend`."""
 
 
 @lru_cache(maxsize=1024)
@@ -76,32 +98,33 @@ def plan_loss(
     teacher: tuple[TeacherSpec, ...],
     pool: str,
     norm: str,
-    backend: str,
+    backend: Planned,
+    precision: str,
 ) -> LossPlan:
-    """Plan a loss over checked inputs; ``MapSpec.requires_grad`` says which gradients it wants."""
-    specs = [spec for pair in (*student, *teacher) for spec in pair]
-    device = specs[0].device.type
-    compute_dtype = accumulation_dtype(*(spec.dtype for spec in specs))
-    pairs = tuple(
-        next(_pair_plans(s, t, pool, norm, device, compute_dtype, backend))
+    """Plan a loss over checked inputs.
+
+    ``MapSpec.requires_grad`` says which gradients it wants, ``precision`` (``"tf32x3"`` or
+    ``"tf32"``) how fp32 maps are multiplied on tensor cores.
+    """
+    chosen = [
+        next(_pair_plans(s, t, pool, norm, backend, precision))
         for s, t in zip(student, teacher, strict=True)
-    )
-    return LossPlan(pairs, pool, norm, device, backend, compute_dtype)
+    ]
+    return _loss_plan(chosen, student[0][0].device, pool, norm, backend, precision)
 
 
 def alternatives(
-    student: PairSpec, teacher: TeacherSpec, pool: str, norm: str, backend: str
+    student: PairSpec, teacher: TeacherSpec, pool: str, norm: str, backend: Planned, precision: str
 ) -> list[LossPlan]:
     """Every evaluation that a backend has for a pair, each as a plan; the planned one first."""
-    dtypes = [spec.dtype for spec in (*student, *teacher)]
-    device, compute_dtype = student[0].device.type, accumulation_dtype(*dtypes)
-    plans = _pair_plans(student, teacher, pool, norm, device, compute_dtype, backend)
-    return [LossPlan((pair,), pool, norm, device, backend, compute_dtype) for pair in plans]
+    found = _pair_plans(student, teacher, pool, norm, backend, precision)
+    device = student[0].device
+    return [_loss_plan([each], device, pool, norm, backend, precision) for each in found]
 
 
 def fewest_flops(student: PairSpec, teacher: TeacherSpec, norm: str = "frobenius") -> int:
     """Of the forms a pair's loss can take, the flops of the one with fewest."""
-    flops = _flops(_plan_maps(student), _plan_maps(teacher), norm)
+    flops = _flops(_plan_maps(student, "max"), _plan_maps(teacher, "max"), norm)
     return student[0].shape[0] * min(flops.values())
 
 
@@ -110,54 +133,74 @@ def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
+def _loss_plan(
+    chosen: Sequence[Chosen],
+    device: torch.device,
+    pool: str,
+    norm: str,
+    backend: Planned,
+    precision: str,
+) -> LossPlan:
+    pairs = tuple(pair for pair, _ in chosen)
+    dtype = accumulation_dtype(*(m.dtype for pair in pairs for m in pair.maps))
+    steps = tuple(steps_of(chosen))
+    return LossPlan(pairs, steps, pool, norm, device.type, backend.name, dtype, precision)
+
+
 def _pair_plans(
     student: PairSpec,
     teacher: TeacherSpec,
     pool: str,
     norm: str,
-    device: str,
-    compute_dtype: torch.dtype,
-    backend: str,
-) -> Iterator[PairPlan]:
+    backend: Planned,
+    precision: str,
+) -> Iterator[Chosen]:
     """The ways to evaluate a pair, best first."""
-    fused = backend != "torch"
+    device = student[0].device
+    student_maps, teacher_maps = _plan_maps(student, pool), _plan_maps(teacher, pool)
+    maps = (*student_maps, *teacher_maps)
+    limits = backend.limits(device, student_maps, teacher_maps, precision)
     batch, m = student[0].shape[:2]
     n = student[1].shape[1]
-    student_maps, teacher_maps = _plan_maps(student), _plan_maps(teacher)
-    maps = (*student_maps, *teacher_maps)
-    k = student_maps[0].positions
+    compute_dtype = accumulation_dtype(*(plan.dtype for plan in maps))
     flops = _flops(student_maps, teacher_maps, norm)
-    # Tensor cores would round the difference of half-precision maps, while their products are
-    # exact. A CPU widens them first, so there the difference is exact and the better choice.
-    averaged = any(plan.pooled_size for plan in maps) and pool == "avg"  # no longer half precision
-    multiplied = maps if len(teacher) == 2 else student_maps
-    exact = all(plan.dtype in HALF for plan in multiplied) and not (fused and averaged)
-    rounds = exact and (fused or device != "cpu")
-    tile = GPU_TILE_CHANNELS if exact or not fused else GPU_TILE_CHANNELS_FP32
-    for form in _forms(flops, m, n, k, None if device == "cpu" and not fused else tile):
-        # The Gram form of plain maps, instead of differences, cancels.
-        difference = form == "gram" or (_subtractable(student_maps, teacher_maps) and not rounds)
-        if fused:
-            evaluations = _fused_evaluations(m, n, maps, pool, norm, form, exact, tile, backend)
+    halves = all(dtype in HALF for dtype in multiplied_dtypes(student_maps, teacher_maps))
+    for form in _forms(flops, m, n, student_maps[0].positions, limits):
+        residual = _residual(form, student_maps, teacher_maps, halves and limits.exact_halves)
+        if "chunks" in limits.evaluations:
+            evaluations = _chunked_evaluations(maps, form, residual, device.type, compute_dtype)
         else:
-            evaluations = _chunked_evaluations(
-                m, n, k, maps, pool, form, difference, device, compute_dtype
-            )
+            evaluations = _fused_evaluations(m, n, maps, norm, form, halves, limits)
         for how in evaluations:
-            yield PairPlan(
+            plan = PairPlan(
                 batch=batch,
                 channels=(m, n),
                 student=student_maps,
                 teacher=teacher_maps,
-                residual="difference" if difference else "direct",
+                norm=norm,
+                residual=residual,
                 form=form,
                 evaluation=how.evaluation,
                 parts=how.parts,
                 passes=how.passes,
                 samples=how.samples,
                 flops=batch * (flops[form] + how.extra_flops),
-                workspace_bytes=how.workspace_bytes,
+                scratch_bytes=how.scratch_bytes,
+                pooled_bytes=how.pooled_bytes,
             )
+            yield plan, limits
+
+
+def _residual(
+    form: Form, student: Sequence[MapPlan], teacher: Sequence[MapPlan], rounds: bool
+) -> Residual:
+    """``rounds``: the products are exact, and a difference of the maps would be rounded."""
+    if len(teacher) == 1:
+        return "ready"
+    if not _subtractable(student, teacher):
+        return "apart"
+    # The Gram form of plain maps, instead of differences, cancels.
+    return "direct" if rounds and form == "matrix" else "difference"
 
 
 def _subtractable(student: Sequence[MapPlan], teacher: Sequence[MapPlan]) -> bool:
@@ -171,27 +214,25 @@ class _Evaluation(NamedTuple):
     evaluation: Evaluation
     samples: int
     passes: int
-    workspace_bytes: int
+    scratch_bytes: int
+    pooled_bytes: int = 0
     parts: int = 1
     extra_flops: int = 0  # for each sample
 
 
 def _chunked_evaluations(
-    m: int,
-    n: int,
-    k: int,
     maps: Sequence[MapPlan],
-    pool: str,
     form: Form,
-    difference: bool,
+    residual: Residual,
     device: str,
     compute_dtype: torch.dtype,
 ) -> Iterator[_Evaluation]:
-    """The torch backend's, which differ in the samples of a chunk."""
-    batch = maps[0].shape[0]
+    """Those of the torch backend, which differ in the samples of a chunk."""
+    batch, m, n, k = maps[0].shape[0], maps[0].shape[1], maps[1].shape[1], maps[0].positions
+    difference = residual == "difference"
     blocks = (8 if any(p.gradient_dtype for p in maps) else 6) * k * k if form == "gram" else m * n
     workspace = blocks * compute_dtype.itemsize + sum(
-        _map_workspace(plan, pool, form, compute_dtype, subtracted=difference and i < 2)
+        _map_workspace(plan, form, compute_dtype, subtracted=difference and i < 2)
         for i, plan in enumerate(maps)
     )
     per_sample = workspace + sum(p.bytes + p.gradient_bytes for p in maps) // batch
@@ -226,38 +267,35 @@ def _fused_evaluations(
     m: int,
     n: int,
     maps: Sequence[MapPlan],
-    pool: str,
     norm: str,
     form: Form,
-    exact: bool,
-    tile: int,
-    backend: str,
+    halves: bool,
+    limits: Limits,
 ) -> Iterator[_Evaluation]:
+    """Those of fused kernels that the limits leave, best first."""
     batch = maps[0].shape[0]
     networks = maps[::2] if len(maps) == 4 else maps[:1]  # the first map of each there is
-    pooled = batch * sum(_pooled_workspace(plan, pool) for plan in maps)
+    pooled = batch * sum(_pooled_workspace(plan) for plan in maps)
     if form == "gram":
-        kept = 0  # on chip, but Triton's compiler cannot keep the blocks there
-        if backend == "triton":
-            k = max(16, 1 << (networks[0].positions - 1).bit_length())  # as blocks, powers of two
-            kept = batch * _gram_blocks(maps) * k * k * torch.float32.itemsize
-        yield _Evaluation("one pass", batch, 1, pooled + kept)
+        kept = batch * gram_blocks(maps) * gram_block(maps[0].positions) ** 2 * FP32_BYTES
+        yield _Evaluation("one pass", batch, 1, kept if limits.gram_in_memory else 0, pooled)
         return
-    if max(m, n) <= tile:
-        yield _Evaluation("one pass", batch, 1, pooled)
+    if max(m, n) <= max(limits.one_pass, default=0):
+        yield _Evaluation("one pass", batch, 1, 0, pooled)
     k = max(plan.positions for plan in networks)
     gradients = any(plan.gradient_dtype for plan in maps)
     tiles = batch * math.ceil(m / GPU_TILE_CHANNELS) * math.ceil(n / GPU_TILE_CHANNELS)
     parts = parts_of(tiles, k)
-    stored = 4 * m * n * parts if gradients or parts > 1 or norm == "column" else 0
+    stores = gradients or parts > 1 or norm == "column"
+    stored = FP32_BYTES * m * n * parts if stores else 0
     samples = _equal_chunks(batch, max(1, CHUNK_BYTES["cuda"] // max(1, stored)))
-    by_tiles = [_Evaluation("tiles", samples, 2, pooled + samples * stored, parts)]
+    by_tiles = [_Evaluation("tiles", samples, 2, samples * stored, pooled, parts)]
     # In fp32 a tile is an operand of two terms: beside it the gradient does not fit, and to compute
     # it twice costs more than the bytes. What is pooled would be pooled twice, too.
-    read_as_is = exact and not any(plan.pooled_size for plan in maps)
-    if gradients and norm != "column" and k <= GPU_RECOMPUTE_POSITIONS and read_as_is:
+    read_as_is = halves and not any(plan.pooled_size for plan in maps)
+    if gradients and norm != "column" and k <= limits.recompute_positions and read_as_is:
         products = 2 * m * n * sum(plan.positions for plan in networks)
-        recomputed = _Evaluation("recomputed tiles", batch, 2, pooled, extra_flops=products)
+        recomputed = _Evaluation("recomputed tiles", batch, 2, 0, pooled, extra_flops=products)
         # Storing writes and reads m n for each sample, recomputing reads (m + n) K once more.
         by_tiles.insert(0 if m * n > (m + n) * k else 1, recomputed)
     yield from by_tiles
@@ -268,21 +306,18 @@ def parts_of(tiles: int, positions: int) -> int:
     return max(1, min(GPU_PROGRAMS // tiles, positions // GPU_PART_POSITIONS))
 
 
-def stored_samples(pair: PairPlan) -> int:
-    """How many samples at a time, if a pair's residual is to be stored in one part."""
-    stored = 4 * math.prod(pair.channels)
-    return _equal_chunks(pair.batch, max(1, CHUNK_BYTES["cuda"] // stored))
+def gram_blocks(maps: Sequence[MapPlan]) -> int:
+    """Blocks that wait in memory for each sample of a Gram form, where they do.
 
-
-def gram_blocks(pair: PairPlan) -> int:
-    """``K x K`` blocks that the Triton backend keeps in memory for each sample of a Gram form."""
-    return _gram_blocks(pair.maps)
-
-
-def _gram_blocks(maps: Sequence[MapPlan]) -> int:
-    """Three, and two for each gradient, with places for the teacher's if any of these is wanted."""
+    Three, and two for each gradient, with places for the teacher's if any of these is wanted.
+    """
     wanted = [plan.gradient_dtype is not None for plan in maps]
     return 3 + (8 if any(wanted[2:]) else 4 if any(wanted) else 0)
+
+
+def gram_block(positions: int) -> int:
+    """The side of such a block: a power of two."""
+    return max(16, 1 << (positions - 1).bit_length())
 
 
 def _equal_chunks(batch: int, most: int) -> int:
@@ -290,29 +325,34 @@ def _equal_chunks(batch: int, most: int) -> int:
     return math.ceil(batch / math.ceil(batch / most))
 
 
-def _pooled_workspace(plan: MapPlan, pool: str) -> int:
+def _pooled_workspace(plan: MapPlan) -> int:
     """Bytes for each sample of a map that is pooled before the kernels see it."""
     if plan.pooled_size is None or plan.fused_windows:
         return 0
-    width = plan.dtype.itemsize if pool == "max" else torch.float32.itemsize
+    width = plan.multiplied_dtype.itemsize
     if plan.gradient_dtype is not None:
-        width += torch.float32.itemsize + (torch.int64.itemsize if pool == "max" else 0)
+        width += FP32_BYTES + (torch.int64.itemsize if plan.pool == "max" else 0)
     # Averages are taken in fp32, of an fp32 copy.
-    copied = pool == "avg" and plan.dtype in HALF
-    copy = math.prod(plan.shape[1:]) * torch.float32.itemsize if copied else 0
+    copied = plan.pool == "avg" and plan.dtype in HALF
+    copy = math.prod(plan.shape[1:]) * FP32_BYTES if copied else 0
     return plan.shape[1] * plan.positions * width + copy
 
 
-def _plan_maps(specs: TeacherSpec) -> tuple[MapPlan, ...]:
+def _plan_maps(specs: TeacherSpec, pool: str) -> tuple[MapPlan, ...]:
     size = pooled_size(specs[0].shape[2:], specs[-1].shape[2:])
-    return tuple(
-        MapPlan(
-            shape=tuple(spec.shape),
-            dtype=spec.dtype,
-            pooled_size=None if tuple(spec.shape[2:]) == size or len(specs) == 1 else size,
-            gradient_dtype=gradient_dtype(spec.dtype) if spec.requires_grad else None,
-        )
-        for spec in specs
+    return tuple(_plan_map(s, size if len(specs) == 2 else s.shape[2:], pool) for s in specs)
+
+
+def _plan_map(spec: MapSpec, size: Sequence[int], pool: str) -> MapPlan:
+    shape = tuple(spec.shape)
+    pooled = shape[2:] != tuple(size)
+    return MapPlan(
+        shape=shape,
+        strides=contiguous_strides(shape) if spec.strides is None else tuple(spec.strides),
+        dtype=spec.dtype,
+        pooled_size=tuple(size) if pooled else None,
+        pool=pool if pooled else "none",  # type: ignore[arg-type]
+        gradient_dtype=gradient_dtype(spec.dtype) if spec.requires_grad else None,
     )
 
 
@@ -344,14 +384,14 @@ def _gram_flops(m: int, n: int, k: int, maps: Sequence[MapPlan]) -> int:
     return (6 * (m + n) + gradients) * k * k
 
 
-def _forms(flops: dict[Form, int], m: int, n: int, k: int, tile: int | None) -> list[Form]:
-    """Best first; ``tile``: the largest residual of one program on a GPU, ``None`` on a CPU."""
-    if "gram" not in flops or (tile is not None and k > GPU_GRAM_POSITIONS):
+def _forms(flops: dict[Form, int], m: int, n: int, k: int, limits: Limits) -> list[Form]:
+    """Best first."""
+    if "gram" not in flops or (limits.gram_positions is not None and k > limits.gram_positions):
         return ["matrix"]
-    if tile is not None and max(m, n) <= tile:
+    if max(m, n) <= max(limits.one_pass, default=0):
         # Memory-bound either way; one accumulator is simpler than six.
         return ["matrix", "gram"]
-    cost = {"matrix": 1.0, "gram": GRAM_FLOP_COST if tile is None else 1.0}
+    cost = {"matrix": 1.0, "gram": limits.gram_flop_cost}
     return sorted(flops, key=lambda form: flops[form] * cost[form])
 
 
@@ -362,9 +402,7 @@ def _passes(form: Form, m: int, n: int, device: str, fits: bool) -> int:
     return 1 if one_program else 2
 
 
-def _map_workspace(
-    plan: MapPlan, pool: str, form: Form, compute_dtype: torch.dtype, subtracted: bool
-) -> int:
+def _map_workspace(plan: MapPlan, form: Form, compute_dtype: torch.dtype, subtracted: bool) -> int:
     """Temporary bytes one map needs for each sample of a chunk, as the torch backend works."""
     width = compute_dtype.itemsize
     full, pooled = math.prod(plan.shape[1:]) * width, plan.shape[1] * plan.positions * width
@@ -372,7 +410,7 @@ def _map_workspace(
     total = 0 if plan.dtype == compute_dtype else full
     if plan.pooled_size is not None:
         total += pooled
-        if wanted and pool == "max":  # a channels-last copy and the indices of the maxima
+        if wanted and plan.pool == "max":  # a channels-last copy and the indices of the maxima
             total += full + plan.shape[1] * plan.positions * torch.int64.itemsize
     if subtracted and (form == "gram" or not in_place):  # else it is held in the gradient's place
         total += pooled

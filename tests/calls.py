@@ -37,12 +37,14 @@ class Regime(NamedTuple):
     form: str = "matrix"
     parts: int = 1
     dtype: torch.dtype = FP32  # one in which it is evaluated so
+    one_dtype: bool = False  # whether it is recomputed for maps of one dtype only
 
     def of(self, *dtypes: torch.dtype, norm: str = "frobenius") -> Regime:
         """How these shapes are evaluated for maps of such dtypes, and by a norm."""
         if norm == "column" and self.form == "gram":  # it needs the columns of the residual
             return self._replace(evaluation="tiles", form="matrix")
-        if self.evaluation == "recomputed tiles" and (norm == "column" or FP32 in dtypes):
+        mixed = self.one_dtype and len(set(dtypes)) > 1
+        if self.evaluation == "recomputed tiles" and (norm == "column" or FP32 in dtypes or mixed):
             return self._replace(evaluation="tiles")
         return self
 
@@ -77,8 +79,6 @@ SIZES = {
         long=Regime((40, 37), (3, 6), "recomputed tiles", dtype=BF16),
         limits={
             "GPU_TILE_CHANNELS": 16,
-            "GPU_TILE_CHANNELS_FP32": 16,
-            "GPU_GRAM_POSITIONS": 4,
             "GPU_PART_POSITIONS": 20,
         },
     ),
@@ -91,7 +91,9 @@ SIZES = {
             "gram": Regime((140, 35), (3, 5), "one pass", form="gram"),
             "tiles": Regime((131, 140), (6, 12), "tiles"),
             "tiles in parts": Regime((131, 15), (9, 9), "tiles", parts=2),
-            "recomputed tiles": Regime((140, 131), (6, 11), "recomputed tiles", dtype=BF16),
+            "recomputed tiles": Regime(
+                (140, 131), (6, 11), "recomputed tiles", dtype=BF16, one_dtype=True
+            ),
         },
         long=Regime((140, 131), (6, 11), "recomputed tiles", dtype=BF16),
         limits={"GPU_PART_POSITIONS": 40},

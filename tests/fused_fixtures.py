@@ -22,6 +22,7 @@ from fsp_kernels.backends import cuda, registered_backends
 from fsp_kernels.backends.triton import configurations
 from fsp_kernels.backends.triton import loss as triton_loss
 from fsp_kernels.backends.triton import product as triton_product
+from fsp_kernels.loss_plan import Limits
 
 
 def _quicken_interpreter() -> None:
@@ -106,12 +107,21 @@ def forget():
 
 
 @pytest.fixture
-def limits(monkeypatch):
-    """Sets the planner's limits, ``limits(GPU_PROGRAMS=1)``."""
+def limits(backend, monkeypatch):
+    """Sets limits of the planner, ``limits(GPU_PROGRAMS=1)``, and the backend's, in lower case."""
+    known, changed = type(registered_backends()[backend]).limits, {}
+    monkeypatch.setattr(
+        type(registered_backends()[backend]),
+        "limits",
+        lambda *arguments: known(*arguments)._replace(**changed),
+    )
 
-    def set_to(**constants):
-        for name, value in constants.items():
-            monkeypatch.setattr(plan, name, value)
+    def set_to(**values):
+        for name, value in values.items():
+            if name in Limits._fields:
+                changed[name] = value
+            else:
+                monkeypatch.setattr(plan, name, value)
         forget()
 
     yield set_to
@@ -123,7 +133,11 @@ def limits(monkeypatch):
 def small(backend, limits):
     """Limits of the planner, and where they can be chosen tiles: small maps take every road."""
     tile = configurations.Configuration(16, 16, 16, warps=4, stages=2)
-    rows = [row._replace(configuration=tile) for row in configurations.rows()]
+    most = {"one_pass": 16, "gram": 4}
+    rows = [
+        row._replace(configuration=tile, limit=most.get(row.kernel, 0))
+        for row in configurations.rows()
+    ]
     with configurations.using(rows):
         limits(**SIZES[backend].limits)
         yield limits

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import fsp_kernels as fsp
-from fsp_kernels import backends, functional
+from fsp_kernels import backends, functional, reference
 from fsp_kernels.backends.torch_backend import TorchBackend
+from fsp_kernels.loss_plan import Limits
 
 
 class FakeBackend(TorchBackend):
@@ -359,3 +360,59 @@ def test_the_registry_is_handed_out_as_a_copy():
 @pytest.mark.parametrize("name", list(backends.registered_backends()))
 def test_a_backend_is_registered_under_its_name(name):
     assert backends.registered_backends()[name].name == name
+
+
+# --- a backend of one's own ---------------------------------------------------------------------
+
+
+class Literal:
+    """The definition as a backend: all that one takes."""
+
+    name, automatic = "literal", False
+
+    def why_unavailable(self):
+        return None
+
+    def why_unsupported(self, device, dtypes):  # noqa: ARG002
+        return None
+
+    def limits(self, device, student, teacher, precision):  # noqa: ARG002
+        return Limits(evaluations=("tiles",), gram_positions=0, launch_pairs=2, launch_products=4)
+
+    def matrix(self, first, second):
+        return first @ second.mT / first.shape[2]
+
+    def matrix_backward(self, gradient, other, channels_last):  # noqa: ARG002
+        return gradient @ other / other.shape[2]
+
+    def loss(self, maps, plan, weights):
+        wanted = [
+            x.detach().requires_grad_(m.gradient_dtype is not None)
+            for x, m in zip(maps, plan.maps, strict=True)
+        ]
+        pairs = [(wanted[i], wanted[i + 1]) for i in range(0, len(wanted), 2)]
+        with torch.enable_grad():
+            loss = reference.fsp_loss(pairs[::2], pairs[1::2], weights, plan.pool, plan.norm)
+        return loss.detach(), list(
+            torch.autograd.grad(loss, [x for x in wanted if x.requires_grad])
+        )
+
+    def scale(self, gradients, dtypes, factor, in_place):  # noqa: ARG002
+        return [(g * factor).to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
+
+
+def test_a_backend_is_a_class_and_an_entry_of_the_registry(monkeypatch):
+    monkeypatch.setitem(backends._REGISTRY, "literal", Literal())
+    student = [tuple(torch.randn(2, c, 4, 4, requires_grad=True) for c in (3, 5)) for _ in range(3)]
+    teacher = [tuple(torch.randn(2, c, 4, 4) for c in (3, 5)) for _ in range(3)]
+    plan = fsp.explain(student, teacher, backend="literal")
+    assert "by the literal backend" in str(plan)
+    assert plan.launches == ("residual", "gradients") * 2 + ("finish",)
+    loss = fsp.fsp_loss(student, teacher, backend="literal")
+    maps = [x for pair in student for x in pair]
+    expected = reference.fsp_loss(student, teacher)
+    assert torch.equal(loss, expected)
+    found, wanted = torch.autograd.grad(loss, maps), torch.autograd.grad(expected, maps)
+    assert all(map(torch.equal, found, wanted))
+    matrix = fsp.fsp_matrix(*student[0], backend="literal")
+    assert torch.allclose(matrix, reference.fsp_matrix(*student[0]))

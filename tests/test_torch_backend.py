@@ -16,6 +16,7 @@ from tolerances import assert_close, flatten, oracle
 import fsp_kernels as fsp
 import fsp_kernels.plan
 from fsp_kernels import functional, reference
+from fsp_kernels.backends import get_backend
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 NORMS = ("frobenius", "mse", "column")
@@ -334,7 +335,8 @@ def test_chunks_of_any_call_compute_the_definition(call, size):
             *fsp_kernels.checks.flatten_pairs(call.student, call.teacher)[1:],
             call.pool,
             call.norm,
-            "torch",
+            get_backend("torch"),
+            "tf32x3",
         )
     loss, gradients = functional.run_loss(call.tensors, plan, call.weights)
     call.oracle().check(loss, call.place(gradients))

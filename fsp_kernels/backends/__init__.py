@@ -19,13 +19,15 @@ from fsp_kernels.backends.cuda import CudaBackend
 from fsp_kernels.backends.torch_backend import TorchBackend
 from fsp_kernels.backends.triton import TritonBackend
 from fsp_kernels.checks import check_choice
-from fsp_kernels.loss_plan import LossPlan
+from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan
 
 
 class Backend(Protocol):
     """A handful of functions over checked, planned inputs; none of them records autograd."""
 
     name: str
+
+    def __hash__(self) -> int: ...  # plans are cached by the backend they are for
 
     @property
     def automatic(self) -> bool:
@@ -36,6 +38,19 @@ class Backend(Protocol):
 
     def why_unsupported(self, device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
         """``None`` if it can serve tensors of this device and these dtypes, else why not."""
+
+    def limits(
+        self,
+        device: torch.device,
+        student: Sequence[MapPlan],
+        teacher: Sequence[MapPlan],
+        precision: str,
+    ) -> Limits:
+        """What it can do for a pair of these maps; the planner decides what it does.
+
+        ``teacher`` holds two maps, or one that is a ready matrix. ``precision`` says how fp32 maps
+        are multiplied on tensor cores: ``"tf32x3"`` or ``"tf32"``.
+        """
 
     def matrix(self, first: Tensor, second: Tensor) -> Tensor:
         """``(B, m, K), (B, n, K) -> (B, m, n)``, divided by K, in the promoted dtype."""

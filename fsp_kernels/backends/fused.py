@@ -172,7 +172,7 @@ class Programs:
     ) -> Tensor:
         """The same where some maps have windows that no kernel takes."""
         pooled = [
-            None if m.fused_windows else _Pooled(x, g, m, plan.pool)
+            None if m.fused_windows else _Pooled(x, g, m)
             for x, g, m in zip(maps, gradients, plan.maps, strict=True)
         ]
         read = [x if p is None else p.map for x, p in zip(maps, pooled, strict=True)]
@@ -186,8 +186,8 @@ class Programs:
     def _program_of(
         self, plan: LossPlan, maps: Sequence[Tensor], gradients: Sequence[Tensor | None]
     ) -> Program:
-        device = maps[0].device
-        key = (plan, device.index, fp32_precision(), tuple([x.stride() for x in maps]))
+        # Of the strides a plan has what it depends on; a program depends on all of them.
+        key = (plan, maps[0].device.index, tuple([x.stride() for x in maps]))
         program = self._programs.get(key)
         if program is None:
             if len(self._programs) >= self.most:
@@ -199,16 +199,16 @@ class Programs:
 class _Pooled:
     """A map whose windows no kernel takes, pooled by PyTorch before the kernels see it."""
 
-    def __init__(self, x: Tensor, gradient: Tensor | None, plan: MapPlan, mode: str):
+    def __init__(self, x: Tensor, gradient: Tensor | None, plan: MapPlan):
         assert plan.pooled_size is not None
-        self._target, self._size, self._mode = gradient, plan.pooled_size, mode
-        if mode == "avg":
-            x = x.float()
-        self.map, self._indices = pool(x, self._size, mode, indexed=gradient is not None)
-        self.map = self.map.view(*x.shape[:2], *self._size)
+        self._target, self._size, self._mode = gradient, plan.pooled_size, plan.pool
+        x = x.to(plan.read.dtype)
+        pooled, self._indices = pool(x, self._size, self._mode, indexed=gradient is not None)
+        self.map = pooled.contiguous().view(plan.read.shape)
         self.gradient = None
         if gradient is not None:
-            self.gradient = torch.empty(self.map.shape, dtype=torch.float32, device=x.device)
+            dtype = plan.read.gradient_dtype
+            self.gradient = torch.empty(plan.read.shape, dtype=dtype, device=x.device)
 
     def unpool(self) -> None:
         if self._target is not None and self.gradient is not None:

@@ -13,8 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fsp_kernels.loss_plan import LossPlan, MapPlan, PairPlan
-from fsp_kernels.plan import accumulation_dtype, difference_block
+from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan, PairPlan
+from fsp_kernels.plan import (
+    GPU_GRAM_POSITIONS,
+    GPU_TILE_CHANNELS,
+    GRAM_FLOP_COST,
+    accumulation_dtype,
+    difference_block,
+)
 from fsp_kernels.pooling import pool, unpool
 
 # What a gradient is a sum of: alpha * x @ y, batched; y = None stands for the identity.
@@ -36,6 +42,21 @@ class TorchBackend:
         dtypes: Sequence[torch.dtype],  # noqa: ARG002
     ) -> str | None:
         return None
+
+    def limits(
+        self,
+        device: torch.device,
+        student: Sequence[MapPlan],  # noqa: ARG002
+        teacher: Sequence[MapPlan],  # noqa: ARG002
+        precision: str,  # noqa: ARG002
+    ) -> Limits:
+        # Tensor cores would round the difference of half-precision maps, while their products are
+        # exact. A CPU widens them first, so there the difference is exact and the better choice.
+        if device.type == "cpu":
+            return Limits(gram_flop_cost=GRAM_FLOP_COST)
+        return Limits(
+            one_pass=(GPU_TILE_CHANNELS,), gram_positions=GPU_GRAM_POSITIONS, exact_halves=True
+        )
 
     def matrix(self, first: Tensor, second: Tensor) -> Tensor:
         return _scaled_product(first, second.mT, first.shape[2])
@@ -91,9 +112,7 @@ def _pair_losses(
     weight: float,
 ) -> list[Tensor]:
     """The weighted loss of each chunk of a pair, 0-dim; fills ``gradients``."""
-    factor = weight / pair.batch
-    if plan.norm == "mse":
-        factor /= math.prod(pair.channels)
+    factor = weight / pair.divisor
     if pair.samples == pair.batch:
         return [_chunk_loss(maps, gradients, pair, plan, factor)]
     losses = []
@@ -114,7 +133,7 @@ def _chunk_loss(
     """``factor`` times the loss of a chunk, summed over its samples; fills its gradients."""
     chunks = [_Chunk(x, g, m, plan) for x, g, m in zip(maps, gradients, pair.maps, strict=True)]
     sweep = _gram_sweep if pair.form == "gram" else _matrix_sweep
-    loss, terms = sweep(chunks, pair, plan.norm)
+    loss, terms = sweep(chunks, pair)
     for chunk, products in zip(chunks, terms, strict=True):
         chunk.write_gradient(products, factor)
     return loss.mul_(factor)
@@ -128,7 +147,7 @@ class _Chunk:
     """
 
     def __init__(self, x: Tensor, gradient: Tensor | None, map_plan: MapPlan, plan: LossPlan):
-        self._size, self._mode, self._indices = map_plan.pooled_size, plan.pool, None
+        self._size, self._mode, self._indices = map_plan.pooled_size, map_plan.pool, None
         self._gradient = gradient
         if x.dtype != plan.compute_dtype:
             x = x.to(plan.compute_dtype)
@@ -160,21 +179,20 @@ class _Chunk:
             unpool(result, self._gradient, self._size, self._mode, self._indices)
 
 
-def _matrix_sweep(
-    chunks: Sequence[_Chunk], pair: PairPlan, norm: str
-) -> tuple[Tensor, list[list[Term]]]:
+def _matrix_sweep(chunks: Sequence[_Chunk], pair: PairPlan) -> tuple[Tensor, list[list[Term]]]:
     """Loss, summed over the samples, and gradients by way of the residual itself."""
     residual = _residual(chunks, pair)
-    if norm == "column":
+    if pair.norm == "column":
         column_norms = torch.linalg.vector_norm(residual, dim=1, keepdim=True)  # (s, 1, n)
         loss = column_norms.sum()
         # The subgradient of a zero column is zero, as PyTorch has it.
-        slope, power = residual.div_(column_norms.masked_fill_(column_norms == 0, math.inf)), 1
+        slope = residual.div_(column_norms.masked_fill_(column_norms == 0, math.inf))
     else:
         # Row by row first: one sum over all of m n would lose two digits in fp32.
         rows = torch.linalg.vector_norm(residual, dim=2).view(-1)
         loss = torch.dot(rows, rows)
-        slope, power = residual, 2
+        slope = residual
+    power = pair.slope_scale
     scale = power / pair.positions
     a, b, *teacher = (chunk.flat for chunk in chunks)
     terms: list[list[Term]] = [[(scale, slope, b)], [(scale, slope.mT, a)]]
@@ -229,11 +247,7 @@ def _difference_by_blocks(
     return out
 
 
-def _gram_sweep(
-    chunks: Sequence[_Chunk],
-    pair: PairPlan,
-    norm: str,  # noqa: ARG001  (both norms of this form are sums of squares)
-) -> tuple[Tensor, list[list[Term]]]:
+def _gram_sweep(chunks: Sequence[_Chunk], pair: PairPlan) -> tuple[Tensor, list[list[Term]]]:
     """Loss, summed over the samples, and gradients by way of ``K x K`` blocks."""
     a, b, c, d = (chunk.flat for chunk in chunks)
     p, q = a - c, b - d

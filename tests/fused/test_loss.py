@@ -83,8 +83,9 @@ def test_the_teacher_may_have_maps_of_another_size(regime, norm, dtypes):
     size = (regime.size[0], regime.size[1] - 1)
     student = [pair_of(regime, size=size, batch=2)]
     teacher = [pair_of(regime, batch=2, dtypes=dtypes)]
-    plan = check(student, teacher, regime.of(regime.dtype, norm=norm), norm=norm)
-    assert plan.pairs[0].residual == "direct"
+    all_dtypes = regime.dtype, *(dtypes or ())
+    plan = check(student, teacher, regime.of(*all_dtypes, norm=norm), norm=norm)
+    assert plan.pairs[0].residual == "apart"
 
 
 @pytest.mark.parametrize(

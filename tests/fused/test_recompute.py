@@ -70,7 +70,7 @@ def test_maps_that_are_pooled_would_be_pooled_twice(recomputed):
 
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
 def test_the_shipped_tiles_are_right(limits, dtype):
-    limits(GPU_GRAM_POSITIONS=0)
+    limits(gram_positions=0)
     regime = Regime((130, 70), (3, 3), "recomputed tiles")
     student, teacher = four_of(regime, dtypes=(dtype, dtype))
     check(student, teacher, regime)

@@ -25,6 +25,7 @@ from fsp_kernels.backends.cuda.extension import (
     why_not_on,
     why_unavailable,
 )
+from fsp_kernels.backends.cuda.limits import limits_of
 from fsp_kernels.backends.cuda.loss import PROGRAMS
 from fsp_kernels.backends.cuda.product import batched_product
 from fsp_kernels.backends.fused import (
@@ -33,7 +34,7 @@ from fsp_kernels.backends.fused import (
     raw_stream,
     targets_of,
 )
-from fsp_kernels.loss_plan import LossPlan
+from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan
 
 
 class CudaBackend(FusedBackend):
@@ -51,6 +52,15 @@ class CudaBackend(FusedBackend):
 
     def why_not_on(self, device: torch.device) -> str | None:
         return why_not_on(torch.cuda.current_device() if device.index is None else device.index)
+
+    def limits(
+        self,
+        device: torch.device,
+        student: Sequence[MapPlan],
+        teacher: Sequence[MapPlan],
+        precision: str,  # noqa: ARG002  (kernels for one product and for three have the same tiles)
+    ) -> Limits:
+        return limits_of(student, teacher, device.index or 0)
 
     def product(self, x: Tensor, y: Tensor, out: Tensor, positions: int) -> None:
         on_device(x, batched_product, x, y, out, positions)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fsp_kernels.backends.cuda.extension import index_of, module, scalar_of
+from fsp_kernels.backends.cuda.extension import module
 from fsp_kernels.backends.cuda.maps import map_spec, matrix_spec, operand_of, splits
-from fsp_kernels.backends.fused import Slots, fp32_precision, partner_of
-from fsp_kernels.loss_plan import LossPlan, MapPlan, PairPlan, Residual
-from fsp_kernels.plan import HALF, stored_samples
+from fsp_kernels.backends.fused import Slots, partner_of
+from fsp_kernels.loss_plan import MapPlan, PairPlan, multiplied_dtypes
 
 # Addresses of a pair: a, b, c, d, their gradients, and its stored residual.
 SLOTS = 9
@@ -24,24 +21,14 @@ _STORED = 8
 class Pair:
     """A pair of a plan and how its maps lie: what entries are made of."""
 
-    def __init__(self, index: int, plan: PairPlan, loss_plan: LossPlan, slots: Slots):
+    def __init__(self, index: int, plan: PairPlan, slots: Slots, precision: str):
         self._index = index
-        self._norm, self._pool = loss_plan.norm, loss_plan.pool
-        self._ready = len(plan.teacher) == 1
-        multiplied = [x for x in slots[: 2 if self._ready else 4] if x is not None]
-        # Averages of half-precision elements are not half-precision numbers.
-        averaged = self._pool == "avg" and any(m.pooled_size for m in plan.maps)
-        dtypes = [torch.float32] if averaged else [x.dtype for x in multiplied]
-        self._split = splits(dtypes, fp32_precision())
-        self.plan = _for_this_chip(plan, index_of(multiplied[0]), dtypes)
+        self.plan = plan
+        self._ready = plan.residual == "ready"
+        dtypes = multiplied_dtypes(plan.student, plan.teacher)
+        self._split = splits(dtypes, precision)
         # What is subtracted before it is multiplied, as in Gram form, is fp32 for that.
-        self.operand = torch.float32 if self.plan.form == "gram" else operand_of(dtypes)
-        # Of the evaluation by stored tiles: whether the launch that computes a tile can tell its
-        # loss, and whether anything reads the tile afterwards.
-        self.finishes = plan.parts == 1 and self._norm != "column"
-        self.stores = plan.wants_gradients or not self.finishes
-        entries = math.prod(plan.channels) if self._norm == "mse" else 1
-        self._factor = 1 / (plan.batch * entries)
+        self.operand = torch.float32 if plan.form == "gram" else operand_of(dtypes)
         planned = (*plan.maps, *(None,) * (4 - len(plan.maps)))
         self._maps = [
             self._map(i, x, m) for i, (x, m) in enumerate(zip(slots, planned * 2, strict=True))
@@ -60,12 +47,14 @@ class Pair:
         if self._ready and i % 4 == 2:
             return matrix_spec(self._slot(i), x)
         # A gradient is as large as its map, and written in its own dtype.
-        size = plan.pooled_size if plan.fused_windows else None
-        return map_spec(self._slot(i), x, self.operand if i < 4 else x.dtype, size, self._pool)
+        dtype = self.operand if i < 4 else x.dtype
+        return map_spec(self._slot(i), x, dtype, plan.read.pooled_size, plan.read.pool)
 
     @property
     def stored_elements(self) -> int:
         """Of the workspace: the parts of the residuals of as many samples as one chunk has."""
+        if self.plan.evaluation != "tiles" or not self.plan.stores:
+            return 0
         return self.plan.parts * self.plan.samples * math.prod(self.plan.channels)
 
     def _has_gradient(self, own: int) -> bool:
@@ -85,7 +74,7 @@ class Pair:
         return [self._entry(own=own, finishes=own == owners[0]) for own in owners]
 
     def residual_entry(self, chunk: int) -> Any:
-        return self._entry(finishes=self.finishes, chunk=chunk, out=self._stored(chunk))
+        return self._entry(finishes=self.plan.finishes, chunk=chunk, out=self._stored(chunk))
 
     def combine_entry(self, chunk: int) -> Any:
         return self._entry(chunk=chunk, out=self._stored(chunk))
@@ -131,7 +120,7 @@ class Pair:
 
     @property
     def _slope_factor(self) -> float:
-        return self._factor * (1 if self._norm == "column" else 2)
+        return self.plan.slope_scale / self.plan.divisor
 
     def _product_fields(self, chunk: int) -> dict[str, Any]:
         first, samples = self._samples_of(chunk)
@@ -149,7 +138,7 @@ class Pair:
 
     def _stored(self, chunk: int, transposed: bool = False) -> Any:
         """The workspace as the first part of the residuals of a chunk."""
-        if not self.stores:
+        if not self.plan.stores:
             return None
         _, samples = self._samples_of(chunk)
         x = torch.empty(samples, *self.plan.channels, device="meta")
@@ -179,38 +168,10 @@ class Pair:
             positions=(positions, positions if self._ready else self.plan.teacher[0].positions),
             parts=self.plan.parts,
             own=own - own % 2,
-            residual=getattr(module().Residual, self._residual),
-            norm=module().Norm.column if self._norm == "column" else module().Norm.squares,
+            residual=getattr(module().Residual, self.plan.residual),
+            norm=module().Norm.column if self.plan.norm == "column" else module().Norm.squares,
             split=self._split,
             finishes=finishes,
             weight=self._index,
-            factor=self._factor,
+            factor=1 / self.plan.divisor,
         )
-
-    @property
-    def _residual(self) -> str:
-        if self.plan.residual == "difference":
-            return "difference"
-        if self._ready:
-            return "ready"
-        return "direct" if self.plan.teacher[0].positions == self.plan.positions else "apart"
-
-
-def _for_this_chip(plan: PairPlan, device: int, dtypes: Sequence[torch.dtype]) -> PairPlan:
-    """The plan, or stored tiles where a block of this chip has no room for it."""
-    operand = scalar_of(operand_of(dtypes))
-    if plan.evaluation == "recomputed tiles":
-        networks = (plan.student, plan.teacher)[: len(plan.teacher)]
-        positions = max(maps[0].positions for maps in networks)
-        fits = module().recompute_fits(device, operand, positions)
-    elif plan.form == "gram":
-        fits = module().gram_fits(device, plan.positions)
-    elif plan.evaluation == "one pass":
-        fits = module().one_pass_tile(device, operand, max(plan.channels)) > 0
-    else:
-        return plan
-    if fits:
-        return plan
-    residual: Residual = "direct" if all(x in HALF for x in dtypes) else plan.residual
-    samples = stored_samples(plan)
-    return replace(plan, form="matrix", residual=residual, evaluation="tiles", samples=samples)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fsp_kernels.backends.cuda.entries import Pair
 from fsp_kernels.backends.cuda.extension import index_of, module, scalar_of
 from fsp_kernels.backends.fused import Programs, raw_stream, slots_of
-from fsp_kernels.loss_plan import LossPlan
+from fsp_kernels.loss_plan import LossPlan, Step
 
 _NUMBER = torch.float32.itemsize
 _ALIGNMENT = 4  # numbers, 16 bytes: where each workspace begins
@@ -29,19 +29,22 @@ class Program:
         self._sizes = [len(p.maps) for p in plan.pairs]
         slots = slots_of(self._sizes, maps, gradients)
         pairs = [
-            Pair(i, p, plan, s) for i, (p, s) in enumerate(zip(plan.pairs, slots, strict=True))
+            Pair(i, p, s, plan.precision)
+            for i, (p, s) in enumerate(zip(plan.pairs, slots, strict=True))
         ]
         self._launches = module().Program(index_of(maps[0]), _description(plan))
-        for operand in dict.fromkeys(p.operand for p in pairs):
-            self._add(operand, [p for p in pairs if p.operand == operand])
-        # One tensor holds all workspaces and, after them, the partial losses.
-        self._workspaces, stop = [], 0
-        for p in pairs:
-            self._workspaces.append(stop)
-            if p.plan.evaluation == "tiles" and p.stores:
-                stop += math.ceil(p.stored_elements / _ALIGNMENT) * _ALIGNMENT
-        self._partials = stop
-        self._scratch = stop + self._launches.partials
+        # One tensor holds the workspaces, which those of the next step take over, and after them
+        # the partial losses.
+        self._workspaces = [0] * len(pairs)
+        self._partials = 0
+        for step in plan.steps:
+            self._add(step, [pairs[i] for i in step.pairs])
+            stop = 0
+            for i in step.pairs if step.chunk == 0 else ():
+                self._workspaces[i] = stop
+                stop += math.ceil(pairs[i].stored_elements / _ALIGNMENT) * _ALIGNMENT
+            self._partials = max(self._partials, stop)
+        self._scratch = self._partials + self._launches.partials
 
     def __call__(
         self,
@@ -62,43 +65,28 @@ class Program:
         self._launches(raw_stream(maps[0].device), addresses, weights)
         return result
 
-    def _add(self, operand: torch.dtype, pairs: Sequence[Pair]) -> None:
-        """The launches of pairs that are multiplied as ``operand``."""
-        scalar, launches = scalar_of(operand), self._launches
-        # The largest samples first: the small ones fill the device while the last of them end.
-        pairs = sorted(pairs, key=lambda p: -p.plan.flops / p.plan.batch)
-        one_pass = [p for p in pairs if p.plan.evaluation == "one pass"]
-        matrix = [p.one_pass_entry() for p in one_pass if p.plan.form == "matrix"]
-        gram = [p.one_pass_entry() for p in one_pass if p.plan.form == "gram"]
-        recomputed = [p for p in pairs if p.plan.evaluation == "recomputed tiles"]
-        entries = [entry for p in recomputed for entry in p.recompute_entries()]
-        for some in _pairs(matrix):
-            launches.add_one_pass(scalar, some)
-        for some in _pairs(gram):
-            launches.add_gram(some)
-        for some in _pairs(entries):
-            launches.add_recompute(scalar, some)
-        self._add_tiles(scalar, [p for p in pairs if p.plan.evaluation == "tiles"])
+    def _add(self, step: Step, pairs: Sequence[Pair]) -> None:
+        scalar, launches = scalar_of(pairs[0].operand), self._launches
+        if step.evaluation == "tiles":
+            self._add_tiles(scalar, pairs, step.chunk)
+        elif step.evaluation == "recomputed tiles":
+            entries = [entry for p in pairs for entry in p.recompute_entries()]
+            for some in _at_a_time(entries, module().most_pairs):
+                launches.add_recompute(scalar, some)
+        elif step.form == "gram":
+            launches.add_gram([p.one_pass_entry() for p in pairs])
+        else:
+            launches.add_one_pass(scalar, [p.one_pass_entry() for p in pairs])
 
-    def _add_tiles(self, scalar: Any, pairs: Sequence[Pair]) -> None:
-        """Chunk after chunk of samples: these share a workspace."""
-        chunks = max((math.ceil(p.plan.batch / p.plan.samples) for p in pairs), default=0)
-        for chunk in range(chunks):
-            chosen = [p for p in pairs if chunk * p.plan.samples < p.plan.batch]
-            for some in _pairs([p.residual_entry(chunk) for p in chosen]):
-                self._launches.add_residual(scalar, some)
-            combined = [p.combine_entry(chunk) for p in chosen if not p.finishes]
-            for some in _pairs(combined):
-                self._launches.add_combine(some)
-            for some in _products(chosen, chunk, Pair.gradient_entries):
-                self._launches.add_gradients(scalar, some)
-            for some in _products(chosen, chunk, Pair.matrix_gradient_entries):
-                self._launches.add_matrix_gradients(some)
-
-
-def _pairs(entries: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """As many at a time as one launch takes."""
-    return _at_a_time(entries, module().most_pairs)
+    def _add_tiles(self, scalar: Any, pairs: Sequence[Pair], chunk: int) -> None:
+        self._launches.add_residual(scalar, [p.residual_entry(chunk) for p in pairs])
+        combined = [p.combine_entry(chunk) for p in pairs if not p.plan.finishes]
+        if combined:
+            self._launches.add_combine(combined)
+        for some in _products(pairs, chunk, Pair.gradient_entries):
+            self._launches.add_gradients(scalar, some)
+        for some in _products(pairs, chunk, Pair.matrix_gradient_entries):
+            self._launches.add_matrix_gradients(some)
 
 
 def _products(

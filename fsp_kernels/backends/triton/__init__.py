@@ -10,6 +10,7 @@
     product.py      FSP matrices and their derivatives
     elementwise.py  the sum of the partial losses; backward's scaling
     loss.py         what is launched for a plan
+    limits.py       what the table allows for a pair, for the planner
     entries.py      what each kernel is told of a pair
     launch.py       launching at the cost of a C call
     configurations  tiles, warps and stages, by kernel, precision and chip
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fsp_kernels.backends.fused import FusedBackend, on_device, remembered, why_no_gpu
-from fsp_kernels.loss_plan import LossPlan
+from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan
 
 OLDEST_CAPABILITY = (8, 0)
 
@@ -47,6 +48,18 @@ class TritonBackend(FusedBackend):
 
     def why_not_on(self, device: torch.device) -> str | None:
         return _why_too_old(device)
+
+    def limits(
+        self,
+        device: torch.device,
+        student: Sequence[MapPlan],
+        teacher: Sequence[MapPlan],
+        precision: str,
+    ) -> Limits:
+        from fsp_kernels.backends.triton.launch import device_family
+        from fsp_kernels.backends.triton.limits import limits_of
+
+        return limits_of(student, teacher, precision, device_family(device))
 
     def product(self, x: Tensor, y: Tensor, out: Tensor, positions: int) -> None:
         from fsp_kernels.backends.triton.product import batched_product

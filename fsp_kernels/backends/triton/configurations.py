@@ -139,6 +139,14 @@ def configuration_of(
     return next((r.configuration for r in fitting if r.limit >= size), None)
 
 
+def largest_size(kernel: str, kind: str, family: str, access: str) -> int:
+    """The largest size that :func:`configuration_of` has a row for; 0 if there is none."""
+    wanted = (family, kernel, kind, access)
+    return max(
+        (r.limit for r in rows() if (r.family, r.kernel, r.kind, r.access) == wanted), default=0
+    )
+
+
 def family_of(capability: int) -> str:
     """The table for a chip of this compute capability (89 for 8.9), which is at least 80."""
     return [name for name, oldest in FAMILIES.items() if oldest <= capability][-1]

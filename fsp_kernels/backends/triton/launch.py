@@ -11,6 +11,7 @@ from functools import reduce
 from operator import or_
 from typing import Any
 
+import torch
 import triton
 
 from fsp_kernels.backends.triton.arithmetic import INTERPRETED
@@ -60,8 +61,15 @@ def _addresses(tensors: Tensors, found: list[int]) -> Any:
     return address
 
 
-def device_family() -> str:
-    """The configuration table for the current device; the interpreter follows a small chip's."""
+def device_family(device: torch.device | None = None) -> str:
+    """The configuration table for a device, the current one if none is named.
+
+    The interpreter follows the one with most rows; without a GPU it is that of the chip to compile
+    for.
+    """
     if INTERPRETED:
-        return "sm_89"
+        return "sm_100"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        return family_of(10 * major + minor)
     return family_of(triton.runtime.driver.active.get_current_target().arch)

@@ -6,7 +6,6 @@ recomputed, tiles stored (residual, gradients); and the sum of what the programs
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,41 +25,28 @@ from fsp_kernels.backends.triton.tiles import (
     GradientEntry,
     fsp_combine,
     fsp_gradients,
+    fsp_matrix_gradients,
     fsp_residual,
 )
-from fsp_kernels.loss_plan import LossPlan
+from fsp_kernels.loss_plan import LossPlan, Step
 
-Step = Callable[[int, Sequence[Slots], Sequence[float], Tensor], None]
-
-
-# Of one launch: a kernel has code for each of its pairs, and takes as long to compile.
-_MOST_PAIRS = 8
+Run = Callable[[int, Sequence[Slots], Sequence[float], Tensor], None]
 
 
 class Program:
-    """The launches of a plan."""
+    """The launches of a plan, step by step."""
 
     def __init__(self, plan: LossPlan, maps: Sequence[Tensor], gradients: Sequence[Tensor | None]):
-        self._divisors = [
-            p.batch * (math.prod(p.channels) if plan.norm == "mse" else 1) for p in plan.pairs
-        ]
+        self._divisors = [p.divisor for p in plan.pairs]
         self._sizes = [len(p.maps) for p in plan.pairs]
-        family = device_family()
+        family = device_family(maps[0].device)
         slots = slots_of(self._sizes, maps, gradients)
         pairs = [
-            Pair(i, pair, plan, s, family)
+            Pair(i, pair, s, family, plan.precision)
             for i, (pair, s) in enumerate(zip(plan.pairs, slots, strict=True))
         ]
-        self._steps: list[Step] = []
         self._partials = 0
-        for evaluation, build in (
-            ("one pass", self._add_one_pass),
-            ("recomputed tiles", self._add_recompute),
-            ("tiles", self._add_tiles),
-        ):
-            chosen = [p for p in pairs if p.plan.evaluation == evaluation]
-            for start in range(0, len(chosen), _MOST_PAIRS):
-                build(chosen[start : start + _MOST_PAIRS])
+        self._steps = [self._prepare(step, [pairs[i] for i in step.pairs]) for step in plan.steps]
         self._finish = Launch(fsp_finish, 1, 8, self._partials, BLOCK)
 
     def __call__(
@@ -84,18 +70,17 @@ class Program:
         self._partials += count
         return self._partials - count
 
-    def _add_one_pass(self, pairs: Sequence[Pair]) -> None:
-        # The largest samples first: the small ones fill the device while the last of them end.
-        pairs = sorted(pairs, key=lambda p: -p.plan.flops / p.plan.batch)
-        matrix = [p for p in pairs if p.plan.form == "matrix"]
-        if matrix:
-            launch = self._launch(fsp_one_pass, [p.one_pass_entry() for p in matrix])
-            self._steps.append(_OnSlots(launch, [(p.index, False) for p in matrix]))
-        gram = [p for p in pairs if p.plan.form == "gram"]
-        if gram:
-            configured = [p.gram_entry() for p in gram]
+    def _prepare(self, step: Step, pairs: Sequence[Pair]) -> Run:
+        if step.evaluation == "tiles":
+            return _Tiles(pairs, step.chunk, self._take_partials)
+        if step.evaluation == "recomputed tiles":
+            return self._recompute(pairs)
+        if step.form == "gram":
+            configured = [p.gram_entry() for p in pairs]
             launch = self._launch(fsp_gram, configured)
-            self._steps.append(_Gram(launch, gram, [entry for entry, _ in configured]))
+            return _Gram(launch, pairs, [entry for entry, _ in configured])
+        launch = self._launch(fsp_one_pass, [p.one_pass_entry() for p in pairs])
+        return _OnSlots(launch, [(p.index, False) for p in pairs])
 
     def _launch(self, kernel: Any, configured: Sequence[tuple[Entry, int]]) -> Launch:
         """Of a kernel with one program for each sample."""
@@ -104,7 +89,7 @@ class Program:
         grid = sum(entry.samples for entry in entries)
         return Launch(kernel, grid, warps, entries, self._take_partials(grid), len(entries))
 
-    def _add_recompute(self, pairs: Sequence[Pair]) -> None:
+    def _recompute(self, pairs: Sequence[Pair]) -> Run:
         # One side of each pair tells the loss: these come first, so that their partial losses are
         # those of the first programs.
         sides = [(p, p.sides_with_gradients()[0]) for p in pairs]
@@ -116,13 +101,7 @@ class Program:
         grid = sum(programs)
         first = self._take_partials(sum(programs[: len(pairs)]))
         launch = Launch(fsp_recompute, grid, warps, entries, first, len(entries))
-        self._steps.append(_OnSlots(launch, [(p.index, swapped) for p, swapped in sides]))
-
-    def _add_tiles(self, pairs: Sequence[Pair]) -> None:
-        chunks = max(triton.cdiv(p.plan.batch, p.plan.samples) for p in pairs)
-        for chunk in range(chunks):
-            chosen = [p for p in pairs if chunk * p.plan.samples < p.plan.batch]
-            self._steps.append(_Tiles(chosen, chunk, self._take_partials))
+        return _OnSlots(launch, [(p.index, swapped) for p, swapped in sides])
 
 
 _PROGRAMS = Programs(Program)
@@ -164,24 +143,23 @@ class _Tiles:
     """The launches of tiles.py over one chunk of samples of some pairs."""
 
     def __init__(self, pairs: Sequence[Pair], chunk: int, take_partials: Callable[[int], int]):
-        # Those whose loss the first launch tells come first, so that their partial losses are those
-        # of the first programs.
-        pairs = sorted(pairs, key=lambda p: not p.finishes)
+        # Those whose loss the first launch tells come first, and with them their partial losses.
         self._indices = [p.index for p in pairs]
+        self._slope_scales = [p.plan.slope_scale for p in pairs]
         configured = [p.residual_entry(chunk) for p in pairs]
         entries = tuple(entry for entry, _ in configured)
         warps = max(warps for _, warps in configured)
         programs = [e.samples * e.parts.value * _tiles(e) for e in entries]
         grid = sum(programs)
-        told = [count for p, count in zip(pairs, programs, strict=True) if p.finishes]
+        told = [count for p, count in zip(pairs, programs, strict=True) if p.plan.finishes]
         first = take_partials(sum(told))
         self._residual = Launch(fsp_residual, grid, warps, entries, first, len(entries))
 
         self._workspaces = [
-            (e.parts.value * e.samples, e.m.value, e.n.value) if p.stores else None
+            (e.parts.value * e.samples, e.m.value, e.n.value) if p.plan.stores else None
             for p, e in zip(pairs, entries, strict=True)
         ]
-        self._combined = [i for i, p in enumerate(pairs) if not p.finishes]
+        self._combined = [i for i, p in enumerate(pairs) if not p.plan.finishes]
         if self._combined:
             chosen = tuple(entries[i] for i in self._combined)
             grid = sum(e.samples * triton.cdiv(e.n.value, e.block_n.value) for e in chosen)
@@ -197,11 +175,11 @@ class _Tiles:
             warps = max(warps for found in products for *_, warps in found)
             grid = sum(_gradient_tiles(e) for e in gradients)
             self._gradients = Launch(fsp_gradients, grid, warps, gradients, len(gradients))
-        self._matrices = [
-            (i, e.first_sample, e.samples, pairs[i].slope_scale)
-            for i, e in enumerate(entries)
-            if e.residual.value == "ready" and e.gradients[2] is not None
-        ]
+        self._matrices = [i for i, p in enumerate(pairs) if p.wants_matrix_gradient]
+        if self._matrices:
+            chosen = tuple(entries[i] for i in self._matrices)
+            grid = sum(e.samples * _tiles(e) for e in chosen)
+            self._matrix_gradients = Launch(fsp_matrix_gradients, grid, 4, chosen, len(chosen))
 
     def __call__(
         self, stream: int, slots: Sequence[Slots], factors: Sequence[float], partials: Tensor
@@ -224,11 +202,10 @@ class _Tiles:
             )
             scales = tuple([scale * weights[i] for i, _, scale in self._products])
             self._gradients(stream, (pointers,), scales)
-        for i, start, samples, scale in self._matrices:
-            out, slope = mine[i][6], workspaces[i]
-            assert out is not None
-            assert slope is not None
-            out[start : start + samples].copy_(slope[:samples].mul_(-scale * weights[i]))
+        if self._matrices:
+            matrices = tuple([(mine[i], workspaces[i]) for i in self._matrices])
+            scales = tuple([-self._slope_scales[i] * weights[i] for i in self._matrices])
+            self._matrix_gradients(stream, (matrices,), scales)
 
 
 def _tiles(entry: Entry) -> int:

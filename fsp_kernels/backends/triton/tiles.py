@@ -14,7 +14,12 @@ import triton.language as tl
 
 from fsp_kernels.backends.triton.arithmetic import multiply_computed
 from fsp_kernels.backends.triton.maps import MapLayout, load_tile, write_gradient
-from fsp_kernels.backends.triton.residual import MatrixLayout, loss_and_slope, residual_tile
+from fsp_kernels.backends.triton.residual import (
+    MatrixLayout,
+    loss_and_slope,
+    residual_tile,
+    write_matrix_gradient,
+)
 
 
 class GradientEntry(NamedTuple):
@@ -163,6 +168,28 @@ def _gradient_tile(pointers, entry, factor, sample, row, column):
         entry.block_own,
         entry.block_k,
     )
+
+
+@triton.jit
+def fsp_matrix_gradients(pointers, entries, COUNT: tl.constexpr, factors):
+    """``factor * slope`` to the gradient of every ready matrix; a tile each."""
+    program = tl.program_id(0)
+    start = 0
+    for i in tl.static_range(COUNT):
+        rows = tl.cdiv(entries[i].m, entries[i].block_m)
+        columns = tl.cdiv(entries[i].n, entries[i].block_n)
+        stop = start + entries[i].samples * rows * columns
+        if (program >= start) & (program < stop):
+            index = program - start
+            row = index // columns % rows * entries[i].block_m
+            column = index % columns * entries[i].block_n
+            sample = index // (columns * rows)
+            maps, workspace = pointers[i]
+            addresses, mask = _workspace_tile(workspace, entries[i], sample, row, column)
+            slope = tl.load(addresses, mask, other=0.0)
+            map_sample = sample + entries[i].first_sample
+            write_matrix_gradient(slope * factors[i], maps, entries[i], map_sample, row, column)
+        start = stop
 
 
 @triton.jit

@@ -1,0 +1,31 @@
+"""What the kernels of csrc/ allow for a pair on a device: which of them fit its shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fsp_kernels.backends.cuda.extension import module, scalar_of
+from fsp_kernels.backends.cuda.maps import operand_of
+from fsp_kernels.loss_plan import Limits, MapPlan, multiplied_dtypes
+from fsp_kernels.plan import GPU_GRAM_POSITIONS, GPU_RECOMPUTE_POSITIONS
+
+
+def limits_of(student: Sequence[MapPlan], teacher: Sequence[MapPlan], device: int) -> Limits:
+    """See :meth:`fsp_kernels.backends.Backend.limits`; ``device`` is a number."""
+    kernels, operand = module(), operand_of(multiplied_dtypes(student, teacher))
+    scalar = scalar_of(operand)
+    # Tiles of 32 and of 64 channels share a kernel, those of 128 have one of their own.
+    fitting = [t for t in (32, 64, 128) if kernels.one_pass_tile(device, scalar, t) == t]
+    one_pass = tuple(t for t in fitting if t != 32 or 64 not in fitting)
+    gram = kernels.gram_fits(device, GPU_GRAM_POSITIONS)
+    recompute = kernels.recompute_fits(device, scalar, GPU_RECOMPUTE_POSITIONS)
+    return Limits(
+        evaluations=("one pass", "tiles", "recomputed tiles"),
+        one_pass=one_pass,
+        gram_positions=GPU_GRAM_POSITIONS if gram else 0,
+        recompute_positions=GPU_RECOMPUTE_POSITIONS if recompute else 0,
+        exact_halves=True,
+        kernels=operand,
+        launch_pairs=kernels.most_pairs,
+        launch_products=kernels.most_products,
+    )

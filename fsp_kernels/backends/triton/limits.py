@@ -1,0 +1,53 @@
+"""What the table of configurations allows for a pair: which rows there are for its maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fsp_kernels.backends.fused import axes_of
+from fsp_kernels.backends.triton.configurations import ACCESSES, largest_size
+from fsp_kernels.loss_plan import Limits, MapPlan, multiplied_dtypes
+from fsp_kernels.plan import GPU_RECOMPUTE_POSITIONS, HALF
+
+# Of one launch: a kernel has code for each of its pairs, and takes as long to compile.
+MOST_PAIRS = 8
+
+
+def limits_of(
+    student: Sequence[MapPlan], teacher: Sequence[MapPlan], precision: str, family: str
+) -> Limits:
+    """See :meth:`fsp_kernels.backends.Backend.limits`, for chips of a family."""
+    row = kind_of(student, teacher, precision), family, access_of(student, teacher)
+    channels = largest_size("one_pass", *row)
+    return Limits(
+        evaluations=("one pass", "tiles", "recomputed tiles"),
+        one_pass=(channels,) if channels else (),
+        gram_positions=largest_size("gram", *row),
+        recompute_positions=GPU_RECOMPUTE_POSITIONS,
+        gram_in_memory=True,  # the compiler cannot keep the blocks on chip
+        exact_halves=True,
+        launch_pairs=MOST_PAIRS,
+        launch_products=4 * MOST_PAIRS,
+        recompute_by_side=True,
+    )
+
+
+def kind_of(student: Sequence[MapPlan], teacher: Sequence[MapPlan], precision: str) -> str:
+    """Which of ``configurations.KINDS`` the products of a pair are."""
+    halves = all(dtype in HALF for dtype in multiplied_dtypes(student, teacher))
+    return "half" if halves else precision
+
+
+def access_of(student: Sequence[MapPlan], teacher: Sequence[MapPlan]) -> str:
+    """Which of ``configurations.ACCESSES`` reading a pair is: the slowest of its maps'."""
+    maps = [*student, *teacher] if len(teacher) == 2 else student
+    return max((_access_of_map(x.read) for x in maps), key=ACCESSES.index)
+
+
+def _access_of_map(plan: MapPlan) -> str:
+    axes = axes_of(plan.shape, plan.strides, plan.pooled_size)
+    if not axes.flat:
+        return "scattered"
+    strides = (*plan.strides[:2], axes.strides[2])
+    aligned = 1 in strides and all(t * plan.dtype.itemsize % 16 == 0 for t in strides if t != 1)
+    return "aligned" if aligned else "odd"

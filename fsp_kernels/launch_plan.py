@@ -1,0 +1,69 @@
+"""Which pairs of a call share launches, and how many launches that makes.
+
+``plan.py`` chooses each pair's evaluation; from these follow the steps of the whole call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Sequence
+
+from fsp_kernels.loss_plan import Limits, PairPlan, Step
+
+# A pair's evaluation, and what the backend can do for it.
+Chosen = tuple[PairPlan, Limits]
+
+
+def steps_of(chosen: Sequence[Chosen]) -> Iterator[Step]:
+    """What pairs do together: those that share kernels, as many at a time as a launch takes."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, (pair, limits) in enumerate(chosen):
+        size = None  # of the kernel of one pass
+        if pair.evaluation == "one pass" and pair.form == "matrix":
+            size = next(x for x in limits.one_pass if x >= max(pair.channels))
+        key = (pair.evaluation, pair.form, limits.kernels, size)
+        groups.setdefault(key, []).append(index)
+    for members in groups.values():
+        # Tiles whose loss the first launch tells come first; then the largest samples, since small
+        # ones fill the device while the last of these end.
+        members.sort(key=lambda i: (not chosen[i][0].finishes, -chosen[i][0].flops))
+        most = chosen[members[0]][1].launch_pairs
+        for start in range(0, len(members), most):
+            yield from _steps_of(members[start : start + most], chosen)
+
+
+def _steps_of(members: Sequence[int], chosen: Sequence[Chosen]) -> Iterator[Step]:
+    """The chunks of samples of some pairs that share their launches."""
+    pair, limits = chosen[members[0]]
+    by_tiles = pair.evaluation == "tiles"
+    scratch = sum(chosen[i][0].scratch_bytes for i in members)
+    chunks = max(math.ceil(chosen[i][0].batch / chosen[i][0].samples) for i in members)
+    for chunk in range(chunks if by_tiles else 1):
+        here = tuple(i for i in members if chunk * chosen[i][0].samples < chosen[i][0].batch)
+        launches = _launches([chosen[i][0] for i in here], limits)
+        yield Step(pair.evaluation, pair.form, here, chunk, launches, scratch)
+
+
+def _launches(pairs: Sequence[PairPlan], limits: Limits) -> tuple[str, ...]:
+    """The kernels of a step, in order."""
+    evaluation, form = pairs[0].evaluation, pairs[0].form
+    if evaluation == "chunks":
+        return ()
+    if evaluation == "one pass":
+        return ("gram",) if form == "gram" else ("one_pass",)
+    maps = [m for p in pairs for m in (p.maps if len(p.teacher) == 2 else p.student)]
+    ready = [p for p in pairs if len(p.teacher) == 1 and p.teacher[0].gradient_dtype is not None]
+    products = sum(m.gradient_dtype is not None for m in maps)
+    if evaluation == "recomputed tiles":
+        if limits.recompute_by_side:
+            return ("recompute",)
+        # The gradient of a ready matrix is written beside that of the first map, wanted or not.
+        entries = products + sum(p.student[0].gradient_dtype is None for p in ready)
+        return ("recompute",) * math.ceil(entries / limits.launch_pairs)
+    combines = any(not p.finishes for p in pairs)
+    return (
+        "residual",
+        *(("combine",) if combines else ()),
+        *("gradients",) * math.ceil(products / limits.launch_products),
+        *("matrix_gradients",) * math.ceil(len(ready) / limits.launch_products),
+    )
