@@ -88,16 +88,24 @@ class Workers:
                 self._running.discard(process)
 
     def run_all(
-        self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], seconds: float
-    ) -> list[Result]:
-        """The same for many calls side by side; ``seconds`` is for all of them together."""
-        deadline = time.monotonic() + seconds
+        self,
+        function: Callable[..., Any],
+        calls: Sequence[tuple[Any, ...]],
+        seconds: float,
+        together: float,
+    ) -> list[Result | None]:
+        """The same for many calls side by side, which have ``seconds`` each.
 
-        def one(arguments: tuple[Any, ...]) -> Result:
+        ``None`` for those that were not done when the time for all of them ``together`` ended.
+        """
+        deadline = time.monotonic() + together
+
+        def one(arguments: tuple[Any, ...]) -> Result | None:
             left = deadline - time.monotonic()
             if left <= 0:
-                return Result(reason="no time left")
-            return self.run(function, *arguments, seconds=left)
+                return None
+            result = self.run(function, *arguments, seconds=min(seconds, left))
+            return None if result.reason and time.monotonic() >= deadline else result
 
         pool = ThreadPoolExecutor(self._jobs)
         try:

@@ -38,8 +38,9 @@ from fsp_kernels.backends.triton.configurations import Configuration, Row, famil
 
 GAIN = 1.03  # what a change must bring, above the noise of a round
 KINDS = ("half", "tf32x3", "tf32")  # those that users get by default first
-# Seconds: what a row needs at least, and what of the time left is kept for its measurement.
-LEAST, FOR_MEASURING = 20.0, 10.0
+# Seconds: what a row needs at least, what of the time left is kept for its measurement, and what
+# compiling a candidate may take.
+LEAST, FOR_MEASURING, FOR_COMPILING = 20.0, 10.0, 120.0
 GRACE = 5.0  # after the deadline a candidate that is being timed may still end
 INTERRUPTED = 130  # exit status
 
@@ -128,15 +129,18 @@ def try_out(trial: Trial, table: Sequence[Row], workers: Workers, deadline: floa
     for candidate in trial.todo:
         changed = trial.row._replace(configuration=candidate)
         calls.append((replaced(table, trial.row, changed), changed, trial.used))
-    compiled = workers.run_all(compile_trial, calls, deadline - FOR_MEASURING - time.time())
-    for candidate, result in zip(trial.todo, compiled, strict=True):
-        refused = result.reason or result.value
-        if refused and candidate != trial.row.configuration:
-            trial.drop(candidate, refused)
-    while trial.left and time.time() < deadline:
+    together = deadline - FOR_MEASURING - time.time()
+    compiled = workers.run_all(compile_trial, calls, FOR_COMPILING, together)
+    ready = [trial.row.configuration]  # which is timed, whatever a compiler says of it
+    for candidate, result in list(zip(trial.todo, compiled, strict=True))[1:]:
+        if result is not None and (result.reason or result.value):
+            trial.drop(candidate, result.reason or result.value)
+        elif result is not None:
+            ready.append(candidate)
+    while (left := [c for c in ready if c in trial.left]) and time.time() < deadline:
         result = workers.run(
             measure,
-            *(list(table), trial.row, trial.used, trial.left, deadline),
+            *(list(table), trial.row, trial.used, left, deadline),
             seconds=deadline + GRACE - time.time(),
             heard=trial.hear,
         )
@@ -152,10 +156,13 @@ def try_out(trial: Trial, table: Sequence[Row], workers: Workers, deadline: floa
 
 def run(
     rows: Sequence[Row], table: list[Row], path: Path, chip: str, deadline: float, jobs: int
-) -> int:
-    """Try out rows until the deadline; how many were tried. The table in ``path`` is kept whole."""
+) -> tuple[int, int]:
+    """Try out rows until the deadline; how many were measured, and how many could not be.
+
+    The table in ``path`` is replaced as a whole after each row.
+    """
     today = datetime.date.today().isoformat()
-    done = 0
+    measured = failed = 0
     with Workers(jobs) as workers:
         for row, used in in_order(rows, table):
             if deadline - time.time() < LEAST:
@@ -169,8 +176,9 @@ def run(
                 table[:] = replaced(table, row, trial.outcome(chip, today))
                 configurations.write(table, path)
                 print(trial, flush=True)
-            done += 1
-    return done
+            measured += bool(trial.ratios)
+            failed += trial.reason is not None
+    return measured, failed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -211,14 +219,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        done = run(rows, table, chosen.table, chip, deadline, chosen.jobs)
+        measured, failed = run(rows, table, chosen.table, chip, deadline, chosen.jobs)
     except KeyboardInterrupt:
         print(f"interrupted: {chosen.table} has the best that is known so far")
         return INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, before)
-    print(f"{done} of {len(rows)} rows tried; {chosen.table} is complete")
-    return 0
+    print(f"of {len(rows)} rows {measured} measured, {failed} failed; {chosen.table} is complete")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

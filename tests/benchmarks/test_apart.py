@@ -90,15 +90,21 @@ def test_what_it_tells_is_heard_in_order_also_before_it_dies(workers):
 
 def test_calls_run_side_by_side_and_keep_their_order(workers, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    found = workers.run_all(meets, [(one, two), (two, one)], seconds=LONG)
+    found = workers.run_all(meets, [(one, two), (two, one)], seconds=LONG, together=LONG)
     assert [x.reason for x in found] == [None, None]
-    assert [x.value for x in workers.run_all(twice, [(i,) for i in range(5)], LONG)] == [
-        *range(0, 10, 2)
-    ]
+    doubled = workers.run_all(twice, [(i,) for i in range(5)], seconds=LONG, together=LONG)
+    assert [x.value for x in doubled] == [0, 2, 4, 6, 8]
 
 
-def test_calls_there_is_no_time_for_say_so(workers):
-    assert workers.run_all(twice, [(1,)], seconds=0) == [(None, "no time left")]
+def test_calls_that_the_time_for_all_was_too_short_for_have_no_result(workers, tmp_path):
+    calls = [(tmp_path / str(i),) for i in range(5)]
+    assert workers.run_all(sleeps, calls, seconds=LONG, together=0.3) == [None] * 5
+    assert len(list(tmp_path.iterdir())) <= 2
+
+
+def test_one_call_that_takes_too_long_has_a_reason(workers, tmp_path):
+    found = workers.run_all(sleeps, [(tmp_path / "started",)], seconds=0.3, together=LONG)
+    assert found == [(None, "not done after 0.3 s")]
 
 
 def test_leaving_ends_what_still_runs(tmp_path):

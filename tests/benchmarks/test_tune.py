@@ -35,9 +35,13 @@ CHIP = f"NVIDIA Fake 1, torch {torch.__version__}, triton {tune.triton.__version
 
 
 class Here:
-    """``apart.Workers`` without processes; ``ends`` makes one end at a candidate."""
+    """``apart.Workers`` without processes; ``ends`` makes one end at a candidate.
+
+    There is time to compile the first ``compiled`` candidates.
+    """
 
     ends: tuple[Configuration, ...] = ()
+    compiled: int | None = None
 
     def __init__(self, jobs):
         assert jobs >= 1
@@ -63,15 +67,16 @@ class Here:
         except RuntimeError as error:
             return Result(reason=str(error))
 
-    def run_all(self, function, calls, seconds):
+    def run_all(self, function, calls, seconds, together):
         assert seconds > 0
+        assert together > 0
         found = []
-        for arguments in calls:
+        for arguments in calls[: self.compiled]:
             try:
                 found.append(Result(function(None, *arguments)))
             except RuntimeError as error:
                 found.append(Result(reason=str(error)))
-        return found
+        return found + [None] * (len(calls) - len(found))
 
 
 def situations(row, _):
@@ -224,10 +229,21 @@ def test_at_the_end_of_its_time_a_row_keeps_the_best_and_is_gone_on_with(gpu, ta
     assert not tune.is_measured(found, CHIP)
 
 
+def test_candidates_there_was_no_time_to_compile_are_left_for_the_next_run(gpu, table, monkeypatch):
+    monkeypatch.setattr(Here, "compiled", 3)
+    tune_it(table, "--kind", "half", "--kernel", "gradients")
+    found = by_key(table)[HALF[:5]]
+    assert found.measured.endswith(f", 3 of {len(candidates(HALF))} candidates")
+    monkeypatch.setattr(Here, "compiled", None)
+    tune_it(table, "--kind", "half", "--kernel", "gradients")
+    assert tune.is_measured(by_key(table)[HALF[:5]], CHIP)
+    assert len(gpu.measured) == 2
+
+
 def test_without_time_for_a_row_none_is_begun(gpu, table, capsys):
     assert tune_it(table, "--seconds", "5") == 0
     assert gpu.measured == []
-    assert "0 of 3 rows tried" in capsys.readouterr().out
+    assert "of 3 rows 0 measured, 0 failed" in capsys.readouterr().out
 
 
 # --- failures -------------------------------------------------------------------------------------
@@ -261,7 +277,7 @@ def test_a_row_whose_own_configuration_fails_stays_and_the_next_is_tried(gpu, ta
             raise RuntimeError("no situation fits this GPU's memory")
 
     gpu.before = fail
-    assert tune_it(table) == 0
+    assert tune_it(table) == 1
     assert by_key(table)[HALF[:5]] == HALF
     assert gpu.measured == [HALF, TF32, LONE]
     assert "not measured, no situation fits" in capsys.readouterr().out
@@ -312,7 +328,7 @@ def test_trials_run_in_processes_of_their_own(monkeypatch, table, capsys):
     monkeypatch.setattr(tune, "candidates", lambda row: candidates(row)[:2])
     monkeypatch.setattr(tune, "compile_trial", fails_to_compile)
     before = table.read_text()
-    assert tune_it(table, "--kernel", "one_pass", "--jobs", "1") == 0
+    assert tune_it(table, "--kernel", "one_pass", "--jobs", "1") == 1
     printed = capsys.readouterr().out
     assert "ptxas says no" in printed
     assert "not measured" in printed
