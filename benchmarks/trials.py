@@ -7,6 +7,7 @@ of its pairs wants; where no workload uses the row, one pair of maps that does.
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
@@ -230,6 +231,7 @@ def measure(
     ``("timed", it, ratio)`` or ``("dropped", it, reason)``. Where its process ends, the candidate
     that it was trying is the cause.
     """
+    gc.freeze()  # each recording of a graph collects garbage first: of what comes from here on
     benches = []
     for situation in used:
         try:

@@ -146,12 +146,12 @@ def try_out(trial: Trial, table: Sequence[Row], workers: Workers, deadline: floa
         )
         if result.reason is None:
             return
-        if trial.trying is None:  # not a candidate's fault
-            trial.reason = result.reason
-            return
-        if time.time() < deadline:
+        if trial.trying is not None and time.time() < deadline:
             trial.drop(trial.trying, result.reason)
         trial.trying = None
+        if not set(left) - set(trial.left):  # not a candidate's fault
+            trial.reason = result.reason
+            return
 
 
 def run(

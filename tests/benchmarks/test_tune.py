@@ -107,7 +107,11 @@ class Gpu:
             if time.time() > deadline:
                 return
             tell(("trying", candidate))
-            self.each(candidate)
+            try:
+                self.each(candidate)
+            except RuntimeError as error:
+                tell(("dropped", candidate, str(error)))
+                raise
             tell(("timed", candidate, self.ratios.get(candidate, 1.0)))
 
 
@@ -269,6 +273,20 @@ def test_a_candidate_that_ends_its_process_is_dropped_and_the_rest_is_timed(
     printed = capsys.readouterr().out
     assert f"dropped {tuple(deadly)}: its process ended with status -11" in printed
     assert ", 1 dropped, 0 left" in printed
+
+
+def test_after_an_error_that_ended_the_gpus_use_the_rest_is_timed(gpu, table, capsys):
+    _, deadly, fast, *_ = candidates(HALF)
+    gpu.ratios[fast] = 0.5
+
+    def break_the_gpu(candidate):
+        if candidate == deadly:  # as trials.measure tells it before its process ends
+            raise RuntimeError("CUDA error: misaligned address")
+
+    gpu.each = break_the_gpu
+    assert tune_it(table, "--kind", "half", "--kernel", "gradients") == 0
+    assert by_key(table)[HALF[:5]].configuration == fast
+    assert f"dropped {tuple(deadly)}: CUDA error" in capsys.readouterr().out
 
 
 def test_a_row_whose_own_configuration_fails_stays_and_the_next_is_tried(gpu, table, capsys):
