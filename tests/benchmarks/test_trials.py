@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 from benchmarks import trials
 from benchmarks.kernels import DTYPES, Case, call_on, launches_of, maps_of
 from benchmarks.trials import Bench, Situation, candidates, measure, situations
+from benchmarks.workloads import Workload
 from fsp_kernels.backends.triton import configurations
 from fsp_kernels.backends.triton.configurations import (
     Configuration,
@@ -39,6 +40,14 @@ FASTER, SLOWER, WRONG, BROKEN = (
 )
 SECONDS = {ROW.configuration: 1.0, FASTER: 0.5, SLOWER: 3.0, WRONG: 0.1}
 BYTES = 4096  # of the maps of a situation of the fake GPU
+
+
+SMALL = ((5, 3, 7), (6, 3, 7), (5, 6))  # of a product
+
+
+def on_cpu(make):
+    """Maps on the CPU, wherever they are asked for."""
+    return lambda workload, batch, dtype, _: make(workload, batch, dtype, "cpu")
 
 
 # --- candidates -----------------------------------------------------------------------------------
@@ -238,6 +247,28 @@ def test_a_situation_without_room_is_skipped(gpu):  # noqa: ARG001
 
 def test_at_the_deadline_no_other_candidate_is_tried(gpu):  # noqa: ARG001
     assert [x[0] for x in heard_of([FASTER, SLOWER], deadline=time.time() - 1)] == ["in force"]
+
+
+@pytest.mark.parametrize("kind", ["half", "tf32x3"])
+def test_the_backend_itself_is_timed_and_candidates_agree(monkeypatch, kind):
+    """In Triton's interpreter: two pairs in one launch, and other blocks sum in another order."""
+    fake_gpu.install(monkeypatch)
+    monkeypatch.setattr(fake_gpu.PROPERTIES, "L2_cache_size", 1)
+    monkeypatch.setattr(trials, "workload_maps", on_cpu(trials.workload_maps))
+    monkeypatch.setattr(trials, "maps_of", lambda *_: [torch.randn(2, *x) for x in SMALL])
+    tiny = Workload("tiny", 2, (((16, 6), (16, 6)), ((5, 6), (16, 6))))
+    monkeypatch.setitem(trials.BY_NAME, "tiny", tiny)
+    (row,) = (r for r in ROWS if r[1:5] == ("one_pass", kind, "odd", 16))
+    product = next(r for r in ROWS if r[1:4] == ("product", kind, "odd"))
+    for tried, workload in ((row, "tiny"), (product, None)):
+        other = tried.configuration._replace(block_k=16, warps=1)
+        used = [Situation(Case(tried, DTYPES[kind][0]), workload, 2)]
+        heard: list = []
+        measure(heard.append, rows(), tried, used, [tried.configuration, other], math.inf)
+        assert [x[:2] for x in heard if x[0] != "trying"][1:] == [
+            ("timed", tried.configuration),
+            ("timed", other),
+        ], heard
 
 
 # --- compiling ------------------------------------------------------------------------------------
