@@ -146,7 +146,7 @@ def check(sanitizer: str, tool: str, backend: str, jobs: int = 1) -> bool:
     untold = sum(len(found.untold) for found in runs)
     print(
         f"== {tool}, {backend}: {verdict}"
-        + (f", {untold} hazards not told apart by this version" if untold else ""),
+        + (f"; hazards not told apart by this version: {untold}" if untold else ""),
         flush=True,
     )
     return not failed
