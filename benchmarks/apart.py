@@ -6,6 +6,7 @@ nothing more on the GPU, become a sentence that says why there is no result.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import signal
 import threading
@@ -67,9 +68,13 @@ class Workers:
         function: Callable[..., Any],
         *arguments: Any,
         seconds: float,
+        quiet: float = math.inf,
         heard: Tell | None = None,
     ) -> Result:
-        """Call ``function(tell, *arguments)``; ``heard`` gets all that it tells, as it tells it."""
+        """Call ``function(tell, *arguments)``; ``heard`` gets all that it tells, as it tells it.
+
+        It is ended after ``seconds``, and after ``quiet`` seconds in which it told nothing.
+        """
         receiver, sender = CONTEXT.Pipe(duplex=False)
         process = CONTEXT.Process(target=_call, args=(sender, function, arguments), daemon=True)
         with self._lock:
@@ -79,7 +84,7 @@ class Workers:
             self._running.add(process)
         sender.close()
         try:
-            return _listen(receiver, process, time.monotonic() + seconds, seconds, heard)
+            return _listen(receiver, process, seconds, quiet, heard)
         finally:
             process.kill()
             process.join()
@@ -115,13 +120,10 @@ class Workers:
 
 
 def _listen(
-    receiver: Connection,
-    process: BaseProcess,
-    deadline: float,
-    seconds: float,
-    heard: Tell | None,
+    receiver: Connection, process: BaseProcess, seconds: float, quiet: float, heard: Tell | None
 ) -> Result:
-    while receiver.poll(max(0.0, deadline - time.monotonic())):
+    deadline = time.monotonic() + seconds
+    while receiver.poll(max(0.0, min(quiet, deadline - time.monotonic()))):
         try:
             kind, value = receiver.recv()
         except EOFError:
@@ -133,7 +135,7 @@ def _listen(
             return Result(reason=value)
         if heard is not None:
             heard(value)
-    return Result(reason=f"not done after {seconds:.3g} s")
+    return Result(reason=f"not done after {min(quiet, seconds):.3g} s")
 
 
 def _call(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

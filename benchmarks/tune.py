@@ -42,6 +42,7 @@ KINDS = ("half", "tf32x3", "tf32")  # those that users get by default first
 # compiling a candidate may take.
 LEAST, FOR_MEASURING, FOR_COMPILING = 20.0, 10.0, 120.0
 GRACE = 5.0  # after the deadline a candidate that is being timed may still end
+QUIET = 90.0  # seconds for one candidate: a kernel may never end
 INTERRUPTED = 130  # exit status
 
 
@@ -142,6 +143,7 @@ def try_out(trial: Trial, table: Sequence[Row], workers: Workers, deadline: floa
             measure,
             *(list(table), trial.row, trial.used, left, deadline),
             seconds=deadline + GRACE - time.time(),
+            quiet=QUIET,
             heard=trial.hear,
         )
         if result.reason is None:

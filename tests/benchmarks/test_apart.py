@@ -37,6 +37,11 @@ def sleeps(_, started: Path):
     time.sleep(LONG)
 
 
+def hangs(tell):
+    tell("trying")
+    time.sleep(LONG)
+
+
 def meets(_, own: Path, other: Path):
     """Ends once another call of it runs, too."""
     own.touch()
@@ -79,6 +84,13 @@ def test_a_function_that_takes_too_long_is_ended(workers, tmp_path):
     found = workers.run(sleeps, tmp_path / "started", seconds=0.3)
     assert found.reason == "not done after 0.3 s"
     assert time.monotonic() - start < LONG / 2
+
+
+def test_a_function_that_tells_nothing_for_too_long_is_ended(workers):
+    heard: list = []
+    found = workers.run(hangs, seconds=LONG, quiet=0.5, heard=heard.append)
+    assert found.reason == "not done after 0.5 s"
+    assert heard == ["trying"]
 
 
 def test_what_it_tells_is_heard_in_order_also_before_it_dies(workers):

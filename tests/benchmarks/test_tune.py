@@ -52,8 +52,9 @@ class Here:
     def __exit__(self, *_):
         pass
 
-    def run(self, function, *arguments, seconds, heard):
+    def run(self, function, *arguments, seconds, quiet, heard):
         assert seconds > 0
+        assert quiet == tune.QUIET
 
         def tell(message):
             heard(message)
