@@ -227,7 +227,7 @@ def measure(
 ) -> None:
     """Time candidates for a row, one after the other, until ``deadline`` by ``time.time()``.
 
-    Tells ``("in force", milliseconds)`` and of each candidate ``("trying", it)`` and then
+    Tells ``("in force", milliseconds)`` of the situations that are ready so far, and of each candidate ``("trying", it)`` and then
     ``("timed", it, ratio)`` or ``("dropped", it, reason)``. Where its process ends, the candidate
     that it was trying is the cause.
     """
@@ -239,9 +239,10 @@ def measure(
         except torch.OutOfMemoryError:
             tell(("skipped", str(situation), "out of memory"))
             torch.cuda.empty_cache()
+        else:
+            tell(("in force", [bench.milliseconds for bench in benches]))
     if not benches:
         raise RuntimeError("no situation fits this GPU's memory")
-    tell(("in force", [bench.milliseconds for bench in benches]))
     for candidate in chosen:
         if time.time() > deadline:
             return
