@@ -6,6 +6,7 @@ nothing more on the GPU, become a sentence that says why there is no result.
 
 from __future__ import annotations
 
+import gc
 import math
 import multiprocessing
 import signal
@@ -139,6 +140,7 @@ def _listen(
 
 
 def _call(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    gc.freeze()  # PyTorch collects garbage before it records a graph; imports are none
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     try:
         value = function(lambda message: sender.send(("told", message)), *arguments)

@@ -7,7 +7,6 @@ of its pairs wants; where no workload uses the row, one pair of maps that does.
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 import time
@@ -227,11 +226,10 @@ def measure(
 ) -> None:
     """Time candidates for a row, one after the other, until ``deadline`` by ``time.time()``.
 
-    Tells ``("in force", milliseconds)`` of the situations that are ready so far, and of each candidate ``("trying", it)`` and then
-    ``("timed", it, ratio)`` or ``("dropped", it, reason)``. Where its process ends, the candidate
-    that it was trying is the cause.
+    Tells ``("in force", milliseconds)`` of the situations that are ready so far, and of each
+    candidate ``("trying", it)`` and then ``("timed", it, ratio)`` or ``("dropped", it, reason)``.
+    Where its process ends, the candidate that it was trying is the cause.
     """
-    gc.freeze()  # each recording of a graph collects garbage first: of what comes from here on
     benches = []
     for situation in used:
         try:
