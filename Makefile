@@ -7,21 +7,34 @@ BIN := .venv/bin
 # installs this checkout there first.
 GPU_PYTHON ?= python3
 GPU_RESULTS ?= benchmarks/results
-GPU_JOBS ?= 8
+GPU_JOBS ?= $(shell nproc)
+# Files of tests, or tests in them, and more options for pytest: GPU_PYTEST='-k triton'.
+GPU_TESTS ?= tests/fused/test_*.py tests/triton/test_*.py tests/cuda/test_*.py tests/distill/test_gpu.py
+GPU_PYTEST ?=
+# Of memcheck, racecheck, initcheck, and of triton, cuda; all of them where none is named.
+GPU_TOOLS ?=
+GPU_BACKENDS ?=
 # Parts of the benchmarks, of loss, step, scaling, plan, accuracy; all of them where none is named.
 GPU_PARTS ?=
 
-.PHONY: help demo test lint bench kernels gpu gpu-install gpu-tests gpu-sanitizer gpu-bench clean
+.PHONY: help demo test lint bench kernels clean
+.PHONY: gpu gpu-first gpu-install gpu-tests gpu-sanitizer gpu-bench gpu-tune
 
 help:
-	@echo "make demo   distil a student on real data; prints where its report is"
-	@echo "make test   run the tests"
-	@echo "make lint   ruff and mypy"
-	@echo "make bench  speed, memory and accuracy beside the naive ops on this machine; BENCH=--quick for less"
-	@echo "make kernels  compile every kernel for all generations of GPUs; prints what it takes"
-	@echo "make gpu    on a machine with an NVIDIA GPU: tests, compute-sanitizer, benchmarks with results;"
-	@echo "            each alone: make gpu-tests, gpu-sanitizer, gpu-bench"
-	@echo "make clean  remove .venv, caches, builds and runs/"
+	@echo "make demo           distil a student on real data; prints where its report is"
+	@echo "make test           run the tests"
+	@echo "make lint           ruff and mypy"
+	@echo "make bench          speed, memory and accuracy beside the naive ops here; BENCH=--quick for less"
+	@echo "make kernels        compile every kernel for all generations of GPUs; prints what it takes"
+	@echo "make clean          remove .venv, caches, builds and runs/"
+	@echo "On a machine with an NVIDIA GPU (parts can be split further where a command must end in 10 minutes):"
+	@echo "make gpu-first      install, smoke test, memcheck and a few times, all within 8 minutes"
+	@echo "make gpu            gpu-tests, gpu-sanitizer and gpu-bench; INSTALL=1 installs first"
+	@echo "make gpu-install    install this checkout, with the CUDA extension for this GPU"
+	@echo "make gpu-tests      tests, files side by side; GPU_TESTS=tests/fused/test_loss.py GPU_PYTEST='-k cuda'"
+	@echo "make gpu-sanitizer  compute-sanitizer; GPU_TOOLS=memcheck GPU_BACKENDS=triton"
+	@echo "make gpu-bench      benchmarks with results; GPU_PARTS=loss"
+	@echo "make gpu-tune       time the configurations of Triton's kernels; goes on where it stopped; TUNE='--kind half'"
 
 demo: .venv/installed
 	$(BIN)/fsp-distill study --restart configs/network-minimisation-digits.yaml
@@ -54,15 +67,21 @@ gpu-install: export CUDAARCHS ?= native
 gpu-install:
 	$(GPU_PYTHON) -m pip install --no-build-isolation --no-deps --editable .
 
+gpu-first:
+	$(GPU_PYTHON) -m benchmarks.first --output $(GPU_RESULTS) --jobs $(GPU_JOBS)
+
 # Compiling kernels takes most of the time and one core each: files side by side.
 gpu-tests:
-	printf '%s\n' tests/fused/test_*.py tests/triton/test_*.py tests/cuda/test_*.py tests/distill/test_gpu.py | xargs -P $(GPU_JOBS) -n 1 $(GPU_PYTHON) -m pytest -m gpu -q -ra
+	printf '%s\n' $(GPU_TESTS) | xargs -P $(GPU_JOBS) -n 1 $(GPU_PYTHON) -m pytest -m gpu -q -ra $(GPU_PYTEST)
 
 gpu-sanitizer:
-	$(GPU_PYTHON) -m benchmarks.sanitize
+	$(GPU_PYTHON) -m benchmarks.sanitize $(if $(GPU_TOOLS),--tool $(GPU_TOOLS)) $(if $(GPU_BACKENDS),--backend $(GPU_BACKENDS)) --jobs $(GPU_JOBS)
 
 gpu-bench:
 	$(GPU_PYTHON) -m benchmarks $(GPU_PARTS) --device cuda --layout nchw --pass forward+backward --output $(GPU_RESULTS)
+
+gpu-tune:
+	$(GPU_PYTHON) -m benchmarks.tune --jobs $(GPU_JOBS) $(TUNE)
 
 clean:
 	rm -rf .venv .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache build runs *.egg-info

@@ -29,6 +29,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.measure import float32_products
+from benchmarks.workloads import Layer, Workload
 from fsp_kernels.backends import registered_backends
 from fsp_kernels.backends.fused import fp32_precision, raw_stream
 from fsp_kernels.backends.triton import configurations
@@ -38,7 +39,7 @@ from fsp_kernels.backends.triton.launch import Launch
 from fsp_kernels.backends.triton.loss import Program
 from fsp_kernels.backends.triton.product import prepare
 from fsp_kernels.loss_plan import MapSpec
-from fsp_kernels.plan import alternatives
+from fsp_kernels.plan import plan_loss
 
 # Chips each family's table is compiled for, and the shared memory a program may have on them: CUDA
 # C++ Programming Guide, "Technical Specifications per Compute Capability".
@@ -97,25 +98,44 @@ def cases(family: str | None = None, kernel: str | None = None) -> Iterator[Case
 def compile_case(case: Case) -> list[Usage]:
     """What the kernel of a case takes, in each variant that its shapes lead to."""
     # A lambda: even preparing a call asks the chip.
-    compiled = _compile(
+    compiled = compile_call(
         lambda: call_of(case, batch=8, device="meta")(), case.row.family, case.row.kind
     )
     return [_usage(x) for x in compiled if x.metadata.name == "fsp_" + case.row.kernel]
 
 
-def _compile(call: Callable[[], object], family: str, kind: str) -> list[Any]:
+def compile_call(call: Callable[[], object], family: str, kind: str) -> list[Any]:
     """What would be launched on a chip of that family, compiled only."""
-    compiled: list[Any] = []
 
-    def record(launch: Launch, tensors: tuple[Any, ...], *scalars: Any) -> None:
+    def compiled(launch: Launch, tensors: tuple[Any, ...], *scalars: Any) -> Any:
         arguments = (*tensors, *launch.constants, *scalars)
-        result = launch.kernel.warmup(*arguments, grid=launch.grid, num_warps=launch.warps)
-        compiled.append(result)
+        return launch.kernel.warmup(*arguments, grid=launch.grid, num_warps=launch.warps)
+
+    return _instead_of_launches(compiled, call, family, kind)
+
+
+def launches_of(call: Callable[[], object], family: str, kind: str) -> list[str]:
+    """What would be launched on a chip of that family, in words that tell any two apart."""
+
+    def described(launch: Launch, *_: Any) -> str:
+        return f"{launch.kernel.__name__} {launch.grid} {launch.warps} {launch.constants}"
+
+    return _instead_of_launches(described, call, family, kind)
+
+
+def _instead_of_launches(
+    do: Callable[..., Any], call: Callable[[], object], family: str, kind: str
+) -> list[Any]:
+    """What ``do`` makes of each launch of a call."""
+    done: list[Any] = []
+
+    def start(launch: Launch, tensors: tuple[Any, ...], *scalars: Any) -> None:
+        done.append(do(launch, tensors, *scalars))
 
     triton.runtime.driver.set_active(_Chip(ARCHITECTURES[family]))
-    with mock.patch.object(Launch, "start", record), precision_of(kind):
+    with mock.patch.object(Launch, "start", start), precision_of(kind):
         call()
-    return compiled
+    return done
 
 
 def precision_of(kind: str) -> AbstractContextManager[None]:
@@ -136,8 +156,16 @@ def complaints(case: Case, usage: Usage) -> list[str]:
     return found
 
 
-def call_of(case: Case, batch: int, device: str) -> Callable[[], object]:
+def call_of(case: Case, batch: int, device: str) -> Callable[[], list[Tensor]]:
     """A call of the backend with maps that the planner gives to the kernel of a case."""
+    return call_on(maps_of(case, batch, device))
+
+
+def maps_of(case: Case, batch: int, device: str) -> list[Tensor]:
+    """The maps of one pair that lead to the kernel of a case.
+
+    Two for a product, and what a loss could leave as the gradient of their matrix.
+    """
     kernel, limit = case.row.kernel, case.row.limit
     channels, size, odd = {
         "one_pass": (limit, (32, 32), (7, 7)),
@@ -145,66 +173,97 @@ def call_of(case: Case, batch: int, device: str) -> Callable[[], object]:
         "recompute": (1024, (16, 16), (15, 15)),
     }.get(kernel, (256, (32, 32), (21, 21)))
     shape = (batch, channels, *(odd if case.row.access == "odd" else size))
+    offset = 1 if case.row.access == "odd" else 0  # which begins beside a multiple of 16 bytes
     if kernel == "product":
-        return _product_call(_map(shape, case, device), _map(shape, case, device), device)
+        maps = [_map(shape, case.dtype, device, offset) for _ in range(2)]
+        return [*maps, _map((batch, channels, channels), case.dtype, device)]
     if case.row.access != "scattered":
-        maps = [_map(shape, case, device) for _ in range(4)]
-    elif kernel == "recompute":  # which takes no pooled maps: cropped ones
+        return [_map(shape, case.dtype, device, offset) for _ in range(4)]
+    if kernel == "recompute":  # which takes no pooled maps: cropped ones
         larger = (*shape[:2], shape[2] + 2, shape[3] + 2)
-        maps = [_map(larger, case, device)[..., 1:-1, 1:-1] for _ in range(4)]
-    else:  # pooled, as in a pair across a network's stages
-        larger = (*shape[:2], 2 * shape[2], 2 * shape[3])
-        maps = [_map(s, case, device) for s in (larger, shape) * 2]
-    return _loss_call(maps, (True, True, False, False))
+        return [_map(larger, case.dtype, device)[..., 1:-1, 1:-1] for _ in range(4)]
+    # Pooled, as in a pair across a network's stages.
+    larger = (*shape[:2], 2 * shape[2], 2 * shape[3])
+    return [_map(s, case.dtype, device) for s in (larger, shape) * 2]
+
+
+def workload_maps(workload: Workload, batch: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """The maps of all pairs of a workload, four for each pair."""
+
+    def one(layer: Layer) -> Tensor:
+        channels, size = layer
+        if workload.tokens:  # (B, tokens, channels), seen across its rows
+            return _map((batch, size, channels), dtype, device).transpose(1, 2)
+        return _map((batch, channels, size, size), dtype, device)
+
+    return [one(layer) for pair in workload.layers for layer in pair * 2]
+
+
+def call_on(maps: list[Tensor]) -> Callable[[], list[Tensor]]:
+    """A call on maps as the two above make them; it returns all that it computes."""
+    return _product_call(*maps) if len(maps) == 3 else _loss_call(maps)
 
 
 def _loss_call(
-    maps: list[Tensor], wanted: tuple[bool, ...], pool: str = "max", norm: str = "frobenius"
-) -> Callable[[], object]:
-    """The loss of one pair, prepared outside the backend's caches."""
+    maps: list[Tensor],
+    wanted: tuple[bool, ...] = (True, True, False, False),
+    pool: str = "max",
+    norm: str = "frobenius",
+) -> Callable[[], list[Tensor]]:
+    """The loss of pairs with ``len(wanted)`` maps each, prepared outside the backend's caches."""
+    size = len(wanted)
     specs = [
-        MapSpec.of(x)._replace(device=torch.device("cuda"), requires_grad=need)
-        for x, need in zip(maps, wanted, strict=True)
+        MapSpec.of(x)._replace(device=torch.device("cuda"), requires_grad=wanted[i % size])
+        for i, x in enumerate(maps)
     ]
-    student, teacher = (specs[0], specs[1]), tuple(specs[2:])
+    pairs = [specs[start : start + size] for start in range(0, len(specs), size)]
+    student, teacher = tuple((p[0], p[1]) for p in pairs), tuple(tuple(p[2:]) for p in pairs)
     backend = registered_backends()["triton"]
-    plan, *_ = alternatives(student, teacher, pool, norm, backend, fp32_precision())
+    # Not from the cache: the table, on which plans depend, changes between calls.
+    plan = plan_loss.__wrapped__(student, teacher, pool, norm, backend, fp32_precision())
     gradients = [
         None if m.gradient_dtype is None else torch.empty_like(x, dtype=m.gradient_dtype)
         for x, m in zip(maps, plan.maps, strict=True)
     ]
     program = Program(plan, maps, gradients)
-    return lambda: program(maps, gradients, [1.0])
+    written = [g for g in gradients if g is not None]
+    return lambda: [program(maps, gradients, [1.0] * len(pairs)), *written]
 
 
-def _product_call(first: Tensor, second: Tensor, device: str) -> Callable[[], object]:
+def _product_call(first: Tensor, second: Tensor, slope: Tensor) -> Callable[[], list[Tensor]]:
     """Both uses of the kernel: an FSP matrix, and the gradient that reaches the first map."""
     first, second = first.flatten(2), second.flatten(2)
-    matrix = first.new_empty(first.shape[0], first.shape[1], second.shape[1])
-    calls = []
-    for x, y, out in ((first, second.mT, matrix), (matrix, second, torch.empty_like(first))):
-        strides = x.stride(), y.stride(), out.stride()
+    products = []
+    for x, y, out in (
+        (first, second.mT, torch.empty_like(slope)),
+        (slope, second, torch.empty_like(first)),
+    ):
         launch, parts = prepare(
             tuple(x.shape),
             y.shape[2],
-            strides,
+            (x.stride(), y.stride(), out.stride()),
             x.dtype,
             y.dtype,
             1.0,
             fp32_precision(),
-            torch.device(device),
+            first.device,
         )
         if parts > 1:
-            out = out.new_empty(parts, *out.shape, dtype=torch.float32)
-        calls.append((launch, (x, y, out)))
-    stream = raw_stream(first.device)
-    return lambda: [launch(stream, tensors) for launch, tensors in calls]
+            out = out.new_empty(out.shape[0], parts, *out.shape[1:], dtype=torch.float32)
+        products.append((launch, (x, y, out), parts))
+
+    def call() -> list[Tensor]:
+        stream = raw_stream(first.device)
+        for launch, tensors, _ in products:
+            launch(stream, tensors)
+        return [out if parts == 1 else out.sum(1) for _, (_, _, out), parts in products]
+
+    return call
 
 
-def _map(shape: tuple[int, ...], case: Case, device: str) -> Tensor:
-    """A map; an odd one begins beside a multiple of 16 bytes."""
-    offset = 1 if case.row.access == "odd" else 0
-    flat = torch.empty(math.prod(shape) + offset, dtype=case.dtype, device=device)
+def _map(shape: tuple[int, ...], dtype: torch.dtype, device: str, offset: int = 0) -> Tensor:
+    """A map that begins ``offset`` elements after a multiple of 16 bytes."""
+    flat = torch.empty(math.prod(shape) + offset, dtype=dtype, device=device)
     if device != "meta":
         flat.normal_()
     return flat[offset:].view(shape)
@@ -299,7 +358,7 @@ def compile_variant(variant: Variant, family: str) -> list[Usage]:
         for in_place in (True, False):
             scale([x.float() for x in maps], [x.dtype for x in maps], factor, in_place)
 
-    return [_usage(x) for x in _compile(call, family, "tf32x3")]
+    return [_usage(x) for x in compile_call(call, family, "tf32x3")]
 
 
 def _report(case: Case) -> tuple[Case, list[Usage]]:

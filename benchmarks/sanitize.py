@@ -2,11 +2,13 @@
 
 *memcheck* looks for accesses out of bounds: every tensor gets an allocation of its own, padded,
 since the neighbour in a block of PyTorch's allocator would hide one. *racecheck* looks for hazards
-in shared memory, in our kernels alone, which is what makes it affordable; its releases before
-2026.1 are known to report some that are none where Hopper's warpgroup instructions are waited for.
+in shared memory, in our kernels alone, which is what makes it affordable; ``racecheck.py`` says
+which of them its releases before 2026.1 do not tell from none at all, and these do not fail.
 *initcheck* looks for reads of memory that nobody wrote. It has to follow all kernels, or whatever
 PyTorch's wrote would count as unwritten, so its log is read here, and what PyTorch's own kernels
 read is printed but does not fail.
+
+``--tool`` and ``--backend`` choose; ``--jobs`` runs shares of the cases side by side.
 """
 
 from __future__ import annotations
@@ -19,8 +21,21 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
+from benchmarks.racecheck import (
+    Race,
+    disassembled,
+    displayed,
+    races_of,
+    reports_of,
+    split,
+    version_of,
+)
 from fsp_kernels.backends import registered_backends
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,23 +49,24 @@ COMMON = {
 TOOLS = {
     # PyTorch and Triton provoke API errors to find out what a driver can do; real ones raise.
     "memcheck": {"padding": "32", "report-api-errors": "no"},
-    "racecheck": {"kernel-name": f"kns={OURS}"},
+    "racecheck": {"kernel-name": f"kns={OURS}", "print-limit": "10000"},
     "initcheck": {"print-limit": "10000", "show-backtrace": "no"},
 }
 
 
-def find_sanitizer() -> str | None:
+def find(program: str) -> str | None:
     """On PATH, else where CUDA toolkits put it."""
     places = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     search = [os.environ.get("PATH", ""), *(f"{place}/bin" for place in places if place)]
-    return shutil.which("compute-sanitizer", path=os.pathsep.join(search))
+    return shutil.which(program, path=os.pathsep.join(search))
 
 
-def command_of(sanitizer: str, tool: str, log: Path, backend: str) -> list[str]:
+def command_of(sanitizer: str, tool: str, log: Path, backend: str, share: str = "1/1") -> list[str]:
     """The smoke test under one tool, in this very interpreter: a wrapper is what it would track."""
     settings = {"tool": tool, "log-file": str(log)} | COMMON | TOOLS[tool]
     options = [word for name, value in settings.items() for word in (f"--{name}", value)]
-    return [sanitizer, *options, sys.executable, "-m", "benchmarks.smoke", "--backend", backend]
+    smoke = [sys.executable, "-m", "benchmarks.smoke", "--backend", backend, "--share", share]
+    return [sanitizer, *options, *smoke]
 
 
 def reports_by_others(log: str) -> tuple[int, int]:
@@ -59,37 +75,81 @@ def reports_by_others(log: str) -> tuple[int, int]:
     A report names its kernel in its second line. One without is of a copy to the host, which is
     how an element that we left unwritten shows.
     """
-    reports = re.split(r"^=+ (?=\S)", log, flags=re.MULTILINE)[1:]
-    reports = [report for report in reports if "uninitialized" in report.lower()]
+    reports = [report for report in reports_of(log) if "uninitialized" in report.lower()]
     kernels = [re.search(r"^=+ +at (.+)", report, flags=re.MULTILINE) for report in reports]
     others = [found for found in kernels if found and OURS not in found[1]]
     return len(reports), len(others)
 
 
-def clean(tool: str, status: int, log: str) -> bool:
-    """Whether the smoke test passed and the tool found nothing that is ours."""
-    if tool != "initcheck" or status != FOUND:
-        return status == 0
-    reports, others = reports_by_others(log)
-    return reports == others > 0
+@dataclass(frozen=True)
+class Run:
+    """What a tool found in a share of the cases."""
+
+    tool: str
+    status: int
+    output: str  # of the smoke test
+    log: str  # of the tool
+    races: Sequence[Race] = ()  # of racecheck alone
+    untold: Sequence[Race] = ()  # hazards that this release does not tell from races
+
+    @property
+    def clean(self) -> bool:
+        """Whether the smoke test passed and the tool found nothing that is ours."""
+        if self.tool == "racecheck":
+            told = displayed(self.log) == len(self.untold)
+            return not self.races and (self.status == 0 or (self.status == FOUND and told))
+        if self.tool != "initcheck" or self.status != FOUND:
+            return self.status == 0
+        reports, others = reports_by_others(self.log)
+        return reports == others > 0
 
 
-def check(sanitizer: str, tool: str, backend: str) -> bool:
-    """Run one tool and say what it found."""
-    print(f"== {tool}, {backend}", flush=True)
+def run(sanitizer: str, tool: str, backend: str, share: str) -> Run:
+    """The smoke test under one tool."""
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "log"
-        command = command_of(sanitizer, tool, path, backend)
-        status = subprocess.run(command, cwd=ROOT, env=environment).returncode
+        if tool == "racecheck":  # so that Triton's cache holds the kernels of this run alone
+            environment["TRITON_CACHE_DIR"] = folder
+        command = command_of(sanitizer, tool, path, backend, share)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=PIPE, stderr=STDOUT, text=True
+        )
         log = path.read_text() if path.exists() else ""
-    print(log)
-    found_nothing = clean(tool, status, log)
+        races, untold = _races(sanitizer, Path(folder), log) if tool == "racecheck" else ([], [])
+    return Run(tool, done.returncode, done.stdout, log, races, untold)
+
+
+def _races(sanitizer: str, folder: Path, log: str) -> tuple[list[Race], list[Race]]:
+    """The races of a log and the hazards that this release does not tell from them."""
+    cuobjdump = find("cuobjdump")
+    named = {name for race in races_of(log) for name, _ in race.accesses}
+    cubins = [path for path in folder.glob("**/*.cubin") if path.stem in named]
+    kernels = disassembled(cubins, cuobjdump) if cuobjdump else {}
+    version = subprocess.run([sanitizer, "--version"], capture_output=True, text=True)
+    return split(log, kernels, version_of(version.stdout))
+
+
+def check(sanitizer: str, tool: str, backend: str, jobs: int = 1) -> bool:
+    """Run one tool, on shares of the cases side by side, and say what it found."""
+    print(f"== {tool}, {backend}", flush=True)
+    runs = []
+    with ThreadPoolExecutor(jobs) as pool:
+        shares = [f"{i}/{jobs}" for i in range(1, jobs + 1)]
+        for found in pool.map(partial(run, sanitizer, tool, backend), shares):
+            print(found.output + found.log, flush=True)
+            runs.append(found)
+    for race in [race for found in runs for race in found.untold]:
+        print(f"not told apart from a race by this version: {race.text}")
+    failed = [found.status for found in runs if not found.clean]
+    verdict = f"FAILED, exit status {', '.join(map(str, failed))}" if failed else "clean"
+    untold = sum(len(found.untold) for found in runs)
     print(
-        f"== {tool}, {backend}: {'clean' if found_nothing else f'FAILED, exit status {status}'}",
+        f"== {tool}, {backend}: {verdict}"
+        + (f"; hazards not told apart by this version: {untold}" if untold else ""),
         flush=True,
     )
-    return found_nothing
+    return not failed
 
 
 def working() -> list[str]:
@@ -108,9 +168,11 @@ def working() -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all tools, also after one found something."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__)
+    parser.add_argument("--tool", nargs="+", choices=TOOLS, default=list(TOOLS), help="or all")
     parser.add_argument("--backend", nargs="+", help="whose kernels; of all that work by default")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each with a share of cases")
     options = parser.parse_args(arguments)
-    sanitizer = find_sanitizer()
+    sanitizer = find("compute-sanitizer")
     if sanitizer is None:
         print(
             "compute-sanitizer is neither on PATH nor in $CUDA_HOME/bin or /usr/local/cuda/bin; it "
@@ -118,7 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     backends = options.backend or working()
-    results = [check(sanitizer, tool, name) for name in backends for tool in TOOLS]
+    results = [
+        check(sanitizer, tool, name, options.jobs) for name in backends for tool in options.tool
+    ]
     return 0 if results and all(results) else 1
 
 

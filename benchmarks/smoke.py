@@ -8,6 +8,8 @@ value is not finite or further from the definition in float64 than rounding expl
 from __future__ import annotations
 
 import argparse
+import re
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -202,20 +204,55 @@ def error_of(case: Case, backend: str, device: str) -> float:
     return relative_error([x.cpu() for x in found], exact)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run every case; one line each."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.smoke", description=__doc__)
-    parser.add_argument("--backend", required=True, choices=registered_backends())
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    options = parser.parse_args(arguments)
+def run_cases(cases: Sequence[Case], backend: str, device: str) -> int:
+    """Run cases, a line each; how many are wrong."""
     wrong = 0
-    for case in CASES:
-        error, allowed = error_of(case, options.backend, options.device), TOLERANCES[case.dtype]
+    for case in cases:
+        error, allowed = error_of(case, backend, device), TOLERANCES[case.dtype]
         wrong += error > allowed
         verdict = "ok" if error <= allowed else f"WRONG, allowed {allowed:.0e}"
         print(f"{case.name:36} {case.dtype}  error {error:.1e}  {verdict}", flush=True)
-    print(f"{len(CASES)} cases, {wrong} wrong")
-    return 1 if wrong else 0
+    print(f"{len(cases)} cases, {wrong} wrong", flush=True)
+    return wrong
+
+
+def run_side_by_side(backend: str, device: str, jobs: int) -> int:
+    """Run all cases in as many processes; how many of these fail.
+
+    Compiling the kernels takes nearly all of the time, and one core.
+    """
+    command = [sys.executable, "-m", "benchmarks.smoke", "--backend", backend, "--device", device]
+    processes = [
+        subprocess.Popen([*command, "--share", f"{i}/{jobs}"], stdout=subprocess.PIPE, text=True)
+        for i in range(1, jobs + 1)
+    ]
+    failed = 0
+    for process in processes:
+        print(process.communicate()[0], end="", flush=True)
+        failed += process.returncode != 0
+    return failed
+
+
+def share(text: str) -> tuple[int, int]:
+    """``"2/4"``: the second of four."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r}, must be like 2/4: the second of four")
+    return int(match[1]), int(match[2])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run every case, or a share of them."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.smoke", description=__doc__)
+    parser.add_argument("--backend", required=True, choices=registered_backends())
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--share", type=share, default=(1, 1), help="2/4: every fourth case")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each with a share")
+    options = parser.parse_args(arguments)
+    if options.jobs > 1:
+        return 1 if run_side_by_side(options.backend, options.device, options.jobs) else 0
+    first, every = options.share
+    return 1 if run_cases(CASES[first - 1 :: every], options.backend, options.device) else 0
 
 
 if __name__ == "__main__":

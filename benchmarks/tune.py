@@ -1,158 +1,234 @@
 """Find the fastest configuration of each Triton kernel on this GPU and write it into the table.
 
-    python -m benchmarks.tune [--kernel one_pass] [--kind half] [--seconds 300] [--dry-run]
+    python -m benchmarks.tune [--seconds 540] [--kernel one_pass] [--kind half] [--table PATH]
 
-For every row of this chip's family the candidates of a small grid are compiled, those that do not
-fit the chip are dropped, the others timed in turn: medians of interleaved rounds. A row changes
-where another candidate is faster by more than 3 %. Either way it then says on which chip it was
-measured. Run ``python -m benchmarks.kernels`` and the tests afterwards.
+Rows that workloads use come first. For each row the candidates are compiled side by side; one that
+fails, spills registers or asks for more than the chip has is dropped, and so is one whose results
+differ from those of the configuration in force. The others are timed against it (``trials.py`` says
+how). A row changes where a candidate is faster by more than 3 %. Either way it then says on which
+chip it was measured.
+
+The table is written after each row, so it is complete whenever the run ends: at ``--seconds``, by
+Ctrl-C or by SIGTERM. Call it again to go on: rows measured on this chip with these versions of
+torch and triton are left out, unless ``--again``. Run ``python -m benchmarks.kernels`` and the
+tests afterwards.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import statistics
+import math
+import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from itertools import product
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 
-from benchmarks.kernels import DTYPES, Case, call_of, precision_of
+from benchmarks.apart import Workers
+from benchmarks.trials import Situation, candidates, compile_trial, measure, situations
 from fsp_kernels.backends.triton import configurations
-from fsp_kernels.backends.triton.configurations import Configuration, Row, using
-from fsp_kernels.backends.triton.launch import device_family
+from fsp_kernels.backends.triton.configurations import Configuration, Row, family_of, replaced
 
-ROUNDS = 11
-CALLS = 20  # a round, one after another on the stream
-BATCH = 256  # enough samples to fill any chip
 GAIN = 1.03  # what a change must bring, above the noise of a round
-
-# Blocks to try, of one_pass (block_k alone: its channels are the row's limit) and of the others.
-POSITIONS = (16, 32, 64, 128)
-BLOCKS = {
-    "gram": tuple((c, c, 0) for c in (16, 32, 64, 128)),
-    "residual": ((128, 128, 64), (128, 128, 32), (128, 64, 32), (64, 64, 64), (64, 64, 32)),
-    "gradients": ((128, 64, 128), (128, 64, 64), (128, 32, 64), (64, 64, 64), (64, 32, 64)),
-    "recompute": ((64, 64, 64), (64, 32, 64), (32, 64, 64), (32, 32, 64), (32, 32, 32)),
-    "product": ((128, 128, 64), (128, 128, 32), (128, 64, 32), (64, 64, 64), (64, 64, 32)),
-}
-WARPS = (2, 4, 8)
-STAGES = (1, 2, 3, 4)
+KINDS = ("half", "tf32x3", "tf32")  # those that users get by default first
+# Seconds: what a row needs at least, what of the time left is kept for its measurement, and what
+# compiling a candidate may take.
+LEAST, FOR_MEASURING, FOR_COMPILING = 20.0, 10.0, 120.0
+GRACE = 5.0  # after the deadline a candidate that is being timed may still end
+QUIET = 90.0  # seconds for one candidate: a kernel may never end
+INTERRUPTED = 130  # exit status
 
 
-class Timing(NamedTuple):
-    """A candidate that works, and its median time of a call."""
+@dataclass
+class Trial:
+    """A row on trial, and what came of its candidates so far."""
 
-    configuration: Configuration
-    milliseconds: float
+    row: Row
+    used: list[Situation]
+    todo: list[Configuration]
+    in_force: float = math.nan  # milliseconds, the sum over all situations
+    ratios: dict[Configuration, float] = field(default_factory=dict)
+    dropped: dict[Configuration, str] = field(default_factory=dict)
+    trying: Configuration | None = None
+    reason: str | None = None  # why the configuration in force could not be timed
+
+    def hear(self, message: tuple[Any, ...]) -> None:
+        """Take in what ``trials.measure`` tells."""
+        kind, *what = message
+        if kind == "trying":
+            (self.trying,) = what
+        elif kind == "in force":
+            self.in_force = sum(what[0])
+        elif kind == "skipped":
+            print("  skipped {}: {}".format(*what), flush=True)
+        else:
+            self.trying = None
+            if kind == "timed":
+                self.ratios[what[0]] = what[1]
+            else:
+                self.drop(*what)
+
+    def drop(self, candidate: Configuration, reason: str) -> None:
+        self.dropped[candidate] = reason
+        print(f"  dropped {tuple(candidate)}: {reason}", flush=True)
+
+    @property
+    def left(self) -> list[Configuration]:
+        """Candidates with no outcome yet."""
+        return [c for c in self.todo if c not in self.ratios and c not in self.dropped]
+
+    @property
+    def best(self) -> tuple[Configuration, float]:
+        """The fastest configuration and its time in times of the one in force."""
+        fastest = min(self.ratios, key=self.ratios.__getitem__, default=None)
+        if fastest is not None and self.ratios[fastest] * GAIN < 1:
+            return fastest, self.ratios[fastest]
+        return self.row.configuration, 1.0
+
+    def outcome(self, chip: str, date: str) -> Row:
+        """The row as the table is to have it; unchanged where nothing was timed."""
+        if not self.ratios:
+            return self.row
+        measured = f"{chip}, {date}"
+        if self.left:
+            measured += f", {len(self.todo) - len(self.left)} of {len(self.todo)} candidates"
+        return self.row._replace(configuration=self.best[0], measured=measured)
+
+    def __str__(self) -> str:
+        row, (configuration, ratio) = self.row, self.best
+        head = f"{row.kernel} {row.kind} {row.access}, limit {row.limit}"
+        if not self.ratios:
+            return f"{head}: not measured, {self.reason or 'no time left'}"
+        return (
+            f"{head}: {tuple(configuration)}, {ratio:.3f} of {self.in_force:.4f} ms in force; "
+            f"{len(self.ratios)} timed, {len(self.dropped)} dropped, {len(self.left)} left"
+        )
 
 
-def candidates(row: Row) -> Iterator[Configuration]:
-    """The grid for a row, the configuration in force first."""
-    yield row.configuration
-    if row.kernel == "one_pass":
-        blocks = [(row.limit, row.limit, k) for k in POSITIONS]
-    elif row.kernel == "gram":
-        blocks = [(c, c, row.limit) for c, _, _ in BLOCKS["gram"]]
-    else:
-        blocks = list(BLOCKS[row.kernel])
-    for block, warps, stages in product(blocks, WARPS, STAGES):
-        candidate = Configuration(*block, warps, stages)
-        if candidate != row.configuration:
-            yield candidate
+def is_measured(row: Row, chip: str) -> bool:
+    """Whether all candidates of a row were tried on this chip with these versions."""
+    text = row.measured or ""
+    return text.startswith(f"{chip}, ") and not text.endswith(" candidates")
 
 
-def tuned(row: Row, timings: Sequence[Timing], chip: str) -> Row:
-    """The row after its candidates were timed; ``timings`` has the one in force first."""
-    best = min(timings, key=lambda t: t.milliseconds)
-    if best.milliseconds * GAIN < timings[0].milliseconds:
-        return row._replace(configuration=best.configuration, measured=chip)
-    return row._replace(configuration=timings[0].configuration, measured=chip)
+def in_order(rows: Sequence[Row], table: Sequence[Row]) -> list[tuple[Row, list[Situation]]]:
+    """The rows with their situations, the ones that matter to most users first."""
+    found = [(row, situations(row, table)) for row in rows]
+    return sorted(found, key=lambda x: (x[1][0].workload is None, KINDS.index(x[0].kind)))
 
 
-def measure(row: Row, table: Sequence[Row], deadline: float) -> list[Timing]:
-    """Time the candidates of a row, the one in force first, until there is no time for more."""
+def try_out(trial: Trial, table: Sequence[Row], workers: Workers, deadline: float) -> None:
+    """Compile and time the candidates of a row; ``trial`` gets what comes of them."""
     calls = []
-    for candidate in candidates(row):
-        if calls and time.monotonic() > deadline:
-            break
-        trial = row._replace(configuration=candidate)
-        with using([r for r in table if r != row] + [trial]), precision_of(row.kind):
-            call = call_of(Case(trial, DTYPES[row.kind][0]), BATCH, "cuda")
-        if _works(call):
-            calls.append((candidate, call))
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(ROUNDS):
-        for (_, call), found in zip(calls, times, strict=True):
-            found.append(_milliseconds(call))
-    return [
-        Timing(candidate, statistics.median(found))
-        for (candidate, _), found in zip(calls, times, strict=True)
-    ]
+    for candidate in trial.todo:
+        changed = trial.row._replace(configuration=candidate)
+        calls.append((replaced(table, trial.row, changed), changed, trial.used))
+    together = deadline - FOR_MEASURING - time.time()
+    compiled = workers.run_all(compile_trial, calls, FOR_COMPILING, together)
+    ready = [trial.row.configuration]  # which is timed, whatever a compiler says of it
+    for candidate, result in list(zip(trial.todo, compiled, strict=True))[1:]:
+        if result is not None and (result.reason or result.value):
+            trial.drop(candidate, result.reason or result.value)
+        elif result is not None:
+            ready.append(candidate)
+    while (left := [c for c in ready if c in trial.left]) and time.time() < deadline:
+        result = workers.run(
+            measure,
+            *(list(table), trial.row, trial.used, left, deadline),
+            seconds=deadline + GRACE - time.time(),
+            quiet=QUIET,
+            heard=trial.hear,
+        )
+        if result.reason is None:
+            return
+        if trial.trying is not None and time.time() < deadline:
+            trial.drop(trial.trying, result.reason)
+        trial.trying = None
+        if not set(left) - set(trial.left):  # not a candidate's fault
+            trial.reason = result.reason
+            return
 
 
-def _works(call: Callable[[], object]) -> bool:
-    """Compile and run it once."""
-    try:
-        call()
-        torch.cuda.synchronize()
-    except triton.runtime.errors.OutOfResources:
-        return False
-    return True
+def run(
+    rows: Sequence[Row], table: list[Row], path: Path, chip: str, deadline: float, jobs: int
+) -> tuple[int, int]:
+    """Try out rows until the deadline; how many were measured, and how many could not be.
+
+    The table in ``path`` is replaced as a whole after each row.
+    """
+    today = datetime.date.today().isoformat()
+    measured = failed = 0
+    with Workers(jobs) as workers:
+        for row, used in in_order(rows, table):
+            if deadline - time.time() < LEAST:
+                break
+            trial = Trial(row, used, candidates(row))
+            print(f"{row.kernel} {row.kind} {row.access}, limit {row.limit}, timed at", flush=True)
+            print("  " + "; ".join(map(str, used)), flush=True)
+            try:
+                try_out(trial, table, workers, deadline)
+            finally:  # an interrupted row keeps what is known of it
+                table[:] = replaced(table, row, trial.outcome(chip, today))
+                configurations.write(table, path)
+                print(trial, flush=True)
+            measured += bool(trial.ratios)
+            failed += trial.reason is not None
+    return measured, failed
 
 
-def _milliseconds(call: Callable[[], object]) -> float:
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    call()
-    start.record()
-    for _ in range(CALLS):
-        call()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / CALLS
-
-
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tune",
-        description="Time every kernel's configurations on this GPU and rewrite the table.",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--kernel", choices=configurations.KERNELS, help="one kernel only")
     parser.add_argument("--kind", choices=configurations.KINDS, help="one kind of product only")
+    parser.add_argument("--seconds", type=float, default=540, help="for the whole run")
+    parser.add_argument("--again", action="store_true", help="measured rows, too")
     parser.add_argument(
-        "--seconds", type=float, default=20, help="for compiling each row's candidates"
+        "--table",
+        type=Path,
+        default=configurations.TABLE,
+        help="file to write, and to go on from where it exists; default: the package's own",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print, but leave the table")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers side by side")
     chosen = parser.parse_args(arguments)
+    deadline = time.time() + chosen.seconds
     if not torch.cuda.is_available():
         print("benchmarks.tune times kernels on an NVIDIA GPU, and PyTorch sees none here")
         return 1
-    family = device_family()
-    today = datetime.date.today().isoformat()
+    major, minor = torch.cuda.get_device_capability()
+    family = family_of(10 * major + minor)
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
-    chip = f"{torch.cuda.get_device_name()}, {versions}, {today}"
-    table = list(configurations.rows())
-    for index, row in enumerate(table):
-        wanted = chosen.kernel in (None, row.kernel) and chosen.kind in (None, row.kind)
-        if row.family != family or not wanted:
-            continue
-        timings = measure(row, table, time.monotonic() + chosen.seconds)
-        table[index] = tuned(row, timings, chip)
-        before, after = timings[0], min(timings, key=lambda t: t.milliseconds)
-        print(
-            f"{row.kernel} {row.kind} {row.access}, limit {row.limit}: "
-            f"{before.milliseconds:.4f} ms in force, best {after.milliseconds:.4f} ms with "
-            f"{tuple(after.configuration)}, of {len(timings)}",
-            flush=True,
-        )
-        if not chosen.dry_run:
-            configurations.write(table)
-    return 0
+    chip = f"{torch.cuda.get_device_name()}, {versions}"
+    start = chosen.table if chosen.table.exists() else configurations.TABLE
+    table = list(configurations.read(start))
+    rows = [
+        row
+        for row in table
+        if row.family == family
+        and chosen.kernel in (None, row.kernel)
+        and chosen.kind in (None, row.kind)
+        and (chosen.again or not is_measured(row, chip))
+    ]
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        measured, failed = run(rows, table, chosen.table, chip, deadline, chosen.jobs)
+    except KeyboardInterrupt:
+        print(f"interrupted: {chosen.table} has the best that is known so far")
+        return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    print(f"of {len(rows)} rows {measured} measured, {failed} failed; {chosen.table} is complete")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -32,8 +32,23 @@ PROPERTIES = SimpleNamespace(
 )
 
 
+class Clock:
+    """The GPU's time: the host's, and what ``work`` has added to it."""
+
+    worked: ClassVar[float] = 0.0  # seconds
+
+    @classmethod
+    def now(cls) -> float:
+        return time.perf_counter() + cls.worked
+
+
+def work(seconds: float) -> None:
+    """Keep the GPU busy, as far as its events and graphs tell."""
+    Clock.worked += seconds
+
+
 class Event:
-    """Records the host's time; ``finished`` is what the next queries answer."""
+    """Records the GPU's time; ``finished`` is what the next queries answer."""
 
     finished: ClassVar[list[bool]] = []
 
@@ -41,10 +56,13 @@ class Event:
         assert enable_timing
 
     def record(self) -> None:
-        self.time = time.perf_counter()
+        self.time = Clock.now()
 
     def query(self) -> bool:
         return self.finished.pop(0) if self.finished else False
+
+    def synchronize(self) -> None:
+        pass
 
     def elapsed_time(self, end: Event) -> float:
         return (end.time - self.time) * 1e3 + 1e-3
@@ -85,25 +103,36 @@ class Stream:
 
 
 class Graph:
-    """A CUDA graph that counts its replays; ``reason`` keeps one from being captured."""
+    """A CUDA graph that counts its replays; ``reason`` keeps one from being captured.
+
+    A replay takes as long as the work while it was captured.
+    """
 
     reason: ClassVar[Exception | None] = None
     replays: ClassVar[int] = 0
+    seconds = 0.0
 
     def replay(self) -> None:
         type(self).replays += 1
+        work(self.seconds)
 
 
 class Capture(Stream):
     """The context in which a graph is captured."""
 
-    def __init__(self, graph: Graph, pool: object):
+    def __init__(self, graph: Graph, pool: object = "pool"):
         assert isinstance(graph, Graph)
         assert pool == "pool"
+        self._graph = graph
 
     def __enter__(self) -> None:
         if Graph.reason is not None:
             raise Graph.reason
+        self._start = Clock.worked
+
+    def __exit__(self, *_: object) -> None:
+        self._graph.seconds = Clock.worked - self._start
+        Clock.worked = self._start
 
 
 def on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,6 +150,7 @@ def install(patch: pytest.MonkeyPatch) -> None:
         "reset_peak_memory_stats": None,
         "get_device_properties": PROPERTIES,
         "get_device_name": PROPERTIES.name,
+        "get_device_capability": (PROPERTIES.major, PROPERTIES.minor),
         "current_stream": Stream(),
         "graph_pool_handle": "pool",
     }

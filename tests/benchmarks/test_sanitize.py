@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import test_racecheck
 
 from benchmarks import sanitize
 
@@ -38,25 +39,25 @@ def log(*reports: str) -> str:
 def test_initcheck_fails_for_our_kernels_and_for_what_they_left_unwritten(
     reports: tuple[str, ...], clean: bool
 ) -> None:
-    assert sanitize.clean("initcheck", sanitize.FOUND, log(*reports)) is clean
+    assert sanitize.Run("initcheck", sanitize.FOUND, "", log(*reports)).clean is clean
 
 
 @pytest.mark.parametrize("tool", sanitize.TOOLS)
 def test_a_failing_smoke_test_is_never_clean(tool: str) -> None:
-    assert sanitize.clean(tool, 0, log())
-    assert not sanitize.clean(tool, 1, log(OTHERS))
+    assert sanitize.Run(tool, 0, "", log()).clean
+    assert not sanitize.Run(tool, 1, "", log(OTHERS)).clean
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_whatever_the_other_tools_find_counts(tool: str) -> None:
-    assert not sanitize.clean(tool, sanitize.FOUND, log(OTHERS))
+    assert not sanitize.Run(tool, sanitize.FOUND, "", log(OTHERS)).clean
 
 
 def test_the_smoke_test_runs_in_this_interpreter() -> None:
     command = sanitize.command_of("/cuda/compute-sanitizer", "racecheck", Path("log"), "triton")
     assert command[:3] == ["/cuda/compute-sanitizer", "--tool", "racecheck"]
     assert command[command.index("--kernel-name") + 1] == "kns=fsp_"
-    smoke = [sys.executable, "-m", "benchmarks.smoke", "--backend", "triton"]
+    smoke = [sys.executable, "-m", "benchmarks.smoke", "--backend", "triton", "--share", "1/1"]
     assert command[-len(smoke) :] == smoke
 
 
@@ -68,33 +69,115 @@ def test_the_sanitizer_is_found_beside_cuda(
     program.touch(mode=0o755)
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert sanitize.find_sanitizer() == str(program)
+    assert sanitize.find("compute-sanitizer") == str(program)
 
 
 def test_without_one_a_sentence_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sanitize, "find_sanitizer", lambda: None)
+    monkeypatch.setattr(sanitize, "find", lambda _: None)
     assert sanitize.main([]) == 1
     assert "compute-sanitizer is neither on PATH nor" in capsys.readouterr().out
 
 
-def test_all_tools_run_also_after_one_found_something(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess:
-        tool = command[command.index("--tool") + 1]
-        Path(command[command.index("--log-file") + 1]).write_text(f"log of {tool}")
-        status = sanitize.FOUND if tool == "memcheck" else 0
-        return subprocess.CompletedProcess(command, status)
+SANITIZER = """#!{python}
+import os, sys
+from pathlib import Path
+if sys.argv[1:] == ["--version"]:
+    sys.exit(print("Version {version}.1.0 (build 1) (public-release)"))
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+print("cases", sys.argv[-1], flush=True)
+tool = options["--tool"]
+text = "log of " + tool
+if tool == "racecheck":
+    kernels = Path(os.environ["TRITON_CACHE_DIR"]) / "a hash"
+    kernels.mkdir()
+    (kernels / "fsp_residual.cubin").touch()
+    text = {log!r}
+Path(options["--log-file"]).write_text(text)
+sys.exit({status} if tool in {failing} else 0)
+"""
 
-    monkeypatch.setattr(sanitize, "find_sanitizer", lambda: "compute-sanitizer")
-    monkeypatch.setattr(subprocess, "run", run)
+
+@pytest.fixture
+def sanitizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Stands in for NVIDIA's programs: what they print, and which tools find something."""
+    sass = f"""#!/bin/sh
+cat <<'END'
+{test_racecheck.SASS}
+END
+"""
+
+    def install(
+        failing: tuple[str, ...] = (),
+        log: str = test_racecheck.log(),
+        status: int = sanitize.FOUND,
+        version: str = "2025.3",
+    ) -> None:
+        program = SANITIZER.format(
+            python=sys.executable, version=version, log=log, status=status, failing=failing
+        )
+        for name, text in (("compute-sanitizer", program), ("cuobjdump", sass)):
+            (tmp_path / name).write_text(text)
+            (tmp_path / name).chmod(0o755)
+
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    return install
+
+
+def test_all_tools_run_also_after_one_found_something(
+    sanitizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sanitizer(failing=("memcheck",))
     assert sanitize.main(["--backend", "triton", "cuda"]) == 1
     printed = capsys.readouterr().out
     for backend in ("triton", "cuda"):
         assert f"== memcheck, {backend}: FAILED, exit status 99" in printed
         assert f"log of initcheck\n== initcheck, {backend}: clean" in printed
+
+
+def test_tools_can_be_chosen_and_shares_run_side_by_side(
+    sanitizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sanitizer()
+    assert sanitize.main(["--backend", "cuda", "--tool", "memcheck", "--jobs", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line.startswith("cases")] == [
+        f"cases {i}/3" for i in (1, 2, 3)
+    ]
+    assert "initcheck" not in printed
+    assert "racecheck" not in printed
+
+
+UNTOLD = test_racecheck.report(("Write", test_racecheck.LDGSTS), ("Read", test_racecheck.WGMMA))
+TRUE = test_racecheck.report(("Write", test_racecheck.STS), ("Read", test_racecheck.LDS))
+
+
+def test_hazards_that_this_release_does_not_tell_from_races_are_listed_and_do_not_fail(
+    sanitizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sanitizer(failing=("racecheck",), log=test_racecheck.log(UNTOLD))
+    assert sanitize.main(["--backend", "triton", "--tool", "racecheck"]) == 0
+    printed = capsys.readouterr().out
+    assert "not told apart from a race by this version: Error: Race reported" in printed
+    assert "== racecheck, triton: clean; hazards not told apart by this version: 1" in printed
+
+
+@pytest.mark.parametrize(
+    ("log", "status", "version"),
+    [
+        (test_racecheck.log(UNTOLD, TRUE), sanitize.FOUND, "2025.3"),
+        (test_racecheck.log(UNTOLD), 1, "2025.3"),  # the smoke test failed, too
+        (test_racecheck.log(UNTOLD), sanitize.FOUND, "2026.1"),
+        (test_racecheck.log(UNTOLD).replace("1 hazard ", "2 hazards "), 99, "2025.3"),
+        ("", sanitize.FOUND, "2025.3"),  # an error exit that its log does not explain
+    ],
+)
+def test_anything_else_that_racecheck_finds_fails(
+    sanitizer, log: str, status: int, version: str
+) -> None:
+    sanitizer(("racecheck",), log, status, version)
+    assert sanitize.main(["--backend", "triton", "--tool", "racecheck"]) == 1
 
 
 def test_a_backend_that_does_not_work_here_is_left_out_with_the_reason(
@@ -110,6 +193,6 @@ def test_a_backend_that_does_not_work_here_is_left_out_with_the_reason(
 
 
 def test_nothing_to_check_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sanitize, "find_sanitizer", lambda: "compute-sanitizer")
+    monkeypatch.setattr(sanitize, "find", lambda program: program)
     monkeypatch.setattr(sanitize, "working", list)
     assert sanitize.main([]) == 1

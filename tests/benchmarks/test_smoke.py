@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -26,6 +29,41 @@ def test_a_wrong_case_is_reported(
     monkeypatch.setattr(smoke, "CASES", (Case("scaled", alike(4, 3, 3)),))
     assert smoke.main(["--backend", "torch", "--device", "cpu"]) == 1
     assert "WRONG" in capsys.readouterr().out
+
+
+def test_shares_together_are_all_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Case] = []
+    monkeypatch.setattr(smoke, "error_of", lambda case, *_: ran.append(case) or 0.0)
+    for number in (1, 2, 3):
+        before = len(ran)
+        options = ["--backend", "torch", "--device", "cpu", "--share", f"{number}/3"]
+        assert smoke.main(options) == 0
+        assert abs(len(ran) - before - len(CASES) / 3) < 1
+    assert sorted(ran, key=CASES.index) == list(CASES)
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "1", "1/0", "a/b"])
+def test_a_share_that_is_none_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        smoke.main(["--backend", "torch", "--share", text])
+    assert "must be like 2/4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("failing", [None, "2/3"])
+def test_side_by_side_each_process_has_a_share_and_a_failing_one_fails_all(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    failing: str | None,
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$*"\ncase "$*" in *{failing}*) exit 1;; esac\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    status = smoke.main(["--backend", "triton", "--device", "cpu", "--jobs", "3"])
+    assert status == (failing is not None)
+    command = "-m benchmarks.smoke --backend triton --device cpu --share"
+    assert capsys.readouterr().out.splitlines() == [f"{command} {i}/3" for i in (1, 2, 3)]
 
 
 def test_cases_cover_what_kernels_are_chosen_by() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 
 import pytest
 
@@ -16,6 +18,7 @@ from fsp_kernels.backends.triton.configurations import (
     Configuration,
     configuration_of,
     family_of,
+    replaced,
     rows,
     using,
     write,
@@ -93,6 +96,15 @@ def test_the_first_row_that_is_large_enough_serves():
         assert configuration_of(row.kernel, row.kind, row.family, row.access, 65) is None
 
 
+@pytest.mark.parametrize("row", rows(), ids=lambda r: "-".join(map(str, r[:5])))
+def test_the_order_of_a_table_does_not_matter(row):
+    trial = row._replace(configuration=Configuration(7, 7, 7, 7, 7))
+    for table in ([trial, *(r for r in rows() if r != row)], replaced(rows(), row, trial)[::-1]):
+        with using(table):
+            found = configuration_of(row.kernel, row.kind, row.family, row.access, row.limit)
+        assert found == trial.configuration
+
+
 def test_another_table_is_in_force_for_a_while():
     before = rows()
     row = before[0]
@@ -135,6 +147,28 @@ def test_a_measured_row_is_found_at_once(copy):  # noqa: ARG001
     write([faster, *others])
     assert configuration_of(*key) == faster.configuration
     assert rows()[0].measured == "NVIDIA Fake 1"
+
+
+def test_a_table_can_be_written_elsewhere_and_read_there(tmp_path):
+    before, other = configurations.TABLE.read_bytes(), tmp_path / "other.json"
+    write(rows()[:3], other)
+    assert configurations.read(other) == rows()[:3]
+    assert configurations.TABLE.read_bytes() == before
+
+
+def test_a_table_that_cannot_be_finished_leaves_the_old_one(copy, monkeypatch):
+    before = copy.read_text()
+
+    def interrupted(*_):
+        assert copy.read_text() == before
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(rows()[:1])
+    assert json.loads(copy.read_text()) == json.loads(before)
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
 
 
 @pytest.mark.parametrize(

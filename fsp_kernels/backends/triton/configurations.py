@@ -7,6 +7,7 @@ which chip it was measured, or ``null``: chosen by what compiles there without s
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -61,7 +62,7 @@ _substitute: tuple[Row, ...] | None = None
 
 
 def rows() -> tuple[Row, ...]:
-    """The whole table, limits ascending."""
+    """The whole table."""
     return _read() if _substitute is None else _substitute
 
 
@@ -78,8 +79,18 @@ def using(table: Sequence[Row]) -> Iterator[None]:
         configuration_of.cache_clear()
 
 
+def replaced(table: Sequence[Row], row: Row, other: Row) -> list[Row]:
+    """The table with ``other`` in place of ``row``."""
+    return [other if r == row else r for r in table]
+
+
 @lru_cache(maxsize=1)
 def _read() -> tuple[Row, ...]:
+    return read(TABLE)
+
+
+def read(path: Path) -> tuple[Row, ...]:
+    """The table that a file holds."""
     return tuple(
         Row(
             row["family"],
@@ -90,12 +101,16 @@ def _read() -> tuple[Row, ...]:
             Configuration._make([*row["blocks"], row["warps"], row["stages"]]),
             row["measured"],
         )
-        for row in json.loads(TABLE.read_text())
+        for row in json.loads(path.read_text())
     )
 
 
-def write(table: Sequence[Row]) -> None:
-    """Replace the table, a line for each row."""
+def write(table: Sequence[Row], path: Path | None = None) -> None:
+    """Replace the table in a file, the package's own by default: a line for each row.
+
+    The file is replaced as a whole, so a process that is killed meanwhile leaves the old table.
+    """
+    path = path or TABLE
     lines = []
     for row in sorted(table, key=_order):
         c = row.configuration
@@ -111,7 +126,12 @@ def write(table: Sequence[Row]) -> None:
             "measured": row.measured,
         }
         lines.append(json.dumps(fields))
-    TABLE.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
     _read.cache_clear()
     configuration_of.cache_clear()
 
@@ -130,13 +150,14 @@ def _order(row: Row) -> tuple[int, ...]:
 def configuration_of(
     kernel: str, kind: str, family: str, access: str, size: int = 0
 ) -> Configuration | None:
-    """Of the first row whose limit is not below ``size``; ``None`` if there is none.
+    """Of the row with the smallest limit that is not below ``size``; ``None`` if there is none.
 
     A chip has no row for what would not fit its registers.
     """
     wanted = (family, kernel, kind, access)
-    fitting = [r for r in rows() if (r.family, r.kernel, r.kind, r.access) == wanted]
-    return next((r.configuration for r in fitting if r.limit >= size), None)
+    found = [r for r in rows() if (r.family, r.kernel, r.kind, r.access) == wanted]
+    fitting = [r for r in found if r.limit >= size]
+    return min(fitting, key=lambda r: r.limit).configuration if fitting else None
 
 
 def largest_size(kernel: str, kind: str, family: str, access: str) -> int:
