@@ -71,6 +71,8 @@ class Profile:
 class Stream:
     """A stream, and the context in which it is the current one."""
 
+    entered: ClassVar[list[Stream]] = []
+
     def __init__(self, *_: object):
         pass
 
@@ -78,10 +80,10 @@ class Stream:
         pass
 
     def __enter__(self) -> None:
-        pass
+        self.entered.append(self)
 
     def __exit__(self, *_: object) -> None:
-        pass
+        self.entered.pop()
 
 
 class Graph:
@@ -97,11 +99,13 @@ class Graph:
 class Capture(Stream):
     """The context in which a graph is captured."""
 
-    def __init__(self, graph: Graph, pool: object):
+    def __init__(self, graph: Graph, pool: object, stream: Stream):
         assert isinstance(graph, Graph)
         assert pool == "pool"
+        assert isinstance(stream, Stream)
 
     def __enter__(self) -> None:
+        super().__enter__()
         if Graph.reason is not None:
             raise Graph.reason
 
@@ -121,11 +125,12 @@ def install(patch: pytest.MonkeyPatch) -> None:
         "reset_peak_memory_stats": None,
         "get_device_properties": PROPERTIES,
         "get_device_name": PROPERTIES.name,
-        "current_stream": Stream(),
         "graph_pool_handle": "pool",
     }
     for name, answer in answers.items():
         patch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    patch.setattr(Stream, "entered", [Stream()])  # the default stream
+    patch.setattr(torch.cuda, "current_stream", lambda: Stream.entered[-1])
     patch.setattr(torch.cuda, "Event", Event)
     patch.setattr(torch.cuda, "_sleep", lambda _: None)
     patch.setattr(torch.cuda, "Stream", Stream)
