@@ -88,6 +88,17 @@ def sleep_cycles_per_second() -> float:
     return cycles / (start.elapsed_time(end) / 1e3)
 
 
+@lru_cache(maxsize=1)
+def stream() -> torch.cuda.Stream:
+    """The stream on which everything is measured: one, and not the default one.
+
+    In backward, autograd makes the streams wait for each other on which the loss and the layers
+    before its maps ran. A graph can be captured only where those are one stream, and on the default
+    stream none can be.
+    """
+    return torch.cuda.Stream()
+
+
 def spread(seconds: Sequence[float]) -> float:
     """The interquartile range, as pytest-benchmark computes it of what it is given."""
     if len(seconds) < 2:
@@ -115,7 +126,7 @@ class Graphs:
         pool = torch.cuda.graph_pool_handle()  # replayed one after the other, they share memory
         for step in prepared.steps:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
+            with torch.cuda.graph(graph, pool=pool, stream=stream()):
                 step()
             self._graphs.append(graph)
 
@@ -250,14 +261,9 @@ def _prepare(
 
 
 def on_cuda(entrants: Sequence[Entrant], rounds: Rounds) -> dict[str, Outcome]:
-    """All times of every contender that works; ``rounds.seconds`` is for each of them.
-
-    Everything runs on one stream of its own. Autograd waits for the stream on which the layers
-    before a map ran; a graph can only be captured where that is the stream of the capture, and on
-    the default stream none can be captured.
-    """
-    torch.cuda.synchronize()  # the maps were made on the default stream
-    with torch.cuda.stream(torch.cuda.Stream()), without_garbage_collection():
+    """All times of every contender that works; ``rounds.seconds`` is for each of them."""
+    torch.cuda.synchronize()  # the inputs were made on the default stream
+    with torch.cuda.stream(stream()), without_garbage_collection():
         ready, failed = _prepare(entrants, rounds)
         limits = {name: runner.rounds for name, runner in ready.items()}
         for name in turns(list(ready), WARM_UP + rounds.most, limits):

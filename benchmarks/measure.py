@@ -47,10 +47,10 @@ def maps_of(pairs: Pairs) -> list[Tensor]:
 def as_results(pairs: Pairs) -> Pairs:
     """The same maps as results of a layer that costs nothing: no copies, and no leaves.
 
-    In training a map is the result of a layer, which takes the map's gradient as it is. A leaf
-    keeps its gradient in ``.grad``, and PyTorch copies it first if its strides are not the leaf's.
-    The naive op has one such gradient in each pair, and would be charged for a copy that no
-    training step makes.
+    In training, a map is the result of a layer, and the layer takes the map's gradient as it is.
+    A leaf keeps its gradient in ``.grad``, and PyTorch copies it there if its strides are not the
+    leaf's. The naive op has one such gradient in each pair. With leaves it would pay for a copy
+    that no training step makes.
     """
     return [(first.view_as(first), second.view_as(second)) for first, second in pairs]
 
