@@ -13,7 +13,7 @@ import torch
 from benchmarks import contenders, memory
 from benchmarks.contenders import Contender
 from benchmarks.floor import floor_facts
-from benchmarks.measure import Check, forget_gradients, leaves, step_of
+from benchmarks.measure import Check, maps_of, step_of
 from benchmarks.race import Entrant, NotRun, Outcome, Prepared, Race, Rounds, Step
 from benchmarks.workloads import Case, Pairs
 
@@ -34,7 +34,7 @@ def rotating(student: Pairs, teacher: Pairs) -> Sets:
     Together they don't fit in L2. Otherwise a small workload would be read from cache, where no
     training loop leaves it.
     """
-    size = sum(x.nbytes for x in leaves(student) + leaves(teacher))
+    size = sum(x.nbytes for x in maps_of(student) + maps_of(teacher))
     count = max(2, math.ceil(L2_MULTIPLE * l2_bytes() / size))
 
     def copy(pairs: Pairs) -> Pairs:
@@ -60,7 +60,7 @@ class CaseRace:
         self._facts = floor_facts(case, student, teacher, device) | {
             "device": device,
             "batch": case.batch,
-            "gradient_bytes": sum(x.nbytes for x in leaves(student)) if case.training else 0,
+            "gradient_bytes": sum(x.nbytes for x in maps_of(student)) if case.training else 0,
         }
 
     def entrants(self, chosen: Sequence[Contender]) -> list[Entrant]:
@@ -73,30 +73,12 @@ class CaseRace:
             raise NotRun(reason)
         loss = contender.build()
         facts = self._facts | self._check(contender, loss) | {"ours": contender.ours}
-        steps = [step_of(loss, *maps, self.case.training) for maps in self._sets]
-        if self._device == "cuda":
-            # A copy's gradients are dropped right before its next step, so they rotate alike.
-            steps = [_fresh(step, maps[0]) for step, maps in zip(steps, self._sets, strict=True)]
-        return Prepared(steps, self._forget, facts)
-
-    def _forget(self) -> None:
-        for student, _ in self._sets:
-            forget_gradients(student)
+        return Prepared([step_of(loss, *maps, self.case.training) for maps in self._sets], facts)
 
 
-def _fresh(step: Step, student: Pairs) -> Step:
-    def run() -> None:
-        forget_gradients(student)
-        step()
-
-    return run
-
-
-def lone_step(case: Case, contender_name: str) -> tuple[Step, Step]:
-    """One contender's step on a CPU and what to do after it, unchecked: for its peak memory."""
-    student, teacher = case.maps("cpu")
-    loss = contenders.BY_NAME[contender_name].build()
-    return step_of(loss, student, teacher, case.training), lambda: forget_gradients(student)
+def lone_step(case: Case, contender_name: str) -> Step:
+    """One contender's step on a CPU, unchecked: for its peak memory."""
+    return step_of(contenders.BY_NAME[contender_name].build(), *case.maps("cpu"), case.training)
 
 
 def peaks(cases: Sequence[Case], chosen: Sequence[Contender]) -> dict[tuple[Case, str], int | None]:

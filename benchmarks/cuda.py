@@ -88,6 +88,17 @@ def sleep_cycles_per_second() -> float:
     return cycles / (start.elapsed_time(end) / 1e3)
 
 
+@lru_cache(maxsize=1)
+def stream() -> torch.cuda.Stream:
+    """The stream on which everything is measured: one, and not the default one.
+
+    In backward, autograd makes the streams wait for each other on which the loss and the layers
+    before its maps ran. A graph can be captured only where those are one stream, and on the default
+    stream none can be.
+    """
+    return torch.cuda.Stream()
+
+
 def spread(seconds: Sequence[float]) -> float:
     """The interquartile range, as pytest-benchmark computes it of what it is given."""
     if len(seconds) < 2:
@@ -110,24 +121,14 @@ class Graphs:
             self.reason = f"not captured: {type(error).__name__}"
         finally:
             torch.cuda.synchronize()
-            prepared.reset()
 
     def _capture(self, prepared: Prepared) -> None:
-        """Gradients are allocated while capturing, as PyTorch's notes on CUDA graphs want it."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for step in prepared.steps:
-                step()
-        torch.cuda.current_stream().wait_stream(side)
         pool = torch.cuda.graph_pool_handle()  # replayed one after the other, they share memory
         for step in prepared.steps:
-            prepared.reset()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, stream=stream()):
                 step()
             self._graphs.append(graph)
-        prepared.reset()
 
     @property
     def steps(self) -> list[Step]:
@@ -143,7 +144,6 @@ class Runner:
         self._steps = itertools.cycle(prepared.steps)
         self._enqueue(len(prepared.steps))
         torch.cuda.synchronize()
-        prepared.reset()
         self.peak = peak_extra_bytes(next(self._steps))
         self.launches = kernel_launches(next(self._steps))
         self.steps = 1
@@ -152,7 +152,6 @@ class Runner:
         self.rounds = WARM_UP + rounds.affordable(3 * self.steps * step_seconds)
         queueing = self.steps * statistics.median(self._enqueue_seconds() for _ in range(3))
         self._sleep_seconds = 1e-3 + 2 * queueing  # twice: the GPU's clock may rise meanwhile
-        prepared.reset()
         self._graphs = Graphs(prepared)
         self._replays = itertools.cycle(self._graphs.steps)
         self.device: list[float] = []
@@ -217,7 +216,6 @@ class Runner:
         self.device.append(seconds)
         self.in_time.append(in_time)
         self.eager.append(self.eager_seconds())
-        self._prepared.reset()
         if self._graphs.reason is None:
             self.replay.append(self.replay_seconds())
 
@@ -264,9 +262,10 @@ def _prepare(
 
 def on_cuda(entrants: Sequence[Entrant], rounds: Rounds) -> dict[str, Outcome]:
     """All times of every contender that works; ``rounds.seconds`` is for each of them."""
-    ready, failed = _prepare(entrants, rounds)
-    limits = {name: runner.rounds for name, runner in ready.items()}
-    with without_garbage_collection():
+    torch.cuda.synchronize()  # the inputs were made on the default stream
+    with torch.cuda.stream(stream()), without_garbage_collection():
+        ready, failed = _prepare(entrants, rounds)
+        limits = {name: runner.rounds for name, runner in ready.items()}
         for name in turns(list(ready), WARM_UP + rounds.most, limits):
             if name in failed:
                 continue

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import float32_products, leaves
+from benchmarks.measure import float32_products, maps_of
 from benchmarks.workloads import DTYPES, Case, Pairs
 from fsp_kernels.loss_plan import MapSpec
 from fsp_kernels.plan import fewest_flops
@@ -32,7 +32,7 @@ TF32_TERMS = 3  # products of TF32 that make one of fp32
 
 def floor_bytes(student: Pairs, teacher: Pairs, training: bool = True) -> int:
     """Every map read once, and the gradient of each that wants one written once."""
-    maps = leaves(student) + leaves(teacher)
+    maps = maps_of(student) + maps_of(teacher)
     wanted = [x for x in maps if training and x.requires_grad]
     return sum(x.nbytes for x in maps) + sum(x.nbytes for x in wanted)
 

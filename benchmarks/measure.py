@@ -39,45 +39,53 @@ TOLERANCES = {
 LOSS_SCALES = {torch.float16: 8192.0}
 
 
-def leaves(pairs: Pairs) -> list[Tensor]:
+def maps_of(pairs: Pairs) -> list[Tensor]:
     """All maps of a network, in order."""
     return [x for pair in pairs for x in pair]
 
 
-def backward(value: Tensor, scale: float) -> None:
-    """``scale`` times the loss, differentiated; as everyone does it where it is 1."""
-    value.backward(None if scale == 1 else torch.full_like(value, scale))
+def as_results(pairs: Pairs) -> Pairs:
+    """The same maps as results of a layer that costs nothing: no copies, and no leaves.
+
+    In training, a map is the result of a layer, and the layer takes the map's gradient as it is.
+    A leaf keeps its gradient in ``.grad``, and PyTorch copies it there if its strides are not the
+    leaf's. The naive op has one such gradient in each pair. With leaves it would pay for a copy
+    that no training step makes.
+    """
+    return [(first.view_as(first), second.view_as(second)) for first, second in pairs]
+
+
+def gradients_of(value: Tensor, pairs: Pairs, scale: float = 1.0) -> tuple[Tensor, ...]:
+    """The gradients of ``scale`` times the loss by all maps, as the layers before would get them.
+
+    They are the caller's alone: nothing is accumulated, and nothing is left behind.
+    """
+    factor = None if scale == 1 else torch.full_like(value, scale)
+    return torch.autograd.grad(value, maps_of(pairs), factor)
 
 
 def step_of(loss: Loss, student: Pairs, teacher: Pairs, training: bool = True) -> Step:
     """Forward and backward as a training loop calls them, or the loss alone as validation does."""
     scale = LOSS_SCALES.get(student[0][0].dtype, 1.0)
+    maps = as_results(student)
 
     def train() -> None:
-        backward(loss(student, teacher), scale)
+        gradients_of(loss(maps, teacher), maps, scale)
 
     def validate() -> None:
         with torch.no_grad():
-            loss(student, teacher)
+            loss(maps, teacher)
 
     return train if training else validate
 
 
-def forget_gradients(student: Pairs) -> None:
-    """As ``optimizer.zero_grad()`` does between steps."""
-    for x in leaves(student):
-        x.grad = None
-
-
 def evaluate(
     loss: Loss, student: Pairs, teacher: Pairs, scale: float = 1.0
-) -> tuple[Tensor, list[Tensor]]:
-    """The loss and its scaled gradients by every student map; leaves no gradient behind."""
-    value = loss(student, teacher)
-    backward(value, scale)
-    gradients = [x.grad for x in leaves(student) if x.grad is not None]
-    forget_gradients(student)
-    return value.detach(), gradients
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The loss and its scaled gradients by every student map, by the road that is timed."""
+    maps = as_results(student)
+    value = loss(maps, teacher)
+    return value.detach(), gradients_of(value, maps, scale)
 
 
 def in_float64(pairs: Pairs) -> Pairs:
@@ -137,8 +145,10 @@ class Check:
         hold(contender, errors, self._dtype, self._case.workload.name)
         return errors
 
-    def _computed(self, loss: Loss, student: Pairs, teacher: Pairs) -> tuple[Tensor, list[Tensor]]:
+    def _computed(
+        self, loss: Loss, student: Pairs, teacher: Pairs
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         if self._case.training:
             return evaluate(loss, student, teacher, LOSS_SCALES.get(self._dtype, 1.0))
         with torch.no_grad():
-            return loss(student, teacher), []
+            return loss(student, teacher), ()

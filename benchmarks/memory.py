@@ -30,8 +30,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.race import Step
 
-# What can be sent to another process and gives, there, a step and what to do after it.
-Job = Callable[[], tuple[Step, Step]]
+# What can be sent to another process and gives a step there.
+Job = Callable[[], Step]
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
@@ -83,15 +83,12 @@ def peaks(jobs: Sequence[Job]) -> list[int | None]:
 def _peak(job: Job) -> int | None:
     peak = {"resident": resident_peak, "profiler": profiled_peak}[method()]
     try:
-        step, reset = job()
+        step = job()
         step()
-        reset()
-        found = peak(step)
-        reset()
+        return peak(step)
     except Exception:
         traceback.print_exc()
         return None
-    return found
 
 
 def peaks_in_fresh_process(jobs: Sequence[Job]) -> list[int | None]:

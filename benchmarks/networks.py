@@ -192,7 +192,7 @@ def _decline(reason: str) -> Prepared:
 
 
 def _prepare(contender: Contender, start: Start) -> Prepared:
-    """Check, split, and take one whole step, which may compile for maps that are no leaves."""
+    """Check, split, and take one whole step to warm up."""
     distillation = start.with_loss(contender.build())
     found = errors(distillation)
     hold(contender, found, start.dtype, start.networks.name)
@@ -203,11 +203,10 @@ def _prepare(contender: Contender, start: Start) -> Prepared:
         "device": start.device,
         "batch": start.networks.batch_on(start.device),
     }
-    return Prepared([distillation.step], distillation.reset, facts | found | split)
+    return Prepared([distillation.step], facts | found | split)
 
 
-def peak_step(networks_name: str, contender_name: str, dtype: str = "fp32") -> tuple[Step, Step]:
-    """One contender's step on a CPU and what to do after it, unchecked: for its peak memory."""
+def peak_step(networks_name: str, contender_name: str, dtype: str = "fp32") -> Step:
+    """One contender's step on a CPU, unchecked: for its peak memory."""
     loss = contenders.BY_NAME[contender_name].build()
-    distillation = Start(BY_NAME[networks_name], "cpu", dtype).with_loss(loss)
-    return distillation.step, distillation.reset
+    return Start(BY_NAME[networks_name], "cpu", dtype).with_loss(loss).step

@@ -22,12 +22,11 @@ class Prepared(NamedTuple):
     """A contender that is ready to be timed.
 
     ``steps`` do the work that is timed, one for each copy of the inputs (on a GPU they take turns,
-    so that no copy is found in its cache; a CPU has one). ``reset`` drops what steps have left,
-    as ``optimizer.zero_grad()`` does. ``facts`` are recorded beside the times.
+    so that no copy is found in its cache; a CPU has one). A step leaves no gradient behind.
+    ``facts`` are recorded beside the times.
     """
 
     steps: Sequence[Step]
-    reset: Step
     facts: dict[str, Any]
 
 
@@ -117,16 +116,12 @@ def turns(names: Sequence[str], rounds: int, max_rounds: Mapping[str, int]) -> I
 
 
 def interleave(
-    steps: Mapping[str, Step],
-    rounds: int,
-    max_rounds: Mapping[str, int],
-    between: Mapping[str, Step],
+    steps: Mapping[str, Step], rounds: int, max_rounds: Mapping[str, int]
 ) -> dict[str, list[float]]:
-    """Time all steps in turns; ``between`` runs before each step, untimed."""
+    """Time all steps in turns."""
     durations: dict[str, list[float]] = {name: [] for name in steps}
     with without_garbage_collection():
         for name in turns(list(steps), rounds, max_rounds):
-            between[name]()
             start = time.perf_counter()
             steps[name]()
             durations[name].append(time.perf_counter() - start)
@@ -146,13 +141,10 @@ def on_cpu(entrants: Sequence[Entrant], rounds: Rounds) -> dict[str, Outcome]:
         except Exception as error:
             failed[entrant.name] = failure(error)
     steps = {name: prepared.steps[0] for name, prepared in ready.items()}
-    between = {name: prepared.reset for name, prepared in ready.items()}
     limits = {x.name: x.max_rounds for x in entrants if x.max_rounds is not None}
     often = {name: step for name, step in steps.items() if name not in limits}
-    first = interleave(often, 1, {}, between)
+    first = interleave(often, 1, {})
     count = rounds.affordable(sum(sum(found) for found in first.values()) or 1e-9)
-    durations = interleave(steps, count, limits, between)
-    for prepared in ready.values():
-        prepared.reset()
+    durations = interleave(steps, count, limits)
     timed = {name: Outcome(durations[name], prepared.facts) for name, prepared in ready.items()}
     return {x.name: (timed | failed)[x.name] for x in entrants}

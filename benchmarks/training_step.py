@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import evaluate, in_float64, leaves, relative_error
+from benchmarks.measure import (
+    as_results,
+    evaluate,
+    gradients_of,
+    in_float64,
+    maps_of,
+    relative_error,
+)
 from benchmarks.peers import Loss
 from benchmarks.race import Rounds, without_garbage_collection
 from benchmarks.workloads import Pairs
@@ -70,33 +77,27 @@ class Distillation:
         parameters = self.student.parameters()
         self._optimiser = torch.optim.SGD(parameters, LEARNING_RATE, momentum=MOMENTUM)
 
-    def reset(self) -> None:
-        """Drop the gradients."""
-        self._optimiser.zero_grad()
-
     def step(self) -> Tensor:
-        """A training step; returns its loss."""
-        self.reset()
+        """A training step, which leaves no gradient behind; returns its loss."""
         teacher = self.teacher_maps()
         loss = self.loss(self.student_maps(), teacher)
         loss.backward()
-        self._optimiser.step()
+        self._update()
         return loss.detach()
 
     def split_step(self, mark: Mark) -> None:
         """The same in pieces: ``mark`` is called before the first and after each of them."""
-        self.reset()
         mark()
         teacher = self.teacher_maps()
         mark()
         student = self.student_maps()
+        cut = as_results(cut_off(student))
         mark()
-        cut = cut_off(student)
-        gradients = torch.autograd.grad(self.loss(cut, teacher), leaves(cut))
+        gradients = gradients_of(self.loss(cut, teacher), cut)
         mark()
-        torch.autograd.backward(leaves(student), gradients)
+        torch.autograd.backward(maps_of(student), gradients)
         mark()
-        self._optimiser.step()
+        self._update()
         mark()
 
     def teacher_maps(self) -> Pairs:
@@ -114,6 +115,10 @@ class Distillation:
         with self._precision():
             return self._loss(student, teacher)
 
+    def _update(self) -> None:
+        self._optimiser.step()
+        self._optimiser.zero_grad()
+
     def _precision(self) -> AbstractContextManager[Any]:
         if self._autocast is None:
             return nullcontext()
@@ -121,7 +126,7 @@ class Distillation:
 
 
 def cut_off(pairs: Pairs) -> Pairs:
-    """The same maps as leaves.
+    """The same maps without the layers before them.
 
     A later map of a network depends on an earlier one. The loss's gradient by that one alone must
     not include what comes back through the layers between them.

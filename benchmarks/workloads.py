@@ -67,7 +67,7 @@ class Case:
         return self.direction == TRAINING
 
     def maps(self, device: str) -> tuple[Pairs, Pairs]:
-        """``(student, teacher)``, the student's as leaves."""
+        """``(student, teacher)``; the student's want gradients."""
         dtype = DTYPES[self.dtype]
         return feature_maps(self.workload, self.batch, dtype, device=device, layout=self.layout)
 
@@ -150,7 +150,7 @@ def feature_maps(
     device: str = "cpu",
     layout: str = "nchw",
 ) -> tuple[Pairs, Pairs]:
-    """``(student, teacher)``: independent maps of equal shapes, the student's as leaves."""
+    """``(student, teacher)``: independent maps of equal shapes; the student's want gradients."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def network() -> list[tuple[Tensor, Tensor]]:
@@ -165,5 +165,5 @@ def feature_maps(
     student, teacher = network(), network()
     for pair in student:
         for x in pair:
-            x.requires_grad_()  # a view's base needs none, so the view itself is the leaf
+            x.requires_grad_()
     return student, teacher

@@ -15,7 +15,8 @@ LEGEND = (
     "One of batch, channels and side of the map is varied, the rest stays. The last column is the "
     "order of growth: the slope of log time (or memory) over log value, by least squares over the "
     "upper half of the values. 1 is proportional, 2 quadratic; between small values fixed costs "
-    "hide it."
+    "hide it. torch.compile would be compiled for every shape and broadcast has no room: both take "
+    "part where they are named."
 )
 
 

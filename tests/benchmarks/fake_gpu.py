@@ -89,6 +89,8 @@ class Profile:
 class Stream:
     """A stream, and the context in which it is the current one."""
 
+    entered: ClassVar[list[Stream]] = []
+
     def __init__(self, *_: object):
         pass
 
@@ -96,10 +98,10 @@ class Stream:
         pass
 
     def __enter__(self) -> None:
-        pass
+        self.entered.append(self)
 
     def __exit__(self, *_: object) -> None:
-        pass
+        self.entered.pop()
 
 
 class Graph:
@@ -120,17 +122,20 @@ class Graph:
 class Capture(Stream):
     """The context in which a graph is captured."""
 
-    def __init__(self, graph: Graph, pool: object = "pool"):
+    def __init__(self, graph: Graph, pool: object = "pool", stream: Stream | None = None):
         assert isinstance(graph, Graph)
         assert pool == "pool"
+        assert stream is None or isinstance(stream, Stream)
         self._graph = graph
 
     def __enter__(self) -> None:
+        super().__enter__()
         if Graph.reason is not None:
             raise Graph.reason
         self._start = Clock.worked
 
     def __exit__(self, *_: object) -> None:
+        super().__exit__()
         self._graph.seconds = Clock.worked - self._start
         Clock.worked = self._start
 
@@ -151,11 +156,12 @@ def install(patch: pytest.MonkeyPatch) -> None:
         "get_device_properties": PROPERTIES,
         "get_device_name": PROPERTIES.name,
         "get_device_capability": (PROPERTIES.major, PROPERTIES.minor),
-        "current_stream": Stream(),
         "graph_pool_handle": "pool",
     }
     for name, answer in answers.items():
-        patch.setattr(torch.cuda, name, lambda answer=answer: answer)
+        patch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    patch.setattr(Stream, "entered", [Stream()])  # the default stream
+    patch.setattr(torch.cuda, "current_stream", lambda: Stream.entered[-1])
     patch.setattr(torch.cuda, "Event", Event)
     patch.setattr(torch.cuda, "_sleep", lambda _: None)
     patch.setattr(torch.cuda, "Stream", Stream)

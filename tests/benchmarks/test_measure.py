@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import fake_gpu
 import pytest
 import torch
+from torch import Tensor
 
-from benchmarks import peers
+from benchmarks import accuracy, bench_plan, cases, contenders, cuda, networks, peers
 from benchmarks.contenders import Contender
-from benchmarks.measure import Check, leaves, relative_error, step_of
-from benchmarks.workloads import FORWARD, TRAINING, Case, Workload
+from benchmarks.measure import Check, gradients_of, maps_of, relative_error, step_of
+from benchmarks.race import Rounds, on_cpu
+from benchmarks.workloads import FORWARD, TRAINING, Case, Pairs, Workload, feature_maps
+from fsp_kernels.distill.models import CifarResNet
 
 TINY = Workload("tiny", 8, (((4, 6), (3, 6)), ((3, 6), (5, 3))))
+PAIR = Case(Workload("pair", 8, (((12, 3), (12, 3)),)), 3)
+NETWORKS = replace(
+    networks.BY_NAME["cifar-resnet26-8"],
+    cpu_batch=3,
+    image_size=8,
+    teacher=partial(CifarResNet, 14),
+)
 EINSUM = peers.loss_over(peers.einsum_matrix)
+TWICE = Rounds(2, 2, 0.0)
 
 
 def off_by(factor: float) -> peers.Loss:
@@ -28,13 +44,85 @@ def check_of(case: Case, loss: peers.Loss, ours: bool = False) -> dict[str, floa
     return Check(case, *case.maps("cpu"))(Contender("x", lambda: loss, ours=ours), loss)
 
 
-@pytest.mark.parametrize(("direction", "gradients"), [(TRAINING, True), (FORWARD, False)])
-def test_a_step_leaves_gradients_only_where_it_trains(direction: str, gradients: bool) -> None:
+class Watch:
+    """The naive op, which notes what maps it is given and what is accumulated behind them."""
+
+    def __init__(self) -> None:
+        self.leaves: list[bool] = []
+        self.accumulated: list[Tensor] = []
+
+    def __call__(self, student: Pairs, teacher: Pairs) -> Tensor:
+        for x in maps_of(student):
+            self.leaves.append(x.is_leaf)
+            for node, _ in [] if x.grad_fn is None else x.grad_fn.next_functions:
+                if hasattr(node, "variable"):  # the node that accumulates into a leaf's .grad
+                    node.variable.register_post_accumulate_grad_hook(self.accumulated.append)
+        return EINSUM(student, teacher)
+
+
+def plan_part(_: Contender) -> None:
+    found = bench_plan.contenders_of(PAIR, "cpu", "torch").values()
+    cases.measure(PAIR, list(found), "cpu", on_cpu, TWICE)
+
+
+PARTS: dict[str, Callable[[Contender], object]] = {
+    "loss, scaling": lambda who: cases.measure(PAIR, [who], "cpu", on_cpu, TWICE),
+    "loss, scaling on a GPU": lambda who: cases.measure(
+        PAIR, [who], "cuda", cuda.on_cuda, fake_gpu.ROUNDS
+    ),
+    "plan": plan_part,
+    "step": lambda who: on_cpu(networks.entrants(NETWORKS, [who], "cpu", "fp32"), TWICE),
+    "accuracy": lambda who: accuracy.measure("cpu", [who], ["fp32"], (1.0,), {"x": (2, 8, 4, 4)}),
+    "memory": lambda who: cases.lone_step(PAIR, who.name)(),
+    "memory of a step": lambda who: networks.peak_step(NETWORKS.name, who.name)(),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_maps_are_results_of_layers_and_no_gradient_of_theirs_is_accumulated(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = Watch()
+    who = Contender("watch", lambda: watch)
+    monkeypatch.setitem(contenders.BY_NAME, who.name, who)
+    monkeypatch.setitem(networks.BY_NAME, NETWORKS.name, NETWORKS)
+    monkeypatch.setattr(bench_plan, "planned_loss", lambda _, __, x: watch([x[:2]], [x[2:]]))
+    if "GPU" in part:
+        fake_gpu.install(monkeypatch)
+    PARTS[part](who)
+    assert watch.leaves
+    assert not any(watch.leaves)
+    assert watch.accumulated == []
+
+
+class HandsOverRows(torch.autograd.Function):
+    """A sum whose gradient is a transposed buffer, as that of a batched product is."""
+
+    written: Tensor
+
+    @staticmethod
+    def forward(_ctx: object, first: Tensor, second: Tensor) -> Tensor:
+        return first.sum() + second.sum()
+
+    @staticmethod
+    def backward(_ctx: object, _incoming: Tensor) -> tuple[Tensor, Tensor]:
+        HandsOverRows.written = torch.ones(2, 3, 4)
+        return HandsOverRows.written.mT, HandsOverRows.written.mT
+
+
+def test_a_gradient_is_handed_over_as_it_was_written() -> None:
+    maps = [tuple(torch.ones(2, 4, 3, requires_grad=True).view(2, 4, 3) for _ in range(2))]
+    gradients = gradients_of(HandsOverRows.apply(*maps[0]), maps)
+    addresses = {x.data_ptr() for x in gradients}
+    assert addresses == {HandsOverRows.written.data_ptr()}
+
+
+@pytest.mark.parametrize("direction", [TRAINING, FORWARD])
+def test_a_step_leaves_no_gradients(direction: str) -> None:
     case = Case(TINY, 3, direction=direction)
-    student, teacher = case.maps("cpu")
+    student, teacher = feature_maps(TINY, 3)
     step_of(EINSUM, student, teacher, case.training)()
-    assert [x.grad is not None for x in leaves(student)] == [gradients] * 4
-    assert all(x.grad is None for x in leaves(teacher))
+    assert all(x.grad is None for x in maps_of(student) + maps_of(teacher))
 
 
 def test_errors_of_loss_and_gradients_are_recorded() -> None:

@@ -56,11 +56,11 @@ def test_memory_held_before_does_not_count(peak: Peak) -> None:
     assert peak(lambda: held.add_(1)) == pytest.approx(0, abs=TOLERANCE)
 
 
-def job() -> tuple[Step, Step]:
-    return block, lambda: None
+def job() -> Step:
+    return block
 
 
-def broken_job() -> tuple[Step, Step]:
+def broken_job() -> Step:
     raise ValueError("what")
 
 
@@ -71,11 +71,11 @@ def test_what_fails_costs_no_other_its_peak(capfd: pytest.CaptureFixture[str]) -
     assert second == pytest.approx(BLOCK, abs=TOLERANCE)
 
 
-def environment() -> tuple[Step, Step]:
+def environment() -> Step:
     wanted = memory.RETURN_FREED_MEMORY
     assert {name: os.environ.get(name) for name in wanted} == wanted
     assert torch.get_num_threads() == 1
-    return lambda: None, lambda: None
+    return lambda: None
 
 
 def test_a_fresh_process_returns_freed_memory_and_has_as_many_threads() -> None:

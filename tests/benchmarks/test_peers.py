@@ -34,6 +34,20 @@ def test_eager_peers(matrix: peers.Matrix, workload: Workload) -> None:
     assert_is_the_loss(peers.loss_over(matrix), workload)
 
 
+@pytest.mark.parametrize(("workload", "pooled"), [(SMALL[0], 0), (SMALL[1], 1), (SMALL[2], 1)])
+def test_only_the_larger_map_is_pooled(
+    monkeypatch: pytest.MonkeyPatch, workload: Workload, pooled: int
+) -> None:
+    seen = []
+    pool = peers.F.adaptive_max_pool2d
+    monkeypatch.setattr(
+        peers.F, "adaptive_max_pool2d", lambda x, size: (seen.append(x.shape), pool(x, size))[1]
+    )
+    (first, second), *_ = feature_maps(workload, batch=3)[1]
+    peers.flattened(first, second)
+    assert seen == [max(first.shape, second.shape, key=lambda shape: shape[2])] * pooled
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workload", [SMALL[1], SMALL[3]], ids=lambda w: w.name)
 def test_compiled_peer(workload: Workload) -> None:

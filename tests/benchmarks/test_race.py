@@ -19,7 +19,7 @@ def nothing() -> None:
 
 
 def entrant(name: str, step: Callable[[], object] = nothing, **options: int) -> Entrant:
-    return Entrant(name, lambda: Prepared([step], nothing, {"who": name}), **options)
+    return Entrant(name, lambda: Prepared([step], {"who": name}), **options)
 
 
 def failing(error: Exception) -> Entrant:
@@ -46,20 +46,8 @@ def test_the_order_is_the_same_in_every_run() -> None:
 
 def test_a_slow_step_sits_out_after_its_rounds() -> None:
     steps = {"fast": nothing, "slow": nothing}
-    durations = interleave(steps, 5, {"slow": 2}, steps)
+    durations = interleave(steps, 5, {"slow": 2})
     assert {name: len(found) for name, found in durations.items()} == {"fast": 5, "slow": 2}
-
-
-def test_what_happens_between_steps_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-
-    def wait(seconds: float) -> None:
-        nonlocal now
-        now += seconds
-
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
-    durations = interleave({"x": lambda: wait(2.0)}, 3, {}, {"x": lambda: wait(10.0)})
-    assert durations == {"x": [2.0, 2.0, 2.0]}
 
 
 @pytest.mark.parametrize(
