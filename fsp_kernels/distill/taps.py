@@ -27,13 +27,14 @@ class FeatureTaps:
             model(images)
             first, second = taps.take()
 
-    Only ``model`` itself is recorded, each thread for itself: a copy of it, or the file it is saved
-    to, has no taps. A file of the whole model that is written while the hooks are there needs this
-    package when it is read. What checkpointing runs again in backward is not recorded.
+    The taps record ``model`` and not its copies, and not what checkpointing runs again in backward.
+    Each thread takes the maps of its own forward pass. A model can be copied, pickled and saved
+    whole while the hooks are there; to read such a file this package has to be installed.
 
     ``torch.compile`` sees the hooks that are there when the model first runs: attach them before,
-    and leave them. In compiled code and under ``torch.inference_mode`` maps are copied, because
-    PyTorch does not count there how often a tensor is written to; ``torch.no_grad`` needs no copy.
+    and leave them. In compiled code and under ``torch.inference_mode`` the taps copy each map,
+    since PyTorch does not count there how often a tensor is written to. ``torch.no_grad`` does
+    without the copy.
 
     Args:
         model: any module; it is not changed.
@@ -79,7 +80,7 @@ class FeatureTaps:
         if not self._hooks:
             raise DistillError(
                 "the taps are not attached: call take() inside the with block, or attach() before "
-                "the model runs; a copy of taps has to be attached, too"
+                "the model runs; a copy of taps is never attached"
             )
         seen = dict(self._passes.last.seen)
         self._passes.last.seen.clear()
@@ -94,9 +95,9 @@ class FeatureTaps:
                 )
             if lost:
                 raise DistillError(
-                    f"{path}: has no graph, and no gradient would come from it, because it was "
-                    "computed in an autograd.Function, as reentrant checkpointing does; "
-                    "say checkpoint(..., use_reentrant=False)"
+                    f"{path}: has no graph, so no gradient can pass through it; an "
+                    "autograd.Function computed it, as reentrant checkpointing does: "
+                    "use checkpoint(..., use_reentrant=False)"
                 )
         return [seen[path].tensor for path in self._paths]
 
