@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,60 +27,79 @@ class FeatureTaps:
             model(images)
             first, second = taps.take()
 
+    The taps record ``model`` and not its copies, and not what checkpointing runs again in backward.
+    Each thread takes the maps of its own forward pass. A model can be copied, pickled and saved
+    whole while the hooks are there; to read such a file this package has to be installed.
+
     ``torch.compile`` sees the hooks that are there when the model first runs: attach them before,
-    and leave them. Compiled code does not tell whether a map was overwritten in place.
+    and leave them. In compiled code and under ``torch.inference_mode`` the taps copy each map,
+    since PyTorch does not count there how often a tensor is written to. ``torch.no_grad`` does
+    without the copy.
 
     Args:
         model: any module; it is not changed.
         paths: what to record, in the order ``take()`` returns it.
 
     Raises:
-        DistillError: a path names no submodule; the message lists close ones.
+        DistillError: a path names no submodule; the message lists close ones. Or, as the model
+            runs: a value is no tensor; a replica of ``nn.DataParallel`` runs.
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
+        self._model = model
         self._points = {path: _find(model, path) for path in paths}
         self._paths = list(paths)
-        self._handles: list[RemovableHandle] = []
-        self._seen: dict[str, tuple[Tensor, int | None]] = {}
+        self._hooks: list[_Hook] = []
+        self._passes = _Passes()
 
     def attach(self) -> FeatureTaps:
         """Register the hooks; a second call changes nothing."""
-        if self._handles:
+        if self._hooks:
             return self
+        self._hooks.append(_Hook(self._model, self._start, before=True))
         for path, (module, side) in self._points.items():
-            if side == "input":
-                hook = self._input_hook(path)
-                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            else:
-                self._handles.append(module.register_forward_hook(self._output_hook(path)))
+            record = self._record_input if side == "input" else self._record_output
+            self._hooks.append(_Hook(module, partial(record, path), before=side == "input"))
         return self
 
     def detach(self) -> None:
         """Remove the hooks and let go of what they recorded."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._seen.clear()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._passes = _Passes()
 
     def take(self) -> list[Tensor]:
         """The maps of the forward pass just run, in the order of the paths; then forget them.
 
         Raises:
-            DistillError: a module did not run, or its map was overwritten in place afterwards
-                (by ``ReLU(inplace=True)``, say), so the values are no longer the ones asked for.
+            DistillError: the hooks are not there; a module did not run; its map was overwritten
+                in place afterwards (by ``ReLU(inplace=True)``, say), so the values are no longer
+                the ones asked for; or reentrant checkpointing left the map without a graph.
         """
-        seen, self._seen = self._seen, {}
+        if not self._hooks:
+            raise DistillError(
+                "the taps are not attached: call take() inside the with block, or attach() before "
+                "the model runs; a copy of taps is never attached"
+            )
+        seen = dict(self._passes.last.seen)
+        self._passes.last.seen.clear()
         for path in self._paths:
             if path not in seen:
                 raise DistillError(f"{path}: did not run in the model's forward pass")
-            tensor, version = seen[path]
-            if version is not None and _version(tensor) != version:
+            tensor, version, lost = seen[path]
+            if version is not None and tensor._version != version:
                 raise DistillError(
                     f"{path}: was overwritten in place by a later module; "
                     f"tap that module's output, or make it not in-place"
                 )
-        return [seen[path][0] for path in self._paths]
+            if lost:
+                raise DistillError(
+                    f"{path}: has no graph, so no gradient can pass through it; an "
+                    "autograd.Function computed it, as reentrant checkpointing does: "
+                    "use checkpoint(..., use_reentrant=False)"
+                )
+        return [seen[path].tensor for path in self._paths]
 
     def take_pairs(self) -> list[tuple[Tensor, Tensor]]:
         """The same two by two, as ``fsp_loss`` takes them; paths come first, second, first, ...
@@ -97,25 +118,116 @@ class FeatureTaps:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
-    def _input_hook(self, path: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-            self._record(path, tensors[0] if tensors else args)
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_hooks": []}  # a copy is not attached
 
-        return hook
+    def _start(self, *_: object) -> None:
+        # An earlier pass may have ended in an error, or have run modules that this one does not.
+        this = self._passes.last
+        this.seen.clear()
+        this.has_gradient = torch.is_grad_enabled()
 
-    def _output_hook(self, path: str) -> Any:
-        def hook(_module: nn.Module, _args: tuple[Any, ...], output: object) -> None:
-            self._record(path, output)
+    def _record_input(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        self._record(path, tensors[0] if tensors else args)
 
-        return hook
+    def _record_output(self, path: str, _args: tuple[Any, ...], output: object) -> None:
+        self._record(path, output)
 
     def _record(self, path: str, value: object) -> None:
         if not isinstance(value, Tensor):
             raise DistillError(
                 f"{path}: is a {type(value).__name__}, not a tensor; tap a submodule of it"
             )
-        self._seen[path] = (value, _version(value))
+        this = self._passes.last
+        lost = this.has_gradient and not value.requires_grad and _in_function()
+        # PyTorch counts writes to neither of these two kinds, so a copy is kept. It costs what a
+        # ReLU does. Comparing values later would cost the same and make the host wait for a GPU.
+        if torch.compiler.is_compiling() or value.is_inference():
+            this.seen[path] = _Seen(value.clone(), None, lost)
+        else:
+            this.seen[path] = _Seen(value, value._version, lost)
+
+
+class _Seen(NamedTuple):
+    """A map, how often it had been written to, and whether its gradient got lost."""
+
+    tensor: Tensor
+    version: int | None
+    lost: bool
+
+
+class _Pass:
+    """What a forward pass has recorded so far, and whether it began with gradients enabled."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, _Seen] = {}
+        self.has_gradient = True
+
+
+class _Passes(threading.local):
+    """Each thread's last forward pass. A copy starts anew: maps with a graph can't be copied."""
+
+    def __init__(self) -> None:
+        self.last = _Pass()
+
+    def __reduce__(self) -> tuple[type[_Passes], tuple[()]]:
+        return _Passes, ()
+
+
+class _Hook:
+    """Calls ``act`` before or after ``module`` runs, but not when backward runs it again.
+
+    A copy or a file of the module has a hook that does nothing.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module | None = None,
+        act: Callable[..., None] | None = None,
+        before: bool = False,
+    ) -> None:
+        self._module, self._act = module, act
+        self._handle: RemovableHandle | None = None
+        if module is not None and before:
+            self._handle = module.register_forward_pre_hook(self, with_kwargs=True)
+        elif module is not None:
+            self._handle = module.register_forward_hook(self)
+
+    def __call__(self, module: nn.Module, args: object, other: object) -> None:
+        if self._act is None:
+            return
+        if module is self._module:
+            if not _in_backward():
+                self._act(args, other)
+        # Replicas of nn.DataParallel share the hooks of the module they are replicas of.
+        elif getattr(module, "_is_replica", False):
+            raise DistillError(
+                "the taps see a replica of their model, which has a part of the batch only: "
+                "use nn.parallel.DistributedDataParallel instead of nn.DataParallel"
+            )
+
+    def remove(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()], dict[str, Any]]:
+        # PyTorch keeps hooks by number. The handle, once read from a file, reserves its number.
+        return _Hook, (), {"_handle": self._handle}
+
+
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+@torch.compiler.assume_constant_result
+def _in_function() -> bool:
+    """Whether the forward pass of a ``torch.autograd.Function`` is running.
+
+    It disables gradients of both modes, while ``torch.no_grad`` leaves forward mode as it is.
+    """
+    both_off = not torch.is_grad_enabled() and not torch._C._is_fwd_grad_enabled()
+    return both_off and not torch.is_inference_mode_enabled()
 
 
 def _find(model: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -132,11 +244,3 @@ def _find(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 def _children(model: nn.Module) -> str:
     return "; it has " + ", ".join(name for name, _ in model.named_children())
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often ``tensor`` was written to; ``None`` where nobody counts."""
-    # Inference tensors keep no version counter, and can't be changed in place outside of it.
-    if torch.compiler.is_compiling() or tensor.is_inference():
-        return None
-    return tensor._version

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.models import CifarResNet
@@ -34,6 +45,51 @@ class Branchy(nn.Module):
 class Splitter(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, x + 1
+
+
+class Checkpointed(nn.Module):
+    """Runs ``first`` and ``second`` within a checkpoint, or without one where ``kind`` is None."""
+
+    def __init__(self, kind: str | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.stem, self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.kind is None:
+            return self.block(x)
+        return checkpoint(self.block, x, use_reentrant=self.kind == "reentrant")
+
+    def block(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh())
+
+
+class EarlyExit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.near, self.far = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, exits: bool = False) -> Tensor:
+        return self.near(x) if exits else self.far(self.near(x))
+
+
+class WritesOver(nn.Module):
+    """Writes to the map of ``norm`` in place: by a module, or by a statement."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.by, self.norm, self.relu = by, nn.BatchNorm1d(4).eval(), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        if self.by == "statement":
+            x += 1
+        return self.relu(x)
+
+
+both_kinds = pytest.mark.parametrize("kind", ["reentrant", "not reentrant"])
 
 
 def hook_count(model: nn.Module) -> int:
@@ -82,7 +138,7 @@ def test_no_hook_stays_behind_even_after_an_error() -> None:
     taps = FeatureTaps(model, ["twice", "split:input"])
     assert hook_count(model) == 0
     with taps:
-        assert hook_count(model) == 2
+        assert hook_count(model) > 0
     assert hook_count(model) == 0
     with pytest.raises(RuntimeError, match="shapes"), taps:
         model(torch.randn(1, 5))
@@ -91,8 +147,10 @@ def test_no_hook_stays_behind_even_after_an_error() -> None:
 
 def test_attaching_twice_is_attaching_once() -> None:
     model = Branchy()
-    taps = FeatureTaps(model, ["twice"]).attach().attach()
-    assert hook_count(model) == 1
+    taps = FeatureTaps(model, ["twice"]).attach()
+    once = hook_count(model)
+    taps.attach()
+    assert hook_count(model) == once
     taps.detach()
     assert hook_count(model) == 0
 
@@ -144,6 +202,229 @@ def test_a_map_overwritten_in_place_is_refused_not_returned_wrong() -> None:
             taps.take()
 
 
+@pytest.mark.parametrize("by", ["module", "statement"])
+@pytest.mark.parametrize("path", ["norm", "relu:input"])
+def test_an_inference_map_is_as_it_was_before_it_was_overwritten(by: str, path: str) -> None:
+    model, x = WritesOver(by), torch.randn(3, 4)
+    with FeatureTaps(model, [path]) as taps:
+        with torch.inference_mode():
+            model(x)
+        plus = 1 if by == "statement" and path == "relu:input" else 0
+        torch.testing.assert_close(taps.take()[0], model.norm(x) + plus)
+
+
+def test_a_map_without_a_copy_is_what_no_grad_gives() -> None:
+    model, given = nn.Sequential(nn.Identity()), torch.randn(3)
+    with FeatureTaps(model, ["0"]) as taps, torch.no_grad():
+        model(given)
+        assert taps.take()[0] is given
+
+
+@both_kinds
+def test_a_checkpointed_map_has_its_gradient_or_is_refused(kind: str) -> None:
+    x, gradients = torch.randn(3, 4), []
+    for model in (Checkpointed(None), Checkpointed(kind)):
+        with FeatureTaps(model, ["stem", "first"]) as taps:
+            model(x)
+            if model.kind == "reentrant":
+                with pytest.raises(DistillError, match=r"first: has no graph.*use_reentrant=False"):
+                    taps.take()
+                return
+            loss = sum(y.square().sum() for y in taps.take())
+            gradients.append(torch.autograd.grad(loss, [model.stem.weight, model.first.weight]))
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@both_kinds
+def test_what_backward_runs_again_is_not_recorded(kind: str) -> None:
+    model = Checkpointed(kind)
+    with FeatureTaps(model, ["first", "second:input"]) as taps:
+        loss = model(torch.randn(3, 4)).sum()
+        with pytest.raises(DistillError) if kind == "reentrant" else nullcontext():
+            taps.take()
+        loss.backward()
+        assert model.first.weight.grad is not None
+        with pytest.raises(DistillError, match="first: did not run"):
+            taps.take()
+
+
+def test_a_map_before_a_reentrant_checkpoint_has_its_graph() -> None:
+    model = Checkpointed("reentrant")
+    with FeatureTaps(model, ["stem", "first:input"]) as taps:
+        model(torch.randn(3, 4))
+        assert all(x.requires_grad for x in taps.take())
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@both_kinds
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_checkpointed_teacher_needs_no_graph(kind: str, mode: type) -> None:
+    model, x = Checkpointed(kind), torch.randn(3, 4)
+    with FeatureTaps(model, ["first"]) as taps:
+        with mode():
+            model(x)
+        assert torch.equal(taps.take()[0], model.first(model.stem(x)))
+
+
+def test_a_frozen_part_gives_maps_without_a_graph() -> None:
+    class Frozen(Checkpointed):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = self.stem(x)
+            return self.block(x)
+
+    model, x = Frozen(None), torch.randn(3, 4)
+    model.first.requires_grad_(False)
+    with FeatureTaps(model, ["stem", "first", "second"]) as taps:
+        model(x)
+        assert [y.requires_grad for y in taps.take()] == [False, False, True]
+
+
+def test_a_copy_of_the_model_is_not_recorded() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(3, 4)
+    with FeatureTaps(model, ["0", "1:input"]) as taps:
+        average = copy.deepcopy(model).requires_grad_(False)
+        y = model(x)
+        assert torch.equal(average(2 * x), average[1](average[0](2 * x)))
+        hidden, same = taps.take()
+        assert hidden.requires_grad
+        assert torch.equal(model[1](hidden), y)
+        assert same is hidden
+        average(x)
+        with pytest.raises(DistillError, match="0: did not run"):
+            taps.take()
+
+
+def test_a_tapped_model_can_be_saved_whole_and_the_file_has_no_taps() -> None:
+    model, x, file = Branchy(), torch.randn(3, 4), io.BytesIO()
+    with FeatureTaps(model, ["twice", "split:input"]) as taps:
+        y = model(x)  # the taps hold maps with a graph, which no file can
+        torch.save(model, file)
+        file.seek(0)
+        read = torch.load(file, weights_only=False)
+        assert torch.equal(read(x), y)
+        assert torch.equal(taps.take()[0], y)
+        read(x)
+        with pytest.raises(DistillError, match="twice: did not run"):
+            taps.take()
+    with FeatureTaps(read, ["twice"]) as taps:
+        read(x)
+        assert torch.equal(taps.take()[0], y)
+
+
+def test_hooks_of_a_file_do_not_take_the_numbers_of_later_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Sequential(nn.Identity())
+    monkeypatch.setattr(RemovableHandle, "next_id", 0)
+    with FeatureTaps(model, ["0:input"]):
+        file = pickle.dumps(model)
+    monkeypatch.setattr(RemovableHandle, "next_id", 0)  # as in another process
+    read, calls = pickle.loads(file), []
+    for module in read.modules():
+        for _ in range(3):
+            module.register_forward_pre_hook(lambda *given: calls.append(len(given)))
+    read(torch.ones(1))
+    assert calls == [2] * 6  # none is called with keywords, as those of the taps are
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_taps_copied_with_their_model_have_to_be_attached(copied: Callable) -> None:
+    model, x = Branchy(), torch.randn(3, 4)
+    taps = FeatureTaps(model, ["twice"]).attach()
+    model(x)
+    other_model, other = copied((model, taps))
+    other_model(2 * x)
+    with pytest.raises(DistillError, match=r"not attached.*a copy of taps is never"):
+        other.take()
+    with other:
+        y = other_model(2 * x)
+        assert torch.equal(other.take()[0], y)
+    assert torch.equal(taps.take()[0], model(x))
+
+
+def test_taking_after_the_with_block_says_so() -> None:
+    model = Branchy()
+    with FeatureTaps(model, ["twice"]) as taps:
+        model(torch.randn(3, 4))
+    with pytest.raises(DistillError, match="not attached: call take"):
+        taps.take()
+
+
+@pytest.mark.parametrize("path", ["0", "0:input"])
+def test_replicas_of_data_parallel_are_refused(path: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with FeatureTaps(model, [path]):
+        # What nn.parallel.replicate does for each GPU.
+        replica = model._replicate_for_data_parallel()
+        replica._modules["0"] = child = model[0]._replicate_for_data_parallel()
+        child._parameters = {k: v.clone() for k, v in model[0].named_parameters()}
+        for part in (replica, child):
+            with pytest.raises(DistillError, match=r"replica.*DistributedDataParallel"):
+                part(torch.randn(3, 4))
+
+
+def test_a_model_inside_ddp_is_recorded(tmp_path: Path) -> None:
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        model = Branchy()
+        wrapped, x = DistributedDataParallel(model), torch.randn(3, 4)
+        with FeatureTaps(model, ["split:input", "twice"]) as taps:
+            for _ in range(2):
+                y = wrapped(x)
+                first, second = taps.take()
+                assert second is y
+                (first.square().sum() + y.sum()).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_pass_has_no_maps_of_an_earlier_one() -> None:
+    model, x = EarlyExit(), torch.randn(3, 4)
+    with FeatureTaps(model, ["near", "far"]) as taps:
+        model(x)
+        model(x, exits=True)
+        with pytest.raises(DistillError, match="far: did not run"):
+            taps.take()
+        model(x)
+        with pytest.raises(RuntimeError, match="shapes"):
+            model(torch.randn(3, 5))
+        with pytest.raises(DistillError, match="near: did not run"):
+            taps.take()
+
+
+def test_parts_of_a_model_can_be_run_without_it() -> None:
+    model, x = EarlyExit(), torch.randn(3, 4)
+    with FeatureTaps(model, ["near", "far"]) as taps:
+        near = model.near(x)
+        far = model.far(near)
+        assert all(a is b for a, b in zip(taps.take(), (near, far), strict=True))
+
+
+def test_two_taps_of_one_model_are_two() -> None:
+    model, x = Branchy(), torch.randn(3, 4)
+    with FeatureTaps(model, ["twice"]) as outer:
+        with FeatureTaps(model, ["twice", "split:input"]) as inner:
+            y = model(x)
+            assert inner.take()[0] is y
+        assert outer.take()[0] is y
+        y = model(x)
+        assert outer.take()[0] is y
+
+
+def test_each_thread_takes_the_maps_of_its_own_pass() -> None:
+    model, both_have_run = nn.Sequential(nn.Linear(4, 4)), Barrier(2, timeout=60)
+
+    def run(x: Tensor) -> bool:
+        y = model(x)
+        both_have_run.wait()
+        return taps.take()[0] is y
+
+    with FeatureTaps(model, ["0"]) as taps, ThreadPoolExecutor(2) as threads:
+        assert all(threads.map(run, torch.randn(2, 3, 4)))
+
+
 @pytest.mark.parametrize(
     "backend",
     [
@@ -169,12 +450,34 @@ def test_a_compiled_model_gives_the_same_maps_and_gradients(backend: str) -> Non
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
-def test_a_compiled_model_that_works_in_place_still_runs() -> None:
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_compiled_map_is_as_it_was_before_it_was_overwritten(mode: type) -> None:
     torch._dynamo.reset()
-    model = nn.Sequential(nn.BatchNorm2d(2), nn.ReLU(inplace=True)).eval()
-    with FeatureTaps(model, ["1"]) as taps, torch.no_grad():
-        y = torch.compile(model, backend="eager")(torch.randn(2, 2, 4, 4))
-        assert torch.equal(taps.take()[0], y)
+    model, x = WritesOver("module"), torch.randn(3, 4)
+    with FeatureTaps(model, ["norm", "relu"]) as taps:
+        with mode():
+            y = torch.compile(model, backend="eager", fullgraph=True)(x)
+        before, after = taps.take()
+    torch.testing.assert_close(before, model.norm(x))
+    assert torch.equal(after, y)
+
+
+@both_kinds
+def test_a_compiled_checkpoint_is_as_an_eager_one(kind: str) -> None:
+    torch._dynamo.reset()
+    model, x = Checkpointed(kind), torch.randn(3, 4)
+    with FeatureTaps(model, ["stem", "first"]) as taps:
+        loss = torch.compile(model, backend="eager")(x).sum()
+        if kind == "reentrant":
+            with pytest.raises(DistillError, match="first: has no graph"):
+                taps.take()
+        else:
+            first = taps.take()[1]
+            [found] = torch.autograd.grad(first.sum(), [model.first.bias], retain_graph=True)
+            torch.testing.assert_close(found, torch.full((4,), 3.0))  # of three rows
+        loss.backward()
+        with pytest.raises(DistillError, match="stem: did not run"):
+            taps.take()
 
 
 def test_the_public_name_needs_pytorch_alone() -> None:
