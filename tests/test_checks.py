@@ -147,6 +147,7 @@ def test_a_teacher_map_alone_is_taken_for_a_ready_matrix_and_refused_by_its_shap
         ValueError,
         "teacher[0]: is a ready FSP matrix of shape (2, 3, 4, 4)",
         "expected (B, m, n) = (2, 3, 5)",
+        "or (1, 3, 5) for all samples",
     ):
         loss([pair()], [first()])
 
@@ -384,13 +385,14 @@ def test_both_networks_have_as_many_channels_or_need_a_projection(loss, side):
 
 @every_loss
 @pytest.mark.parametrize(
-    "shape", [(2, 5, 3), (1, 3, 5), (2, 3, 4), (2, 15), (2, 3, 5, 1), (2, 0, 5)], ids=str
+    "shape", [(2, 5, 3), (3, 3, 5), (1, 5, 3), (2, 3, 4), (2, 15), (2, 3, 5, 1), (2, 0, 5)], ids=str
 )
 def test_ready_matrix_has_the_shape_of_the_student_s(loss, shape):
     with refuses(
         ValueError,
         f"teacher[1]: is a ready FSP matrix of shape {shape}",
         "expected (B, m, n) = (2, 3, 5)",
+        "or (1, 3, 5) for all samples",
         "student[1]",
     ):
         loss([pair(), pair()], [pair(), torch.zeros(shape)])
@@ -703,7 +705,7 @@ def test_lists_and_tuples_may_be_mixed():
 
 
 def test_networks_may_differ_in_rank_and_spatial_size():
-    assert fsp.fsp_loss([pair(16)], [pair(4, 4)]).isfinite()
+    assert fsp.fsp_loss([pair(16)], [pair(4, 4)], channel_dim=1).isfinite()
     assert fsp.fsp_loss([pair(3, 3)], [pair(5, 4)]).isfinite()
 
 
