@@ -42,7 +42,7 @@ def flatten_pairs(
     _require_sequence("teacher", teacher, expected, "pairs_of(list(teacher.values()))")
     maps: list[Tensor] = []
     student_specs = tuple(
-        _read_pair(f"student[{i}]", pair, maps, channel_dim) for i, pair in enumerate(student)
+        [_read_pair("student", student, i, maps, channel_dim) for i in range(len(student))]
     )
     if len(student) != len(teacher):
         raise ValueError(
@@ -67,7 +67,7 @@ def flatten_pairs(
             teacher_specs.append((spec,))
             ordered.append(entry)
         else:
-            teacher_specs.append(_read_pair(f"teacher[{i}]", entry, ordered, channel_dim))
+            teacher_specs.append(_read_pair("teacher", teacher, i, ordered, channel_dim))
     return ordered, student_specs, tuple(teacher_specs)
 
 
@@ -209,20 +209,23 @@ def _require_sequence(name: str, value: Any, expected: str, of_mapping: str) -> 
         return
     hint = ""
     if isinstance(value, Mapping):
-        hint = f"; did you mean {of_mapping}?"
+        meant = of_mapping if _are_maps(value.values()) else f"list({name}.values())"
+        hint = f"; did you mean {meant}?"
     elif isinstance(value, Iterable) and not isinstance(value, (Tensor, str, bytes)):
         hint = f"; did you mean list({name})?"
     raise TypeError(f"{name}: got {_kind(value)}, expected {expected}{hint}")
 
 
-def _read_pair(name: str, pair: Any, maps: list[Tensor], channel_dim: int | None) -> PairSpec:
+def _read_pair(
+    argument: str, entries: Sequence[Any], index: int, maps: list[Tensor], channel_dim: int | None
+) -> PairSpec:
+    """The specs of ``entries[index]``, whose maps are added to ``maps``."""
+    name, pair = f"{argument}[{index}]", entries[index]
     # A tensor would unpack along its batch without complaint, so the type matters here.
     if not isinstance(pair, (tuple, list)):
-        # A tensor in place of a pair is one of a list of maps.
-        hint = _pairs_hint(name.partition("[")[0], [pair])
-        _fail_pair(name, _kind(pair), hint)
+        _fail_pair(name, _kind(pair), _pairs_hint(argument, entries))
     if len(pair) != 2:
-        _fail_pair(name, f"{len(pair)} items", _pairs_hint(name, pair) if len(pair) > 2 else "")
+        _fail_pair(name, f"{len(pair)} items", _pairs_hint(name, pair))
     specs = spec_of(f"{name}[0]", pair[0]), spec_of(f"{name}[1]", pair[1])
     if channel_dim == -1:
         pair = channels_first(pair[0]), channels_first(pair[1])
@@ -240,9 +243,13 @@ def _fail_pair(name: str, got: str, hint: str) -> NoReturn:
 
 def _pairs_hint(name: str, entries: Sequence[Any]) -> str:
     """What to write where ``entries``, expected to be pairs, are the maps of a network's layers."""
-    maps = entries and all(isinstance(x, Tensor) for x in entries)
-    hint = f"; did you mean pairs_of({name})? One pair is written [(first, second)]"
-    return hint if maps else ""
+    if len(entries) < 2 or not _are_maps(entries):
+        return ""
+    return f"; did you mean pairs_of({name})? One pair is written [(first, second)]"
+
+
+def _are_maps(values: Iterable[Any]) -> bool:
+    return all(isinstance(x, Tensor) for x in values)
 
 
 def _check_dense_floating(name: str, spec: MapSpec) -> None:

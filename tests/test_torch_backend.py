@@ -41,7 +41,7 @@ class Tensors(NamedTuple):
 
     @property
     def options(self):
-        return {"pool": self.pool, "norm": self.norm}
+        return {"pool": self.pool, "norm": self.norm, "channel_dim": 1}
 
     def oracle(self):
         return oracle(self.student, self.teacher, self.weights, self.pool, self.norm)
@@ -99,7 +99,7 @@ def one_pair(*, batch=3, m=5, n=4, student=((6, 6), (6, 6)), teacher=((6, 6), (6
 
 
 def loss_of(a, b, c, d, **options):
-    return fsp.fsp_loss([(a, b)], [(c, d)], **options)
+    return fsp.fsp_loss([(a, b)], [(c, d)], channel_dim=1, **options)
 
 
 @pytest.fixture

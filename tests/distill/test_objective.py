@@ -45,12 +45,12 @@ def targets(batch: tuple[Tensor, Tensor]) -> Targets:
     torch.manual_seed(3)
     paths = [pair.student for pair in PAIRS]
     with torch.no_grad():
-        logits, maps = Tapped(CifarResNet(14, in_channels=1), paths, ["first"] * 2)(batch[0])
+        logits, maps = Tapped(CifarResNet(14, in_channels=1), paths, [None] * 2)(batch[0])
     return Targets(maps, logits)
 
 
 def maps_of(network: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-    return Tapped(network, [pair.student for pair in PAIRS], ["first", "first"])(images)[1]
+    return Tapped(network, [pair.student for pair in PAIRS], [None, None])(images)[1]
 
 
 def test_stage_1_is_the_fsp_loss_alone_weighted_by_pair(
