@@ -62,7 +62,9 @@ def flatten_pairs(
         if isinstance(entry, Tensor):
             spec = spec_of(f"teacher[{i}]", entry)
             if _serves_all_samples(spec, student_specs[i]):
-                entry = entry.expand(student_specs[i][0].shape[0], -1, -1)
+                # In fp32, so that its gradient, a sum over samples, is rounded once.
+                wide = entry.float() if entry.dtype in (torch.float16, torch.bfloat16) else entry
+                entry = wide.expand(student_specs[i][0].shape[0], -1, -1)
                 spec = MapSpec.of(entry)
             teacher_specs.append((spec,))
             ordered.append(entry)

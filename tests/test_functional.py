@@ -439,6 +439,19 @@ def test_vmap_of_the_matrix(positions, in_dims):
         assert_close(matrix, reference.fsp_matrix(*(t.double() for t in pair)))
 
 
+def test_transforms_take_one_ready_matrix_for_all_samples():
+    a, b, matrix = maps((3, 5, 6, 6), (3, 4, 6, 6), (1, 5, 4), requires_grad=False)
+
+    def loss(a, b, matrix):
+        return fsp.fsp_loss([(a, b)], [matrix])
+
+    expected = oracle([(a, b)], [matrix])
+    expected.check(loss(a, b, matrix), torch.func.grad(loss, argnums=(0, 1, 2))(a, b, matrix))
+    losses = torch.vmap(loss, in_dims=(None, None, 0))(a, b, torch.stack([matrix, 2 * matrix]))
+    for value, each in zip(losses, (matrix, 2 * matrix), strict=True):
+        assert_close(value, oracle([(a, b)], [each]).loss)
+
+
 def test_vmap_over_pooled_maps():
     x, y = maps((4, 2, 3, 8, 8), (4, 2, 5, 4, 4), requires_grad=False)
     matrices = torch.vmap(matrix_of)(x, y)

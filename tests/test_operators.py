@@ -183,6 +183,24 @@ def test_the_compiled_loss_equals_the_eager_one(options, shapes, dynamic):
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_a_compiled_call_takes_one_ready_matrix_for_all_samples(dynamic):
+    a, b, matrix = maps((3, 5, 6, 6), (3, 4, 6, 6), (1, 5, 4))
+
+    def loss(a, b, matrix):
+        return fsp.fsp_loss([(a, b)], [matrix])
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    value = compiled(a, b, matrix)
+    found = torch.autograd.grad(value, (a, b, matrix))
+    oracle([(a, b)], [matrix]).check(value, found)
+    # And a batch of one afterwards, which needs no view.
+    a, b = a.detach()[:1].requires_grad_(), b.detach()[:1].requires_grad_()
+    value = compiled(a, b, matrix)
+    found = torch.autograd.grad(value, (a, b, matrix))
+    oracle([(a, b)], [matrix]).check(value, found)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("second", [(6, 6), (3, 3), (7, 4)], ids=str)
 def test_the_compiled_matrix_equals_the_eager_one(second, dynamic):
     x, y = maps((3, 5, 6, 6), (3, 4, *second))

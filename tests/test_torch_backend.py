@@ -165,6 +165,39 @@ def test_a_ready_matrix_gets_its_gradient(norm):
     oracle([(a, b)], [matrix], norm=norm).check(loss, torch.autograd.grad(loss, (a, b, matrix)))
 
 
+ONE_FOR_ALL = {
+    "contiguous": lambda: torch.randn(1, 5, 4),
+    "transposed": lambda: torch.randn(1, 4, 5).mT,
+    "slice of a batch": lambda: torch.randn(3, 5, 4)[1:2],
+    "expanded": lambda: torch.randn(1, 5, 1).expand(1, 5, 4),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("make", ONE_FOR_ALL.values(), ids=ONE_FOR_ALL)
+def test_one_ready_matrix_serves_all_samples(make, norm, dtype):
+    a, b = maps((3, 5, 6, 6), (3, 4, 6, 6))
+    matrix = make().to(dtype).detach().requires_grad_()
+    before = matrix.detach().clone()
+    loss = fsp.fsp_loss([(a, b)], [matrix], norm=norm)
+    gradients = torch.autograd.grad(loss, (a, b, matrix))
+    oracle([(a, b)], [matrix], norm=norm).check(loss, gradients)
+    assert gradients[2].dtype == dtype
+    assert torch.equal(matrix, before)
+    matrix.grad = None
+    fsp.fsp_loss([(a, b)], [matrix], norm=norm).backward()
+    assert matrix.grad.stride() == torch.empty_like(matrix).stride()
+
+
+def test_one_ready_matrix_in_chunks_of_samples(chunk_bytes):
+    chunk_bytes(1)
+    a, b, matrix = maps((5, 5, 6, 6), (5, 4, 6, 6), (1, 5, 4))
+    assert fsp.explain([(a, b)], [matrix]).pairs[0].samples == 1
+    loss = fsp.fsp_loss([(a, b)], [matrix])
+    oracle([(a, b)], [matrix]).check(loss, torch.autograd.grad(loss, (a, b, matrix)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "student", [((8, 8), (4, 4)), ((3, 5), (7, 7)), ((9, 4), (6, 8)), ((1, 1), (6, 6))], ids=str
