@@ -271,9 +271,7 @@ def _check_map(name: str, spec: MapSpec, channel_dim: int | None) -> None:
     shape = _given_shape(spec, channel_dim)
     if len(shape) not in RANKS:
         expected = "(B, *spatial, C)" if channel_dim == -1 else "(B, C, *spatial)"
-        raise ValueError(
-            f"{name}: has shape {shape}, expected {expected} with 1 to 3 spatial axes"
-        )
+        raise ValueError(f"{name}: has shape {shape}, expected {expected} with 1 to 3 spatial axes")
     for axis, size in zip(("batch", "channels", *["spatial"] * 3), spec.shape, strict=False):
         if size == 0:
             raise ValueError(f"{name}: has shape {shape}, expected no empty axis ({axis} is 0)")

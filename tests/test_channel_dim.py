@@ -79,9 +79,13 @@ def test_the_loss_of_channels_last_is_that_of_the_moved_maps(call):
     loss = fsp.fsp_loss(student, teacher, channel_dim=-1, **options)
     tensors = flatten(student, teacher)
     gradients = torch.autograd.grad(loss, tensors)
-    moved = [tuple(map(first, pair)) for pair in student], [
-        entry if isinstance(entry, torch.Tensor) else tuple(map(first, entry)) for entry in teacher
-    ]
+    moved = (
+        [tuple(map(first, pair)) for pair in student],
+        [
+            entry if isinstance(entry, torch.Tensor) else tuple(map(first, entry))
+            for entry in teacher
+        ],
+    )
     are_maps = [
         is_map
         for entry in teacher

@@ -61,9 +61,7 @@ MATRIX_SHAPES = {
 @pytest.mark.parametrize("shapes", MATRIX_SHAPES.values(), ids=MATRIX_SHAPES)
 def test_matrix_is_that_of_the_definition(shapes, pool):
     first, second = maps(*shapes, dtype=torch.float64)
-    assert_close(
-        matrix_of(first, second, pool=pool), reference.fsp_matrix(first, second, pool)
-    )
+    assert_close(matrix_of(first, second, pool=pool), reference.fsp_matrix(first, second, pool))
 
 
 @pytest.mark.parametrize("pool", ["max", "avg"])
@@ -406,9 +404,7 @@ def test_func_grad_of_the_loss_in_half_precision(dtype):
 
 def test_func_grad_of_the_matrix():
     x, y = maps((2, 3, 4, 4), (2, 5, 4, 4), requires_grad=False)
-    gradients = torch.func.grad(lambda x, y: matrix_of(x, y).square().sum(), argnums=(0, 1))(
-        x, y
-    )
+    gradients = torch.func.grad(lambda x, y: matrix_of(x, y).square().sum(), argnums=(0, 1))(x, y)
     exact = [t.double().requires_grad_() for t in (x, y)]
     wanted = torch.autograd.grad(reference.fsp_matrix(*exact).square().sum(), exact)
     for gradient, w in zip(gradients, wanted, strict=True):

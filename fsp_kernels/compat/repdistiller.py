@@ -58,9 +58,7 @@ class FSP(nn.Module):
         """
         _check_same_number(g_s, g_t)
         return [
-            fsp.fsp_loss(
-                [student], [teacher], pool="avg", norm="mse", channel_dim=self.channel_dim
-            )
+            fsp.fsp_loss([student], [teacher], pool="avg", norm="mse", channel_dim=self.channel_dim)
             for student, teacher in zip(pairwise(g_s), pairwise(g_t), strict=True)
         ]
 
