@@ -31,7 +31,8 @@ class Contender:
 
 def by_backend(name: str) -> Contender:
     """Ours, made to use one backend."""
-    return Contender(f"ours ({name})", lambda: partial(fsp.fsp_loss, backend=name), ours=True)
+    loss = partial(fsp.fsp_loss, backend=name, channel_dim=1)  # of tokens, too: see feature_maps
+    return Contender(f"ours ({name})", lambda: loss, ours=True)
 
 
 PEERS = (

@@ -194,7 +194,7 @@ def error_of(case: Case, backend: str, device: str) -> float:
     def copies(entries: Sequence[Entry], copy: Callable[[Tensor], Tensor]) -> list:
         return [tuple(copy(x) for x in entry) for entry in entries]
 
-    ours = partial(fsp.fsp_loss, backend=backend), partial(fsp.fsp_matrix, backend=backend)
+    ours = tuple(partial(f, backend=backend, channel_dim=1) for f in (fsp.fsp_loss, fsp.fsp_matrix))
     to_device = partial(placed, layout=case.layout, device=device)
     found = results(case, copies(student, to_device), copies(teacher, to_device), *ours)
     definition = reference.fsp_loss, reference.fsp_matrix

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Rational, Real
 from typing import Any, NoReturn
 
@@ -24,51 +24,77 @@ RANKS = (3, 4, 5)
 
 
 def flatten_pairs(
-    student: Any, teacher: Any
+    student: Any, teacher: Any, channel_dim: int | None = None
 ) -> tuple[list[Tensor], tuple[PairSpec, ...], tuple[TeacherSpec, ...]]:
     """The tensors of a loss in order, and what planning needs to know of them.
+
+    Maps come as ``(B, C, *spatial)``, in a view where ``channel_dim`` is -1. A ready matrix of
+    batch 1 comes as a view that has it for every sample.
 
     Raises:
         TypeError: an argument is not a sequence of pairs of dense tensors.
         ValueError: there are no pairs, or not as many for the teacher as for the student.
     """
+    if channel_dim is not None:  # for most calls cheaper than the function
+        check_channel_dim(channel_dim)
     expected = "a list or tuple of (first, second) pairs; for one pair write [(first, second)]"
-    _require_sequence("student", student, expected)
-    _require_sequence("teacher", teacher, expected)
+    _require_sequence("student", student, expected, "pairs_of(list(student.values()))")
+    _require_sequence("teacher", teacher, expected, "pairs_of(list(teacher.values()))")
+    maps: list[Tensor] = []
+    student_specs = tuple(
+        [_read_pair("student", student, i, maps, channel_dim) for i in range(len(student))]
+    )
     if len(student) != len(teacher):
         raise ValueError(
             f"teacher: got {len(teacher)} entries for {len(student)} student pairs, expected as "
             "many: one pair of maps or one ready FSP matrix for each student pair"
+            + (_pairs_hint("teacher", teacher) if len(teacher) == len(student) + 1 else "")
         )
     if not student:
         raise ValueError(
             "student: got no pairs, expected at least one (first, second) pair of maps"
         )
-    maps: list[Tensor] = []
-    student_specs = tuple(_read_pair(f"student[{i}]", pair, maps) for i, pair in enumerate(student))
     # The order in which backends expect the tensors: pair by pair, student before teacher.
     ordered: list[Tensor] = []
     teacher_specs: list[TeacherSpec] = []
     for i, entry in enumerate(teacher):
         ordered += maps[2 * i : 2 * i + 2]
         if isinstance(entry, Tensor):
-            teacher_specs.append((spec_of(f"teacher[{i}]", entry),))
+            spec = spec_of(f"teacher[{i}]", entry)
+            if _serves_all_samples(spec, student_specs[i]):
+                # In fp32, so that its gradient, a sum over samples, is rounded once.
+                wide = entry.float() if entry.dtype in (torch.float16, torch.bfloat16) else entry
+                entry = wide.expand(student_specs[i][0].shape[0], -1, -1)
+                spec = MapSpec.of(entry)
+            teacher_specs.append((spec,))
             ordered.append(entry)
         else:
-            teacher_specs.append(_read_pair(f"teacher[{i}]", entry, ordered))
+            teacher_specs.append(_read_pair("teacher", teacher, i, ordered, channel_dim))
     return ordered, student_specs, tuple(teacher_specs)
 
 
-def check_loss(student: Sequence[PairSpec], teacher: Sequence[TeacherSpec]) -> None:
-    """Raise ``TypeError`` or ``ValueError`` unless the loss of these maps is defined."""
+def channels_first(x: Tensor) -> Tensor:
+    """A map ``(B, *spatial, C)`` as a view ``(B, C, *spatial)``; what is no map stays as it is."""
+    return x.movedim(-1, 1) if x.ndim > 2 and x.layout == torch.strided else x
+
+
+def check_loss(
+    student: Sequence[PairSpec],
+    teacher: Sequence[TeacherSpec],
+    channel_dim: int | None = None,
+) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless the loss of these maps is defined.
+
+    The specs are those of :func:`flatten_pairs`; messages give shapes as the caller did.
+    """
     device = student[0][0].device
     for i, (pair, entry) in enumerate(zip(student, teacher, strict=True)):
-        check_pair(f"student[{i}]", *pair)
+        check_pair(f"student[{i}]", *pair, channel_dim)
         if len(entry) == 1:
             _check_ready_matrix(i, entry[0], pair)
         else:
-            check_pair(f"teacher[{i}]", *entry)
-            _check_same_network_shape(i, pair, entry)
+            check_pair(f"teacher[{i}]", *entry, channel_dim)
+            _check_same_network_shape(i, pair, entry, channel_dim)
         for name, spec in zip(_names(i, entry), (*pair, *entry), strict=True):
             if spec.device != device:
                 raise ValueError(
@@ -82,24 +108,43 @@ def check_options(pool: Any, norm: Any) -> None:
     check_choice("norm", norm, NORMS)
 
 
+def check_channel_dim(channel_dim: Any) -> None:
+    """Raise ``ValueError`` unless it is 1, -1 or ``None``."""
+    if channel_dim is not None and (type(channel_dim) is not int or channel_dim not in (1, -1)):
+        raise ValueError(
+            f"channel_dim: got {channel_dim!r}, expected 1 for maps (B, C, *spatial), "
+            "-1 for maps (B, *spatial, C), or None"
+        )
+
+
 def check_features(features: Any) -> None:
     """Raise unless ``features`` is a sequence of at least two things."""
-    _require_sequence("features", features, "a list or tuple of feature maps")
+    expected = "a list or tuple of feature maps"
+    _require_sequence("features", features, expected, "list(features.values())")
     if len(features) < 2:
         raise ValueError(
             f"features: got {len(features)}, expected at least two maps to form a pair"
         )
 
 
-def check_pair(name: str | None, first: MapSpec, second: MapSpec) -> None:
+def check_pair(
+    name: str | None, first: MapSpec, second: MapSpec, channel_dim: int | None = None
+) -> None:
     """Raise unless two maps have an FSP matrix. ``name`` is the argument that held them, if one."""
     first_name, second_name = ("first", "second") if name is None else (f"{name}[0]", f"{name}[1]")
-    _check_map(first_name, first)
-    _check_map(second_name, second)
+    _check_map(first_name, first, channel_dim)
+    _check_map(second_name, second, channel_dim)
     if len(first.shape) != len(second.shape):
         raise ValueError(
-            f"{second_name}: has {len(second.shape) - 2} spatial axes, shape {_shape(second)}, "
-            f"expected {len(first.shape) - 2} as {first_name}, shape {_shape(first)}"
+            f"{second_name}: has {len(second.shape) - 2} spatial axes, shape "
+            f"{_given_shape(second, channel_dim)}, expected {len(first.shape) - 2} as "
+            f"{first_name}, shape {_given_shape(first, channel_dim)}"
+        )
+    if len(first.shape) == 3 and channel_dim is None:
+        raise ValueError(
+            f"{first_name}: has three axes, shape {_shape(first)}, which does not tell where the "
+            "channels are; expected channel_dim=-1 for (B, T, C), as transformers have it, or "
+            "channel_dim=1 for (B, C, K)"
         )
     if first.shape[0] != second.shape[0]:
         raise ValueError(
@@ -160,25 +205,53 @@ def spec_of(name: str, value: Any) -> MapSpec:
     return MapSpec.of(value)
 
 
-def _require_sequence(name: str, value: Any, expected: str) -> None:
+def _require_sequence(name: str, value: Any, expected: str, of_mapping: str) -> None:
     # A tensor has a length and would unpack along its batch without complaint.
-    if not isinstance(value, (list, tuple)):
-        raise TypeError(f"{name}: got {_kind(value)}, expected {expected}")
+    if isinstance(value, (list, tuple)):
+        return
+    hint = ""
+    if isinstance(value, Mapping):
+        meant = of_mapping if _are_maps(value.values()) else f"list({name}.values())"
+        hint = f"; did you mean {meant}?"
+    elif isinstance(value, Iterable) and not isinstance(value, (Tensor, str, bytes)):
+        hint = f"; did you mean list({name})?"
+    raise TypeError(f"{name}: got {_kind(value)}, expected {expected}{hint}")
 
 
-def _read_pair(name: str, pair: Any, maps: list[Tensor]) -> PairSpec:
+def _read_pair(
+    argument: str, entries: Sequence[Any], index: int, maps: list[Tensor], channel_dim: int | None
+) -> PairSpec:
+    """The specs of ``entries[index]``, whose maps are added to ``maps``."""
+    name, pair = f"{argument}[{index}]", entries[index]
     # A tensor would unpack along its batch without complaint, so the type matters here.
     if not isinstance(pair, (tuple, list)):
-        _fail_pair(name, _kind(pair))
+        _fail_pair(name, _kind(pair), _pairs_hint(argument, entries))
     if len(pair) != 2:
-        _fail_pair(name, f"{len(pair)} items")
+        _fail_pair(name, f"{len(pair)} items", _pairs_hint(name, pair))
+    specs = spec_of(f"{name}[0]", pair[0]), spec_of(f"{name}[1]", pair[1])
+    if channel_dim == -1:
+        pair = channels_first(pair[0]), channels_first(pair[1])
+        specs = MapSpec.of(pair[0]), MapSpec.of(pair[1])
     maps += pair
-    return spec_of(f"{name}[0]", pair[0]), spec_of(f"{name}[1]", pair[1])
+    return specs
 
 
-def _fail_pair(name: str, got: str) -> NoReturn:
+def _fail_pair(name: str, got: str, hint: str) -> NoReturn:
     also = " or one FSP matrix (B, m, n)" if name.startswith("teacher") else ""
-    raise TypeError(f"{name}: got {got}, expected a pair of feature maps (first, second){also}")
+    raise TypeError(
+        f"{name}: got {got}, expected a pair of feature maps (first, second){also}{hint}"
+    )
+
+
+def _pairs_hint(name: str, entries: Sequence[Any]) -> str:
+    """What to write where ``entries``, expected to be pairs, are the maps of a network's layers."""
+    if len(entries) < 2 or not _are_maps(entries):
+        return ""
+    return f"; did you mean pairs_of({name})? One pair is written [(first, second)]"
+
+
+def _are_maps(values: Iterable[Any]) -> bool:
+    return all(isinstance(x, Tensor) for x in values)
 
 
 def _check_dense_floating(name: str, spec: MapSpec) -> None:
@@ -193,17 +266,23 @@ def _check_dense_floating(name: str, spec: MapSpec) -> None:
         )
 
 
-def _check_map(name: str, spec: MapSpec) -> None:
+def _check_map(name: str, spec: MapSpec, channel_dim: int | None) -> None:
     _check_dense_floating(name, spec)
-    if len(spec.shape) not in RANKS:
-        raise ValueError(
-            f"{name}: has shape {_shape(spec)}, expected (B, C, *spatial) with 1 to 3 spatial axes"
-        )
+    shape = _given_shape(spec, channel_dim)
+    if len(shape) not in RANKS:
+        expected = "(B, *spatial, C)" if channel_dim == -1 else "(B, C, *spatial)"
+        raise ValueError(f"{name}: has shape {shape}, expected {expected} with 1 to 3 spatial axes")
     for axis, size in zip(("batch", "channels", *["spatial"] * 3), spec.shape, strict=False):
         if size == 0:
-            raise ValueError(
-                f"{name}: has shape {_shape(spec)}, expected no empty axis ({axis} is 0)"
-            )
+            raise ValueError(f"{name}: has shape {shape}, expected no empty axis ({axis} is 0)")
+
+
+def _serves_all_samples(matrix: MapSpec, pair: PairSpec) -> bool:
+    """Whether a ready matrix is ``(1, m, n)`` and the pair has more samples."""
+    if len(matrix.shape) != 3 or matrix.shape[0] != 1 or matrix.layout != torch.strided:
+        return False
+    batches, *channels = pair[0].shape[:1], pair[0].shape[1:2], pair[1].shape[1:2]
+    return batches != (1,) and (*channels[0], *channels[1]) == tuple(matrix.shape[1:])
 
 
 def _check_ready_matrix(index: int, matrix: MapSpec, pair: PairSpec) -> None:
@@ -211,13 +290,18 @@ def _check_ready_matrix(index: int, matrix: MapSpec, pair: PairSpec) -> None:
     _check_dense_floating(name, matrix)
     expected = (pair[0].shape[0], pair[0].shape[1], pair[1].shape[1])
     if tuple(matrix.shape) != expected:
+        hint = "" if len(matrix.shape) == 3 else "; of a list of maps, make pairs_of(teacher)"
         raise ValueError(
             f"{name}: is a ready FSP matrix of shape {_shape(matrix)}, expected (B, m, n) = "
-            f"{expected} as the maps of student[{index}] give it"
+            f"{expected} as the maps of student[{index}] give it, or {(1, *expected[1:])} for all "
+            f"samples{hint}"
         )
 
 
-def _check_same_network_shape(index: int, student: PairSpec, teacher: PairSpec) -> None:
+def _check_same_network_shape(
+    index: int, student: PairSpec, teacher: PairSpec, channel_dim: int | None
+) -> None:
+    axis = 1 if channel_dim is None else channel_dim
     for side, s, t in zip((0, 1), student, teacher, strict=True):
         name = f"teacher[{index}][{side}]"
         if s.shape[0] != t.shape[0]:
@@ -226,11 +310,18 @@ def _check_same_network_shape(index: int, student: PairSpec, teacher: PairSpec) 
                 f"student[{index}][{side}]: both networks see the same samples"
             )
         if s.shape[1] != t.shape[1]:
+            sizes = f"{s.shape[1]}, {t.shape[1]}"
+            layer = (
+                f"linear layer, torch.nn.Linear({sizes})"
+                if axis == -1
+                else f"1x1 convolution, e.g. torch.nn.Conv{len(s.shape) - 2}d({sizes}, "
+                "kernel_size=1)"
+            )
             raise ValueError(
                 f"pair {index}: student[{index}][{side}] has {s.shape[1]} channels and {name} has "
-                f"{t.shape[1]}, but FSP compares matrices of equal size, so it needs equal channel "
-                f"counts; project the student's map with a 1x1 convolution, e.g. "
-                f"torch.nn.Conv{len(s.shape) - 2}d({s.shape[1]}, {t.shape[1]}, kernel_size=1)"
+                f"{t.shape[1]} (axis {axis} of {_given_shape(s, channel_dim)} and "
+                f"{_given_shape(t, channel_dim)}), but FSP compares matrices of equal size, so it "
+                f"needs equal channel counts; project the student's map with a {layer}"
             )
 
 
@@ -243,6 +334,14 @@ def _names(index: int, entry: TeacherSpec) -> tuple[str, ...]:
 
 def _shape(spec: MapSpec) -> tuple[int, ...]:
     return tuple(spec.shape)
+
+
+def _given_shape(spec: MapSpec, channel_dim: int | None) -> tuple[int, ...]:
+    """The shape of a map before :func:`channels_first`."""
+    if channel_dim != -1 or len(spec.shape) < 3:
+        return _shape(spec)
+    batch, channels, *spatial = spec.shape
+    return (batch, *spatial, channels)
 
 
 def _is_nonnegative_float(number: Any) -> bool:

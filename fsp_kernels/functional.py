@@ -35,7 +35,12 @@ ONCE_DIFFERENTIABLE = (
 
 
 def fsp_matrix(
-    first: Tensor, second: Tensor, *, pool: str = "max", backend: str | None = None
+    first: Tensor,
+    second: Tensor,
+    *,
+    pool: str = "max",
+    backend: str | None = None,
+    channel_dim: int | None = None,
 ) -> Tensor:
     """FSP matrix of two feature maps, ``G = F1 F2^T / K`` (Yim et al., CVPR 2017, equation 1).
 
@@ -50,6 +55,10 @@ def fsp_matrix(
         pool: ``"max"`` (the paper) or ``"avg"``; windows as ``adaptive_max_pool2d`` and
             ``adaptive_avg_pool2d`` have them.
         backend: a name of :func:`available_backends`, or ``None`` for the best that works.
+        channel_dim: the axis of both maps' channels: 1 for ``(B, C, *spatial)``, -1 for
+            ``(B, *spatial, C)``, which is read as it is. ``None`` means 1 for maps of four and five
+            axes and is an error for three, where ``(B, C, K)`` and a transformer's ``(B, T, C)``
+            look alike.
 
     Returns:
         ``(B, m, n)`` in the promoted dtype of the maps; half precision accumulates in fp32.
@@ -60,7 +69,12 @@ def fsp_matrix(
         RuntimeError: ``backend`` does not work on this machine.
     """
     specs = checks.spec_of("first", first), checks.spec_of("second", second)
-    checks.check_pair(None, *specs)
+    if channel_dim is not None:
+        checks.check_channel_dim(channel_dim)
+    if channel_dim == -1:
+        first, second = checks.channels_first(first), checks.channels_first(second)
+        specs = MapSpec.of(first), MapSpec.of(second)
+    checks.check_pair(None, *specs, channel_dim)
     checks.check_choice("pool", pool, checks.POOLS)
     name = _select(requested_backend(backend), specs).name
     if specs[0].shape[2:] != specs[1].shape[2:]:
@@ -76,6 +90,7 @@ def fsp_loss(
     pool: str = "max",
     norm: str = "frobenius",
     backend: str | None = None,
+    channel_dim: int | None = None,
 ) -> Tensor:
     """FSP distillation loss ``1/B sum_b sum_i lambda_i ||G_i^T - G_i^S||^2`` (ibid., equation 2).
 
@@ -89,13 +104,16 @@ def fsp_loss(
             ``(B, n, *spatial)``; see :func:`fsp_matrix` for ranks, strides and dtypes, which may
             differ from map to map.
         teacher: as many pairs with the same batch and channel counts (spatial sizes may differ),
-            or in place of a pair a ready FSP matrix ``(B, m, n)``.
+            or in place of a pair a ready FSP matrix ``(B, m, n)``, or ``(1, m, n)`` for all
+            samples.
         weights: ``lambda_i >= 0``, one for each pair; ``None`` for ones.
         pool: how the larger map of a pair is brought to the smaller: ``"max"`` or ``"avg"``.
         norm: ``"frobenius"``, the batch mean of the sum of squares (the paper); ``"mse"``, the mean
             over batch and entries (RepDistiller, Knowledge-Distillation-Zoo); ``"column"``, the
             batch mean of the sum over columns of their L2 norms (torchdistill).
         backend: a name of :func:`available_backends`, or ``None`` for the best that works.
+        channel_dim: the axis of all maps' channels, 1 or -1, as in :func:`fsp_matrix`; maps of
+            three axes need it, ready matrices do not.
 
     Returns:
         A scalar, fp64 if any input is, else fp32.
@@ -106,15 +124,15 @@ def fsp_loss(
         RuntimeError: ``backend`` does not work on this machine; or, from a second derivative, that
             the loss is once differentiable and what to write instead.
     """
-    maps, student_specs, teacher_specs = checks.flatten_pairs(student, teacher)
+    maps, student_specs, teacher_specs = checks.flatten_pairs(student, teacher, channel_dim)
     pairs = len(student_specs)
     lambdas = (1.0,) * pairs if weights is None else checks.check_weights(weights, pairs)
     checks.check_options(pool, norm)
     requested = requested_backend(backend)
     if wants_operator(maps):
-        checks.check_loss(student_specs, teacher_specs)
+        checks.check_loss(student_specs, teacher_specs, channel_dim)
         return _loss_operator(maps, student_specs, teacher_specs, lambdas, pool, norm, requested)
-    plan = _plan_here(student_specs, teacher_specs, pool, norm, requested)
+    plan = _plan_here(student_specs, teacher_specs, pool, norm, requested, channel_dim)
     if torch._C._are_functorch_transforms_active():
         return _TransformedLoss.apply(plan, lambdas, *maps)[0]
     return planned_loss(plan, lambdas, maps)
@@ -127,6 +145,7 @@ def explain(
     pool: str = "max",
     norm: str = "frobenius",
     backend: str | None = None,
+    channel_dim: int | None = None,
 ) -> LossPlan:
     """How :func:`fsp_loss` would evaluate these arguments, without computing anything.
 
@@ -134,9 +153,10 @@ def explain(
     its attributes. As in the loss itself, gradients count where maps require them and grad mode is
     on. Raises as :func:`fsp_loss`.
     """
-    _, student_specs, teacher_specs = checks.flatten_pairs(student, teacher)
+    _, student_specs, teacher_specs = checks.flatten_pairs(student, teacher, channel_dim)
     checks.check_options(pool, norm)
-    return _plan_here(student_specs, teacher_specs, pool, norm, requested_backend(backend))
+    requested = requested_backend(backend)
+    return _plan_here(student_specs, teacher_specs, pool, norm, requested, channel_dim)
 
 
 def _plan_here(
@@ -145,6 +165,7 @@ def _plan_here(
     pool: str,
     norm: str,
     requested: str | None,
+    channel_dim: int | None,
 ) -> LossPlan:
     """The plan under the grad mode and the transforms in force."""
     # Inside a functorch transform a tensor does not tell whether an outer level wants its gradient.
@@ -153,8 +174,8 @@ def _plan_here(
         all_or_none = torch.is_grad_enabled()
     elif not torch.is_grad_enabled():
         all_or_none = False
-    precision = fp32_precision()
-    return _checked_plan(student, teacher, pool, norm, requested, all_or_none, precision)
+    signature = student, teacher, pool, norm, requested, channel_dim
+    return _checked_plan(*signature, all_or_none, fp32_precision())
 
 
 @lru_cache(maxsize=1024)
@@ -164,6 +185,7 @@ def _checked_plan(
     pool: str,
     norm: str,
     requested: str | None,
+    channel_dim: int | None,
     all_or_none: bool | None,
     precision: str,
 ) -> LossPlan:
@@ -173,7 +195,7 @@ def _checked_plan(
     """
     if all_or_none is not None:
         student, teacher = _want(student, all_or_none), _want(teacher, all_or_none)
-    checks.check_loss(student, teacher)
+    checks.check_loss(student, teacher, channel_dim)
     specs = [spec for entry in (*student, *teacher) for spec in entry]
     return plan_loss(student, teacher, pool, norm, _select(requested, specs), precision)
 

@@ -18,33 +18,50 @@ class FSPLoss(nn.Module):
         weights: ``lambda_i >= 0`` for each pair, or ``None`` for ones.
         pool: ``"max"`` or ``"avg"``.
         norm: ``"frobenius"``, ``"mse"`` or ``"column"``.
+        channel_dim: the axis of the maps' channels, 1 or -1; maps of three axes need it.
 
     Raises:
         TypeError, ValueError: as :func:`fsp_kernels.fsp_loss`, here and not at the first batch.
     """
 
     def __init__(
-        self, weights: Sequence[float] | None = None, pool: str = "max", norm: str = "frobenius"
+        self,
+        weights: Sequence[float] | None = None,
+        pool: str = "max",
+        norm: str = "frobenius",
+        channel_dim: int | None = None,
     ):
         super().__init__()
         checks.check_options(pool, norm)
+        checks.check_channel_dim(channel_dim)
         self.weights = None if weights is None else checks.check_weights(weights, None)
         self.pool = pool
         self.norm = norm
+        self.channel_dim = channel_dim
 
     def forward(self, student: Sequence[Pair], teacher: Sequence[Pair | Tensor]) -> Tensor:
-        """Pairs of maps ``(B, C, *spatial)`` of both networks to a scalar loss."""
-        return fsp_loss(student, teacher, weights=self.weights, pool=self.pool, norm=self.norm)
+        """Pairs of maps of both networks, as the function takes them, to a scalar loss."""
+        return fsp_loss(
+            student,
+            teacher,
+            weights=self.weights,
+            pool=self.pool,
+            norm=self.norm,
+            channel_dim=self.channel_dim,
+        )
 
     def extra_repr(self) -> str:
-        return f"weights={self.weights}, pool={self.pool!r}, norm={self.norm!r}"
+        options = f"weights={self.weights}, pool={self.pool!r}, norm={self.norm!r}"
+        where = "" if self.channel_dim is None else f", channel_dim={self.channel_dim}"
+        return options + where
 
 
 def pairs_of(features: Sequence[Tensor]) -> list[Pair]:
     """Consecutive layers as pairs: ``[f0, f1, f2] -> [(f0, f1), (f1, f2)]``.
 
     Args:
-        features: feature maps ``(B, C, *spatial)`` in the order of the network's layers.
+        features: feature maps, ``(B, C, *spatial)`` or ``(B, *spatial, C)``, in the order of the
+            network's layers.
 
     Raises:
         TypeError: not a list or tuple (a tensor would be taken apart along its batch).

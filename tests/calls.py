@@ -132,7 +132,7 @@ def gradients_of(loss: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[to
 
 def run(student, teacher, **options) -> list[torch.Tensor]:
     """Loss and all gradients there are."""
-    loss = fsp.fsp_loss(student, teacher, **options)
+    loss = fsp.fsp_loss(student, teacher, channel_dim=1, **options)
     gradients = gradients_of(loss, flatten(student, teacher))
     return [loss, *(g for g in gradients if g is not None)]
 
@@ -142,10 +142,10 @@ def check(student, teacher, *regimes: Regime, weights=None, **options) -> fsp.Lo
 
     Returns the plan.
     """
-    plan = fsp.explain(student, teacher, **options)
+    plan = fsp.explain(student, teacher, channel_dim=1, **options)
     ways = [(pair.evaluation, pair.form, pair.parts) for pair in plan.pairs]
     assert ways == [(r.evaluation, r.form, r.parts) for r in regimes]
-    loss = fsp.fsp_loss(student, teacher, weights=weights, **options)
+    loss = fsp.fsp_loss(student, teacher, weights=weights, channel_dim=1, **options)
     assert (loss.dtype, loss.shape) == (FP32, ())
     tensors = flatten(student, teacher)
     gradients = gradients_of(loss, tensors)

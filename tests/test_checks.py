@@ -108,6 +108,74 @@ def test_a_tensor_is_no_sequence_of_pairs(loss, name):
         loss(arguments["student"], arguments["teacher"])
 
 
+def features(count: int = 3) -> list[Tensor]:
+    """The maps of a network's layers."""
+    return [torch.randn(B, M, 4, 4) for _ in range(count)]
+
+
+@every_loss
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("sequence", [list, tuple])
+def test_a_list_of_maps_gets_told_of_pairs_of(loss, sequence, count):
+    with refuses(TypeError, "student[0]: got a tensor", "did you mean pairs_of(student)?"):
+        loss(sequence(features(count)), sequence(features(count)))
+
+
+@every_loss
+def test_two_maps_in_place_of_a_list_of_pairs_get_told_how_one_is_written(loss):
+    with refuses(TypeError, "One pair is written [(first, second)]"):
+        loss(pair(), pair())
+
+
+@every_loss
+def test_maps_of_the_teacher_beside_pairs_get_told_of_pairs_of(loss):
+    with refuses(ValueError, "got 3 entries for 2 student", "did you mean pairs_of(teacher)?"):
+        loss(fsp.pairs_of(features()), features())
+    with refuses(ValueError, "is a ready FSP matrix of shape", "make pairs_of(teacher)"):
+        loss(fsp.pairs_of(features()), features()[:2])
+
+
+@every_loss
+def test_maps_of_the_student_beside_pairs_get_told_of_pairs_of(loss):
+    with refuses(TypeError, "student[0]: got a tensor", "did you mean pairs_of(student)?"):
+        loss(features(), fsp.pairs_of(features()))
+
+
+@every_loss
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_a_list_of_lists_of_maps_gets_told_of_pairs_of(loss, name):
+    arguments = {"student": [pair()], "teacher": [pair()], name: [features()]}
+    with refuses(TypeError, f"{name}[0]: got 3 items", f"did you mean pairs_of({name}[0])?"):
+        loss(**arguments)
+
+
+@every_loss
+@pytest.mark.parametrize("name", ["student", "teacher"])
+@pytest.mark.parametrize(
+    ("make", "meant"),
+    [
+        (lambda: dict(enumerate(features())), "pairs_of(list({}.values()))"),
+        (lambda: {"layer1": pair()}, "list({}.values())"),
+        (lambda: (p for p in [pair()]), "list({})"),
+        (lambda: zip(features(), features(), strict=True), "list({})"),
+        (lambda: {"layer1": pair()}.values(), "list({})"),
+    ],
+    ids=["dict of maps", "dict of pairs", "generator", "zip", "values of a dict"],
+)
+def test_other_collections_get_told_what_to_make_of_them(loss, name, make, meant):
+    arguments = {"student": [pair()], "teacher": [pair()], name: make()}
+    with refuses(TypeError, f"{name}: got ", f"; did you mean {meant.format(name)}?"):
+        loss(**arguments)
+
+
+@every_loss
+def test_a_hint_is_only_given_where_it_would_help(loss):
+    for student in ([pair(), first()], [first()], [None], "layer1", None, first()):
+        with pytest.raises(TypeError) as caught:
+            loss(student, [pair()])
+        assert "did you mean" not in str(caught.value)
+
+
 @every_loss
 def test_a_nested_tensor_is_no_sequence_of_pairs(loss):
     for nested in (ragged(), jagged()):
@@ -147,6 +215,7 @@ def test_a_teacher_map_alone_is_taken_for_a_ready_matrix_and_refused_by_its_shap
         ValueError,
         "teacher[0]: is a ready FSP matrix of shape (2, 3, 4, 4)",
         "expected (B, m, n) = (2, 3, 5)",
+        "or (1, 3, 5) for all samples",
     ):
         loss([pair()], [first()])
 
@@ -365,6 +434,116 @@ def test_maps_of_a_matrix_have_as_many_spatial_axes():
         fsp.fsp_matrix(first(4), second(2, 2, 2))
 
 
+# --- where channels are ---------------------------------------------------------------------------
+
+
+def tokens(channels: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(B, 17, channels), torch.randn(B, 17, channels)
+
+
+WHICH = (
+    "which does not tell where the channels are",
+    "channel_dim=-1 for (B, T, C)",
+    "channel_dim=1 for (B, C, K)",
+)
+
+
+@every_loss
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_maps_of_three_axes_need_a_channel_dim(loss, name):
+    arguments = {"student": [pair()], "teacher": [pair()], name: [tokens(8)]}
+    with refuses(ValueError, f"{name}[0][0]: has three axes, shape (2, 17, 8), ", *WHICH):
+        loss(**arguments)
+
+
+def test_matrix_of_three_axes_needs_a_channel_dim():
+    with refuses(ValueError, "first: has three axes, shape (2, 17, 8), ", *WHICH):
+        fsp.fsp_matrix(*tokens(8))
+
+
+@every_loss
+def test_tokens_beside_a_ready_matrix_need_a_channel_dim(loss):
+    with refuses(ValueError, "student[0][0]: has three axes", *WHICH):
+        loss([tokens(8)], [torch.randn(B, 8, 8)])
+
+
+@losses_with_options
+def test_a_call_that_said_where_channels_are_does_not_hide_one_that_did_not(loss):
+    student, teacher = [tokens(8)], [tokens(8)]
+    for _ in range(2):
+        loss(student, teacher, channel_dim=1)
+        with refuses(ValueError, "student[0][0]: has three axes", *WHICH):
+            loss(student, teacher)
+
+
+@losses_with_options
+def test_students_of_64_channels_do_not_fit_teachers_of_128(loss):
+    with refuses(
+        ValueError,
+        "student[0][0] has 64 channels and teacher[0][0] has 128",
+        "(axis -1 of (2, 17, 64) and (2, 17, 128))",
+        "torch.nn.Linear(64, 128)",
+    ):
+        loss([tokens(64)], [tokens(128)], channel_dim=-1)
+
+
+@losses_with_options
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda x: x[:1], "teacher[0][1]: has batch size 1, expected 2 as teacher[0][0]"),
+        (lambda x: x[:, None], "teacher[0][1]: has 2 spatial axes, shape (2, 1, 17, 8), "),
+        (lambda x: x[:, :0], "teacher[0][1]: has shape (2, 0, 8), expected no empty axis (spatial"),
+        (lambda x: x[..., :0], "teacher[0][1]: has shape (2, 17, 0), expected no empty axis (chan"),
+        (lambda x: x[0], "teacher[0][1]: has shape (17, 8), expected (B, *spatial, C) with"),
+        (lambda x: x[0, 0], "teacher[0][1]: has shape (8,), expected (B, *spatial, C) with"),
+        (lambda x: x[None, None, None], "teacher[0][1]: has shape (1, 1, 1, 2, 17, 8), expected"),
+    ],
+    ids=["batch", "axes", "no positions", "no channels", "rank 2", "rank 1", "rank 6"],
+)
+def test_shapes_are_told_as_they_were_given(loss, change, says):
+    first, second = tokens(8)
+    with refuses(ValueError, says):
+        loss([tokens(8)], [(first, change(second))], channel_dim=-1)
+
+
+@losses_with_options
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: torch.zeros(B, 17, 8).to_sparse(), "has layout torch.sparse_coo"),
+        (lambda: compressed(torch.zeros(B, 17, 8)), "has layout torch.sparse_csr"),
+        (jagged, "got a nested tensor"),
+        (lambda: None, "got None"),
+    ],
+    ids=["sparse COO", "sparse CSR", "nested", "None"],
+)
+def test_what_is_no_map_is_refused_with_its_channels_last_too(loss, make, says):
+    with refuses(TypeError, f"student[0][1]: {says}"):
+        loss([(tokens(8)[0], make())], [tokens(8)], channel_dim=-1)
+
+
+CHANNEL_DIMS = [0, 2, -2, 1.0, True, "last", [1]]
+
+
+@losses_with_options
+@pytest.mark.parametrize("channel_dim", CHANNEL_DIMS, ids=repr)
+def test_channel_dim_is_the_second_axis_or_the_last(loss, channel_dim):
+    with refuses(ValueError, f"channel_dim: got {channel_dim!r}, expected 1 ", "-1 for maps"):
+        loss([pair()], [pair()], channel_dim=channel_dim)
+
+
+@pytest.mark.parametrize("channel_dim", CHANNEL_DIMS, ids=repr)
+def test_channel_dim_of_a_matrix_and_of_the_module_is_one_of_these(channel_dim):
+    with refuses(ValueError, f"channel_dim: got {channel_dim!r}, expected 1 "):
+        fsp.fsp_matrix(first(), second(), channel_dim=channel_dim)
+    with refuses(ValueError, f"channel_dim: got {channel_dim!r}, expected 1 "):
+        fsp.FSPLoss(channel_dim=channel_dim)
+
+
+# --- networks that do not go together -------------------------------------------------------------
+
+
 @every_loss
 @pytest.mark.parametrize("side", [0, 1])
 def test_both_networks_have_as_many_channels_or_need_a_projection(loss, side):
@@ -384,13 +563,14 @@ def test_both_networks_have_as_many_channels_or_need_a_projection(loss, side):
 
 @every_loss
 @pytest.mark.parametrize(
-    "shape", [(2, 5, 3), (1, 3, 5), (2, 3, 4), (2, 15), (2, 3, 5, 1), (2, 0, 5)], ids=str
+    "shape", [(2, 5, 3), (3, 3, 5), (1, 5, 3), (2, 3, 4), (2, 15), (2, 3, 5, 1), (2, 0, 5)], ids=str
 )
 def test_ready_matrix_has_the_shape_of_the_student_s(loss, shape):
     with refuses(
         ValueError,
         f"teacher[1]: is a ready FSP matrix of shape {shape}",
         "expected (B, m, n) = (2, 3, 5)",
+        "or (1, 3, 5) for all samples",
         "student[1]",
     ):
         loss([pair(), pair()], [pair(), torch.zeros(shape)])
@@ -601,6 +781,19 @@ def test_pairs_of_refuses_what_is_no_list(features, got):
         fsp.pairs_of(features)
 
 
+@pytest.mark.parametrize(
+    ("make", "meant"),
+    [
+        (lambda: {"layer1": first(), "layer2": second()}, "list(features.values())"),
+        (lambda: (x for x in pair()), "list(features)"),
+    ],
+    ids=["dict", "generator"],
+)
+def test_pairs_of_tells_how_to_make_a_list(make, meant):
+    with refuses(TypeError, "features: got ", f"; did you mean {meant}?"):
+        fsp.pairs_of(make())
+
+
 # --- what an error leaves behind ------------------------------------------------------------------
 
 SAME_SHAPE_BUT = {
@@ -703,7 +896,7 @@ def test_lists_and_tuples_may_be_mixed():
 
 
 def test_networks_may_differ_in_rank_and_spatial_size():
-    assert fsp.fsp_loss([pair(16)], [pair(4, 4)]).isfinite()
+    assert fsp.fsp_loss([pair(16)], [pair(4, 4)], channel_dim=1).isfinite()
     assert fsp.fsp_loss([pair(3, 3)], [pair(5, 4)]).isfinite()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -26,8 +27,12 @@ def four_maps(batch=3, positions=(6, 6), **options):
     return maps(m, n, m, n, **options)
 
 
+# Channels are in axis 1 here, for maps of three axes too.
+matrix_of = partial(fsp.fsp_matrix, channel_dim=1)
+
+
 def loss_of(a, b, c, d, **options):
-    return fsp.fsp_loss([(a, b)], [(c, d)], **options)
+    return fsp.fsp_loss([(a, b)], [(c, d)], channel_dim=1, **options)
 
 
 def oracle_of(a, b, c, d, **options):
@@ -56,31 +61,29 @@ MATRIX_SHAPES = {
 @pytest.mark.parametrize("shapes", MATRIX_SHAPES.values(), ids=MATRIX_SHAPES)
 def test_matrix_is_that_of_the_definition(shapes, pool):
     first, second = maps(*shapes, dtype=torch.float64)
-    assert_close(
-        fsp.fsp_matrix(first, second, pool=pool), reference.fsp_matrix(first, second, pool)
-    )
+    assert_close(matrix_of(first, second, pool=pool), reference.fsp_matrix(first, second, pool))
 
 
 @pytest.mark.parametrize("pool", ["max", "avg"])
 @pytest.mark.parametrize("shapes", MATRIX_SHAPES.values(), ids=MATRIX_SHAPES)
 def test_matrix_is_twice_differentiable(shapes, pool):
     inputs = maps(*shapes, dtype=torch.float64)
-    assert gradcheck(lambda x, y: fsp.fsp_matrix(x, y, pool=pool), inputs)
-    assert gradgradcheck(lambda x, y: fsp.fsp_matrix(x, y, pool=pool), inputs)
+    assert gradcheck(lambda x, y: matrix_of(x, y, pool=pool), inputs)
+    assert gradgradcheck(lambda x, y: matrix_of(x, y, pool=pool), inputs)
 
 
 def test_gram_matrix_is_twice_differentiable():
     (x,) = maps((2, 3, 4), dtype=torch.float64)
-    assert gradcheck(lambda x: fsp.fsp_matrix(x, x), (x,))
-    assert gradgradcheck(lambda x: fsp.fsp_matrix(x, x), (x,))
+    assert gradcheck(lambda x: matrix_of(x, x), (x,))
+    assert gradgradcheck(lambda x: matrix_of(x, x), (x,))
 
 
 @pytest.mark.parametrize("position", [0, 1])
 def test_matrix_is_twice_differentiable_in_one_map_alone(position):
     inputs = maps((2, 3, 4), (2, 2, 4), dtype=torch.float64)
     inputs[position].requires_grad_(False)
-    assert gradcheck(fsp.fsp_matrix, inputs)
-    assert gradgradcheck(fsp.fsp_matrix, inputs)
+    assert gradcheck(matrix_of, inputs)
+    assert gradgradcheck(matrix_of, inputs)
 
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -92,7 +95,7 @@ HALVES = [torch.float16, torch.bfloat16]
 def test_matrix_has_the_promoted_dtype_and_gradients_their_inputs(first, second):
     x, y = maps((2, 3, 40))[0].to(first), maps((2, 4, 40))[0].to(second)
     x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
-    matrix = fsp.fsp_matrix(x, y)
+    matrix = matrix_of(x, y)
     assert matrix.dtype == torch.promote_types(first, second)
     exact = [t.detach().double().requires_grad_() for t in (x, y)]
     expected = reference.fsp_matrix(*exact)
@@ -116,7 +119,7 @@ def test_half_precision_matrix_accumulates_in_fp32(dtype):
     x[..., 1::2] = 0.03125
     (y,) = maps((1, 6, 8192), dtype=dtype, requires_grad=False)
     y = y.abs()
-    assert_close(fsp.fsp_matrix(x, y), reference.fsp_matrix(x.double(), y.double()))
+    assert_close(matrix_of(x, y), reference.fsp_matrix(x.double(), y.double()))
 
 
 def test_matrix_gradients_arrive_in_the_layout_of_their_inputs():
@@ -124,7 +127,7 @@ def test_matrix_gradients_arrive_in_the_layout_of_their_inputs():
     y = torch.randn(3, 7, 6, 4).requires_grad_()
     tokens = torch.randn(3, 24, 5).mT.requires_grad_()
     for first, second in ((x, y), (y, x), (x, x), (tokens, y.detach().flatten(2))):
-        matrix = fsp.fsp_matrix(first, second)
+        matrix = matrix_of(first, second)
         gradient = torch.autograd.grad(matrix, first, torch.randn_like(matrix))[0]
         assert gradient.stride() == first.stride()
 
@@ -132,8 +135,8 @@ def test_matrix_gradients_arrive_in_the_layout_of_their_inputs():
 def test_matrix_without_gradients_records_none():
     x, y = maps((2, 3, 4), (2, 2, 4))
     with torch.no_grad():
-        assert not fsp.fsp_matrix(x, y).requires_grad
-    assert not fsp.fsp_matrix(x.detach(), y.detach()).requires_grad
+        assert not matrix_of(x, y).requires_grad
+    assert not matrix_of(x.detach(), y.detach()).requires_grad
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -141,7 +144,7 @@ def test_matrix_keeps_what_is_not_finite_in_its_sample(value):
     x, y = maps((3, 4, 6), (3, 5, 6), requires_grad=False)
     expected = reference.fsp_matrix(x.double(), y.double())
     x[1, 2, 3] = value
-    matrix = fsp.fsp_matrix(x, y)
+    matrix = matrix_of(x, y)
     assert not matrix[1, 2].isfinite().any()
     assert_close(matrix[[0, 2]], expected[[0, 2]])
 
@@ -275,7 +278,7 @@ def test_the_alternative_the_error_names_is_twice_differentiable():
 
     def alternative(*tensors):
         student, teacher = tensors[:2], tensors[2:]
-        return ((fsp.fsp_matrix(*student) - fsp.fsp_matrix(*teacher)) ** 2).sum() / 2
+        return ((matrix_of(*student) - matrix_of(*teacher)) ** 2).sum() / 2
 
     assert_close(alternative(*student, *teacher), loss_of(*student, *teacher))
     assert gradgradcheck(alternative, (*student, *teacher))
@@ -339,11 +342,11 @@ def test_autocast_leaves_the_loss_alone(dtype, positions):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_autocast_leaves_the_matrix_alone(dtype):
     x, y = maps((2, 3, 4, 4), (2, 5, 4, 4))
-    plain = fsp.fsp_matrix(x, y)
+    plain = matrix_of(x, y)
     incoming = torch.randn_like(plain)
     expected = torch.autograd.grad(plain, (x, y), incoming)
     with torch.autocast("cpu", dtype):
-        matrix = fsp.fsp_matrix(x, y)
+        matrix = matrix_of(x, y)
         inside = torch.autograd.grad(matrix, (x, y), incoming, retain_graph=True)
     assert_bitwise((matrix, *inside), (plain, *expected))
 
@@ -401,9 +404,7 @@ def test_func_grad_of_the_loss_in_half_precision(dtype):
 
 def test_func_grad_of_the_matrix():
     x, y = maps((2, 3, 4, 4), (2, 5, 4, 4), requires_grad=False)
-    gradients = torch.func.grad(lambda x, y: fsp.fsp_matrix(x, y).square().sum(), argnums=(0, 1))(
-        x, y
-    )
+    gradients = torch.func.grad(lambda x, y: matrix_of(x, y).square().sum(), argnums=(0, 1))(x, y)
     exact = [t.double().requires_grad_() for t in (x, y)]
     wanted = torch.autograd.grad(reference.fsp_matrix(*exact).square().sum(), exact)
     for gradient, w in zip(gradients, wanted, strict=True):
@@ -427,23 +428,36 @@ def test_vmap_of_the_matrix(positions, in_dims):
         t if dim is None else torch.stack([t + i for i in range(slices)], dim)
         for t, dim in zip((x, y), in_dims, strict=True)
     ]
-    matrices = torch.vmap(fsp.fsp_matrix, in_dims)(*stacked)
+    matrices = torch.vmap(matrix_of, in_dims)(*stacked)
     assert matrices.shape == (slices, 2, 3, 5)
     for i, matrix in enumerate(matrices):
         pair = [t if dim is None else t + i for t, dim in zip((x, y), in_dims, strict=True)]
         assert_close(matrix, reference.fsp_matrix(*(t.double() for t in pair)))
 
 
+def test_transforms_take_one_ready_matrix_for_all_samples():
+    a, b, matrix = maps((3, 5, 6, 6), (3, 4, 6, 6), (1, 5, 4), requires_grad=False)
+
+    def loss(a, b, matrix):
+        return fsp.fsp_loss([(a, b)], [matrix])
+
+    expected = oracle([(a, b)], [matrix])
+    expected.check(loss(a, b, matrix), torch.func.grad(loss, argnums=(0, 1, 2))(a, b, matrix))
+    losses = torch.vmap(loss, in_dims=(None, None, 0))(a, b, torch.stack([matrix, 2 * matrix]))
+    for value, each in zip(losses, (matrix, 2 * matrix), strict=True):
+        assert_close(value, oracle([(a, b)], [each]).loss)
+
+
 def test_vmap_over_pooled_maps():
     x, y = maps((4, 2, 3, 8, 8), (4, 2, 5, 4, 4), requires_grad=False)
-    matrices = torch.vmap(fsp.fsp_matrix)(x, y)
+    matrices = torch.vmap(matrix_of)(x, y)
     for i, matrix in enumerate(matrices):
         assert_close(matrix, reference.fsp_matrix(x[i].double(), y[i].double()))
 
 
 def test_nested_vmap_of_the_matrix():
     x, y = maps((2, 4, 2, 3, 6), (4, 2, 5, 6), requires_grad=False)
-    matrices = torch.vmap(torch.vmap(fsp.fsp_matrix), (0, None))(x, y)
+    matrices = torch.vmap(torch.vmap(matrix_of), (0, None))(x, y)
     for i, j in ((0, 0), (1, 3)):
         assert_close(matrices[i, j], reference.fsp_matrix(x[i, j].double(), y[j].double()))
 
@@ -489,7 +503,7 @@ def jacrev_twice(function):
 def test_jacobian_and_hessian_of_the_matrix(jacobian):
     x, y = maps((2, 3, 4), (2, 2, 4), dtype=torch.float64, requires_grad=False)
     assert_close(
-        jacobian(lambda x: fsp.fsp_matrix(x, y * x[:, :2]))(x),
+        jacobian(lambda x: matrix_of(x, y * x[:, :2]))(x),
         jacobian(lambda x: reference.fsp_matrix(x, y * x[:, :2]))(x),
     )
 
@@ -500,7 +514,7 @@ def test_hessian_of_the_alternative_loss():
     def loss(matrix, x):
         return (matrix(x, b) - matrix(c, d)).square().sum()
 
-    hessian = torch.autograd.functional.hessian(lambda x: loss(fsp.fsp_matrix, x), a)
+    hessian = torch.autograd.functional.hessian(lambda x: loss(matrix_of, x), a)
     expected = torch.autograd.functional.hessian(lambda x: loss(reference.fsp_matrix, x), a)
     assert_close(hessian, expected)
 
@@ -513,7 +527,7 @@ def test_checkpointing_recomputes_it(use_reentrant):
     a, b, c, d = tensors = four_maps()
 
     def block(a, b, c, d):
-        return loss_of(a.tanh(), b.tanh(), c, d) + fsp.fsp_matrix(a.tanh(), b).sum()
+        return loss_of(a.tanh(), b.tanh(), c, d) + matrix_of(a.tanh(), b).sum()
 
     loss = checkpoint(block, *tensors, use_reentrant=use_reentrant)
     gradients = torch.autograd.grad(loss, tensors) if not use_reentrant else None

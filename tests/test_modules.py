@@ -99,6 +99,10 @@ def test_repr_shows_the_options():
         repr(fsp.FSPLoss([1, 0.5], pool="avg", norm="mse"))
         == "FSPLoss(weights=(1.0, 0.5), pool='avg', norm='mse')"
     )
+    assert (
+        repr(fsp.FSPLoss(channel_dim=-1))
+        == "FSPLoss(weights=None, pool='max', norm='frobenius', channel_dim=-1)"
+    )
 
 
 def test_module_has_no_state():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -37,8 +38,12 @@ def four_maps(batch=3, first=(6, 6), second=(6, 6), **options):
     return maps(m, n, m, n, **options)
 
 
+# Channels are in axis 1 here, for maps of three axes too.
+matrix_of = partial(fsp.fsp_matrix, channel_dim=1)
+
+
 def loss_of(a, b, c, d, **options):
-    return fsp.fsp_loss([(a, b)], [(c, d)], **options)
+    return fsp.fsp_loss([(a, b)], [(c, d)], channel_dim=1, **options)
 
 
 def assert_same(actual, expected):
@@ -130,7 +135,7 @@ def test_fake_tensors_tell_shape_dtype_and_layout(dtype):
         a, b, c, d = four_maps(dtype=dtype)
         loss = loss_of(a, b, c, d)
         gradients = torch.autograd.grad(loss, (a, b, c, d))
-        matrix = fsp.fsp_matrix(a, b.float())
+        matrix = matrix_of(a, b.float())
     assert loss.shape == ()
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert [g.shape for g in gradients] == [x.shape for x in (a, b, c, d)]
@@ -144,7 +149,7 @@ def test_fake_gradients_have_the_layout_of_real_ones():
         a, b, c, d = four_maps()
         a = a.detach().to(memory_format=torch.channels_last).requires_grad_()
         (of_loss,) = torch.autograd.grad(loss_of(a, b, c, d), a)
-        (of_matrix,) = torch.autograd.grad(fsp.fsp_matrix(a, b).sum(), a)
+        (of_matrix,) = torch.autograd.grad(matrix_of(a, b).sum(), a)
     assert of_loss.stride() == of_matrix.stride() == a.stride()
 
 
@@ -178,11 +183,29 @@ def test_the_compiled_loss_equals_the_eager_one(options, shapes, dynamic):
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_a_compiled_call_takes_one_ready_matrix_for_all_samples(dynamic):
+    a, b, matrix = maps((3, 5, 6, 6), (3, 4, 6, 6), (1, 5, 4))
+
+    def loss(a, b, matrix):
+        return fsp.fsp_loss([(a, b)], [matrix])
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    value = compiled(a, b, matrix)
+    found = torch.autograd.grad(value, (a, b, matrix))
+    oracle([(a, b)], [matrix]).check(value, found)
+    # And a batch of one afterwards, which needs no view.
+    a, b = a.detach()[:1].requires_grad_(), b.detach()[:1].requires_grad_()
+    value = compiled(a, b, matrix)
+    found = torch.autograd.grad(value, (a, b, matrix))
+    oracle([(a, b)], [matrix]).check(value, found)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("second", [(6, 6), (3, 3), (7, 4)], ids=str)
 def test_the_compiled_matrix_equals_the_eager_one(second, dynamic):
     x, y = maps((3, 5, 6, 6), (3, 4, *second))
-    compiled = torch.compile(fsp.fsp_matrix, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    matrix, expected = compiled(x, y), fsp.fsp_matrix(x, y)
+    compiled = torch.compile(matrix_of, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    matrix, expected = compiled(x, y), matrix_of(x, y)
     incoming = torch.randn_like(expected)
     gradients = torch.autograd.grad(matrix, (x, y), incoming)
     assert_same((matrix, *gradients), (expected, *torch.autograd.grad(expected, (x, y), incoming)))
@@ -222,7 +245,7 @@ def test_a_dynamic_batch_compiles_once(second):
 
 def test_a_dynamic_batch_of_matrices_compiles_once():
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(fsp.fsp_matrix, fullgraph=True, dynamic=True, backend=counter)
+    compiled = torch.compile(matrix_of, fullgraph=True, dynamic=True, backend=counter)
     for batch in (2, 3, 5, 8, 13):
         x, y = maps((batch, 5, 6, 6), (batch, 4, 6, 6))
         assert_close(compiled(x, y).detach(), reference.fsp_matrix(x.double(), y.double()).detach())
@@ -243,7 +266,7 @@ def test_the_compiled_matrix_may_be_inside_a_larger_gradient():
     x, y = maps((3, 5, 6, 6), (3, 4, 6, 6))
 
     def network(x, y):
-        return (fsp.fsp_matrix(x.relu(), y) - fsp.fsp_matrix(x, y.tanh())).square().sum()
+        return (matrix_of(x.relu(), y) - matrix_of(x, y.tanh())).square().sum()
 
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
     loss, expected = compiled(x, y), network(x, y)
@@ -309,7 +332,7 @@ def test_a_second_derivative_of_the_operator_names_the_alternative():
         (lambda a, b: fsp.fsp_loss([(a, b)], [(b, a)]), "project the student's map"),
         (lambda a, b: fsp.fsp_loss([(a, b)], [(a, b)], norm="l3"), "norm: got 'l3'"),
         (lambda a, b: fsp.fsp_loss([(a, b)], [(a, b)], weights=[-1]), r"weights\[0\]: got -1"),
-        (lambda a, b: fsp.fsp_matrix(a, b[:1]), "second: has batch size 1, expected 3"),
+        (lambda a, b: matrix_of(a, b[:1]), "second: has batch size 1, expected 3"),
     ],
     ids=["channels", "norm", "weights", "batch"],
 )
@@ -333,7 +356,7 @@ class Loss(nn.Module):
 
 class Matrix(nn.Module):
     def forward(self, first, second):
-        return fsp.fsp_matrix(first, second)
+        return matrix_of(first, second)
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
@@ -368,9 +391,9 @@ def test_a_tensor_subclass_is_taken_for_a_tensor():
     expected = oracle([(a, b)], [(c, d)])
     expected.check(loss.as_subclass(torch.Tensor), [g.as_subclass(torch.Tensor) for g in gradients])
     assert isinstance(loss, Tagged)
-    matrix = fsp.fsp_matrix(tensors[0], tensors[1])
+    matrix = matrix_of(tensors[0], tensors[1])
     assert isinstance(matrix, Tagged)
-    assert_same([matrix.as_subclass(torch.Tensor)], [fsp.fsp_matrix(a, b)])
+    assert_same([matrix.as_subclass(torch.Tensor)], [matrix_of(a, b)])
 
 
 def test_maps_of_a_subclass_may_change_after_the_call():
@@ -397,9 +420,9 @@ class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
 def test_a_dispatch_mode_sees_operators():
     a, b, c, d = four_maps(requires_grad=False)
     with Recorder() as recorder:
-        loss, matrix = loss_of(a, b, c, d), fsp.fsp_matrix(a, b)
+        loss, matrix = loss_of(a, b, c, d), matrix_of(a, b)
     assert {"fsp::loss", "fsp::matrix"} <= set(recorder.operators)
-    assert_same([loss, matrix], [loss_of(a, b, c, d), fsp.fsp_matrix(a, b)])
+    assert_same([loss, matrix], [loss_of(a, b, c, d), matrix_of(a, b)])
 
 
 COMPILED = """

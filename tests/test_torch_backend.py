@@ -42,7 +42,7 @@ class Tensors(NamedTuple):
 
     @property
     def options(self):
-        return {"pool": self.pool, "norm": self.norm}
+        return {"pool": self.pool, "norm": self.norm, "channel_dim": 1}
 
     def oracle(self):
         return oracle(self.student, self.teacher, self.weights, self.pool, self.norm)
@@ -100,7 +100,7 @@ def one_pair(*, batch=3, m=5, n=4, student=((6, 6), (6, 6)), teacher=((6, 6), (6
 
 
 def loss_of(a, b, c, d, **options):
-    return fsp.fsp_loss([(a, b)], [(c, d)], **options)
+    return fsp.fsp_loss([(a, b)], [(c, d)], channel_dim=1, **options)
 
 
 @pytest.fixture
@@ -164,6 +164,39 @@ def test_a_ready_matrix_gets_its_gradient(norm):
     a, b, matrix = maps((3, 5, 6, 6), (3, 4, 6, 6), (3, 5, 4))
     loss = fsp.fsp_loss([(a, b)], [matrix], norm=norm)
     oracle([(a, b)], [matrix], norm=norm).check(loss, torch.autograd.grad(loss, (a, b, matrix)))
+
+
+ONE_FOR_ALL = {
+    "contiguous": lambda: torch.randn(1, 5, 4),
+    "transposed": lambda: torch.randn(1, 4, 5).mT,
+    "slice of a batch": lambda: torch.randn(3, 5, 4)[1:2],
+    "expanded": lambda: torch.randn(1, 5, 1).expand(1, 5, 4),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("make", ONE_FOR_ALL.values(), ids=ONE_FOR_ALL)
+def test_one_ready_matrix_serves_all_samples(make, norm, dtype):
+    a, b = maps((3, 5, 6, 6), (3, 4, 6, 6))
+    matrix = make().to(dtype).detach().requires_grad_()
+    before = matrix.detach().clone()
+    loss = fsp.fsp_loss([(a, b)], [matrix], norm=norm)
+    gradients = torch.autograd.grad(loss, (a, b, matrix))
+    oracle([(a, b)], [matrix], norm=norm).check(loss, gradients)
+    assert gradients[2].dtype == dtype
+    assert torch.equal(matrix, before)
+    matrix.grad = None
+    fsp.fsp_loss([(a, b)], [matrix], norm=norm).backward()
+    assert matrix.grad.stride() == torch.empty_like(matrix).stride()
+
+
+def test_one_ready_matrix_in_chunks_of_samples(chunk_bytes):
+    chunk_bytes(1)
+    a, b, matrix = maps((5, 5, 6, 6), (5, 4, 6, 6), (1, 5, 4))
+    assert fsp.explain([(a, b)], [matrix]).pairs[0].samples == 1
+    loss = fsp.fsp_loss([(a, b)], [matrix])
+    oracle([(a, b)], [matrix]).check(loss, torch.autograd.grad(loss, (a, b, matrix)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -49,7 +49,8 @@ def maps_of(layout: str, positions: int = POSITIONS) -> list[torch.Tensor]:
 
 def run(maps, norm="frobenius"):
     """The loss, and what was done for it."""
-    plan = fsp.explain([tuple(maps[:2])], [tuple(maps[2:])], norm=norm, backend="torch")
+    pairs, options = ([tuple(maps[:2])], [tuple(maps[2:])]), {"norm": norm, "backend": "torch"}
+    plan = fsp.explain(*pairs, channel_dim=1, **options)
     with torch.no_grad(), Products() as products:
         loss, gradients = TorchBackend().loss(maps, plan, (1.0,))
     return loss, gradients, plan, products

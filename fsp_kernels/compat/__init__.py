@@ -10,7 +10,8 @@ Each has the constructor, call signature and value of the class it replaces, and
 gradients to the teacher's maps too unless you detach them. What differs is the same for all three:
 maps of any strides are accepted (the first two libraries fail on crops such as ``x[..., 1:-1]``),
 the loss of half-precision maps is fp32, and it is once differentiable, as `fsp_kernels.fsp_loss`
-is. None of the three libraries is imported here.
+is. Maps of three axes need the constructors' ``channel_dim``, which is that of `fsp_loss`: 1 is
+what the first two libraries take. None of the three libraries is imported here.
 """
 
 from fsp_kernels.compat import kd_zoo, repdistiller, torchdistill

@@ -8,6 +8,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 import fsp_kernels as fsp
+from fsp_kernels import checks
 
 
 class FSP(nn.Module):
@@ -24,16 +25,25 @@ class FSP(nn.Module):
     Args:
         s_shapes: the shapes of the student's maps, each ``(B, C, H, W)``.
         t_shapes: those of the teacher's maps, as many and with the same channels.
+        channel_dim: the axis of the maps' channels, as in `fsp_kernels.fsp_loss`.
 
     Raises:
         ValueError: the numbers of maps differ (an ``AssertionError`` in the original), or the
             channels of two maps do.
     """
 
-    def __init__(self, s_shapes: Sequence[Sequence[int]], t_shapes: Sequence[Sequence[int]]):
+    def __init__(
+        self,
+        s_shapes: Sequence[Sequence[int]],
+        t_shapes: Sequence[Sequence[int]],
+        channel_dim: int | None = None,
+    ):
         super().__init__()
+        checks.check_channel_dim(channel_dim)
+        self.channel_dim = channel_dim
         _check_same_number(s_shapes, t_shapes)
-        s_channels, t_channels = [s[1] for s in s_shapes], [t[1] for t in t_shapes]
+        axis = channel_dim or 1
+        s_channels, t_channels = [s[axis] for s in s_shapes], [t[axis] for t in t_shapes]
         if s_channels != t_channels:
             raise ValueError(
                 f"student and teacher must have the same channels, map by map: "
@@ -48,7 +58,7 @@ class FSP(nn.Module):
         """
         _check_same_number(g_s, g_t)
         return [
-            fsp.fsp_loss([student], [teacher], pool="avg", norm="mse")
+            fsp.fsp_loss([student], [teacher], pool="avg", norm="mse", channel_dim=self.channel_dim)
             for student, teacher in zip(pairwise(g_s), pairwise(g_t), strict=True)
         ]
 

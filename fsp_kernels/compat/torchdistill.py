@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import fsp_kernels as fsp
+from fsp_kernels import checks
 
 IODict = Mapping[str, Mapping[str, Tensor]]  # module path -> "input" or "output" -> map
 
@@ -29,12 +30,20 @@ class FSPLoss(nn.Module):
         fsp_pairs: for each pair's name, ``student_first``, ``student_second``, ``teacher_first``
             and ``teacher_second``, each ``{"path": module path, "io": "input" or "output"}``, and
             ``weight`` (1 if left out).
+        channel_dim: the axis of the maps' channels, as in `fsp_kernels.fsp_loss`.
         **kwargs: accepted and ignored, as in the original.
     """
 
-    def __init__(self, fsp_pairs: Mapping[str, Mapping[str, Any]], **_kwargs: Any):
+    def __init__(
+        self,
+        fsp_pairs: Mapping[str, Mapping[str, Any]],
+        *,
+        channel_dim: int | None = None,
+        **_kwargs: Any,
+    ):
         super().__init__()
-        self.fsp_pairs = fsp_pairs
+        checks.check_channel_dim(channel_dim)
+        self.fsp_pairs, self.channel_dim = fsp_pairs, channel_dim
 
     def forward(
         self, student_io_dict: IODict, teacher_io_dict: IODict, *_args: Any, **_kwargs: Any
@@ -60,6 +69,7 @@ class FSPLoss(nn.Module):
             weights=[pair.get("weight", 1) for pair in self.fsp_pairs.values()],
             pool="max",
             norm="column",
+            channel_dim=self.channel_dim,
         )
 
 

@@ -139,14 +139,15 @@ class Source:
 class Pair:
     """The two feature maps of one FSP matrix, by module path, in each network.
 
-    ``channels`` says where the maps have their channels: ``first`` (B, C, *spatial), or ``last``
-    (B, *spatial, C) as the tokens of a transformer.
+    ``channel_dim`` is the axis of the maps' channels, as in ``fsp_kernels.fsp_loss``: 1 for
+    (B, C, *spatial), -1 for (B, *spatial, C); maps of three axes, as a transformer's (B, T, C),
+    need it.
     """
 
     student: tuple[str, str]
     teacher: tuple[str, str]
     weight: float = setting(at_least(0), 1.0)
-    channels: Literal["first", "last"] = "first"
+    channel_dim: int | None = setting(Rule(lambda value: value in (1, -1), "1 or -1"), None)
 
 
 @dataclass(frozen=True, kw_only=True)

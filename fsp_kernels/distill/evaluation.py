@@ -134,7 +134,7 @@ class FspEvaluation:
         """Each pair's FSP matrix (m, n) of the student, projected where stage 1 does so."""
         pool, project = self._setup.config.fsp.pool, objective.projection or (lambda maps: maps)
         return _mean(
-            [fsp_matrix(*pair, pool=pool).float() for pair in project(maps)]
+            [fsp_matrix(*pair, pool=pool, channel_dim=1).float() for pair in project(maps)]
             for maps in self._of_student(objective)
         )
 

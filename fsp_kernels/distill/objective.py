@@ -33,7 +33,7 @@ class Tapped(nn.Module):
     Args:
         network: its forward pass takes images (B, C, H, W) and gives logits (B, classes).
         paths: the two module paths of each pair; none for logits alone.
-        channels: for each pair, "first" or "last".
+        channel_dims: of each pair, the axis of its maps' channels, as in a recipe.
         compiled: whether to ``torch.compile`` the network.
     """
 
@@ -41,18 +41,18 @@ class Tapped(nn.Module):
         self,
         network: nn.Module,
         paths: Sequence[tuple[str, str]],
-        channels: Sequence[str],
+        channel_dims: Sequence[int | None],
         compiled: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
-        self.channels = list(channels)
+        self.channel_dims = list(channel_dims)
         self.taps = FeatureTaps(network, [path for pair in paths for path in pair]).attach()
         # A function, since a compiled module would be a second submodule with the same weights.
         self._call: Callable[[Tensor], Tensor] = torch.compile(self._run) if compiled else self._run
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Maps]]:
-        """Logits (B, classes), and the ``(first, second)`` maps of each pair."""
+        """Logits (B, classes), and of each pair the ``(first, second)`` maps (B, C, *spatial)."""
         return self._call(images), self._maps()
 
     def uncompiled(self, images: Tensor) -> tuple[Tensor, list[Maps]]:
@@ -64,7 +64,7 @@ class Tapped(nn.Module):
         return logits
 
     def _maps(self) -> list[Maps]:
-        return channels_first(self.taps.take_pairs(), self.channels)
+        return channels_first(self.taps.take_pairs(), self.channel_dims)
 
 
 class Objective(nn.Module):
@@ -92,8 +92,8 @@ class Objective(nn.Module):
         self.stage, self.fsp = stage, fsp
         pairs = pairs if stage.fsp else ()
         self.weights = [pair.weight for pair in pairs]
-        paths, channels = [pair.student for pair in pairs], [pair.channels for pair in pairs]
-        self.student = Tapped(network, paths, channels, compiled)
+        paths, dims = [pair.student for pair in pairs], [pair.channel_dim for pair in pairs]
+        self.student = Tapped(network, paths, dims, compiled)
         self.projection = projection if stage.fsp else None
 
     def forward(self, images: Tensor, labels: Tensor, targets: Targets) -> Tensor:
@@ -117,6 +117,7 @@ class Objective(nn.Module):
             weights=self.weights[chosen],
             pool=self.fsp.pool,
             norm=self.fsp.norm,
+            channel_dim=1,
         )
 
     def fsp_losses(self, maps: Sequence[Maps], targets: Targets) -> list[Tensor]:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from fsp_kernels import fsp_matrix
+from fsp_kernels import checks, fsp_matrix
 from fsp_kernels.distill.config import Pair
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.stages import Stage, looking, run, stages_of, trace
@@ -119,7 +119,7 @@ def check_pairs(
             raise DistillError(
                 f"pairs.{index}: the student's FSP matrix is {ours[0]} x {ours[1]}, the teacher's "
                 f"{theirs[0]} x {theirs[1]}; their feature maps must have equal channels or "
-                f"fsp.projection be true{_hint(pairs[index], students[index], teachers[index])}"
+                "fsp.projection be true"
             )
     return [
         PairShapes(ours, theirs, our_sizes, their_sizes)
@@ -127,16 +127,16 @@ def check_pairs(
     ]
 
 
-def channels_first(pairs: Sequence[Maps], channels: Sequence[str]) -> list[Maps]:
-    """The pairs that ``FeatureTaps.take_pairs()`` gives as ``fsp_loss`` takes them.
+def channels_first(pairs: Sequence[Maps], channel_dims: Sequence[int | None]) -> list[Maps]:
+    """The pairs that ``FeatureTaps.take_pairs()`` gives, with maps ``(B, C, *spatial)``.
 
     Args:
         pairs: of maps.
-        channels: of each pair, ``first``; or ``last``, whose channels are moved, in a view.
+        channel_dims: of each pair; where it is -1, maps are moved, in a view.
     """
     return [
-        (a.movedim(-1, 1), b.movedim(-1, 1)) if where == "last" else (a, b)
-        for (a, b), where in zip(pairs, channels, strict=True)
+        (checks.channels_first(a), checks.channels_first(b)) if dim == -1 else (a, b)
+        for (a, b), dim in zip(pairs, channel_dims, strict=True)
     ]
 
 
@@ -226,8 +226,9 @@ def _shapes(pairs: Sequence[Pair], role: str, model: nn.Module, image: Tensor) -
         run(model, image, role)
         for index, (pair, taps) in enumerate(zip(pairs, all_taps, strict=True)):
             with _named(f"pairs.{index}.{role}"):
-                [(first, second)] = channels_first(taps.take_pairs(), [pair.channels])
-                fsp_matrix(first, second)  # it knows best which maps make one
+                maps = taps.take_pairs()
+                fsp_matrix(*maps[0], channel_dim=pair.channel_dim)  # it knows which maps make one
+                [(first, second)] = channels_first(maps, [pair.channel_dim])
             channels = first.shape[1], second.shape[1]
             found.append((channels, (tuple(first.shape[2:]), tuple(second.shape[2:]))))
     return found
@@ -239,13 +240,6 @@ def _named(where: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError, IndexError) as error:
         raise DistillError(f"{where}: {error}") from error
-
-
-def _hint(pair: Pair, *networks: _Shapes) -> str:
-    sizes = [size for _, both in networks for size in both]
-    if pair.channels == "first" and any(len(size) == 1 for size in sizes):
-        return "; of maps (B, N, C), as tokens are, say channels: last"
-    return ""
 
 
 def _flat(pairs: Sequence[Maps]) -> list[Tensor]:

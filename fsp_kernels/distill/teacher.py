@@ -38,8 +38,8 @@ class LiveTeacher:
     ) -> None:
         self.network = network.eval().requires_grad_(False)
         self.pairs = pairs
-        paths, channels = [pair.teacher for pair in pairs], [pair.channels for pair in pairs]
-        self._tapped = Tapped(network, paths, channels, compiled)
+        paths, dims = [pair.teacher for pair in pairs], [pair.channel_dim for pair in pairs]
+        self._tapped = Tapped(network, paths, dims, compiled)
         self._accelerator = accelerator
 
     def targets(self, batch: Batch) -> Targets:
@@ -53,7 +53,8 @@ class LiveTeacher:
         """Its FSP matrices, (B, m, n) for each pair, and logits (B, classes) of ``images``."""
         with self._accelerator.autocast():
             logits, maps = self._tapped.uncompiled(images)
-        return [fsp_matrix(*pair, pool=pool).float() for pair in maps], logits.float()
+        matrices = [fsp_matrix(*pair, pool=pool, channel_dim=1).float() for pair in maps]
+        return matrices, logits.float()
 
 
 class CachedTeacher:
@@ -87,7 +88,7 @@ def cached(
         {
             "model": to_tree(config.teacher),
             "weights": checkpoint.digest_of(teacher.network.state_dict()),
-            "pairs": [(*pair.teacher, pair.channels) for pair in teacher.pairs],
+            "pairs": [(*pair.teacher, pair.channel_dim) for pair in teacher.pairs],
             "pool": config.fsp.pool,
             "precision": config.execution.precision,
             "images": split.fingerprint,

@@ -49,6 +49,20 @@ def test_axes_are_pooled_separately(maps_of, assert_same):
     assert_same(FSP(), pooled_beforehand, maps_of(shapes))
 
 
+@pytest.mark.parametrize("channel_dim", [1, -1])
+def test_maps_of_three_axes_say_where_their_channels_are(channel_dim, maps_of, assert_same):
+    shapes = [(2, 7, 3), (2, 7, 5)] * 2
+
+    def as_images(*maps):
+        return formula(*(x.movedim(channel_dim, 1).unsqueeze(3) for x in maps))
+
+    if channel_dim == 1:
+        shapes = [(2, 3, 7), (2, 5, 7)] * 2
+    assert_same(FSP(channel_dim=channel_dim), as_images, maps_of(shapes))
+    with pytest.raises(ValueError, match=r"channel_dim=-1 for \(B, T, C\)"):
+        FSP()(*maps_of(shapes))
+
+
 def test_crops_are_accepted(maps_of, assert_same):
     def cropped(criterion):
         return lambda *maps: criterion(*(x[..., 1:-1, 1:-1] for x in maps))

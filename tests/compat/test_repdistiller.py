@@ -60,6 +60,25 @@ def test_axes_are_pooled_separately(maps_of, assert_same):
     )
 
 
+@pytest.mark.parametrize("channel_dim", [1, -1])
+def test_maps_of_three_axes_say_where_their_channels_are(channel_dim, maps_of, assert_same):
+    shapes = [(2, 7, 3), (2, 7, 5)] if channel_dim == -1 else [(2, 3, 7), (2, 5, 7)]
+
+    def as_images(g_s, g_t):
+        return formula(*([x.movedim(channel_dim, 1).unsqueeze(3) for x in g] for g in (g_s, g_t)))
+
+    criterion = FSP(shapes, shapes, channel_dim=channel_dim)
+    assert_same(stacked(criterion), stacked(as_images), maps_of([*shapes, *shapes]))
+    with pytest.raises(ValueError, match=r"channel_dim=-1 for \(B, T, C\)"):
+        FSP(shapes, shapes)(maps_of(shapes), maps_of(shapes))
+
+
+def test_the_constructor_compares_channels_where_they_are():
+    FSP([(2, 7, 3), (2, 7, 5)], [(2, 9, 3), (2, 9, 5)], channel_dim=-1)
+    with pytest.raises(ValueError, match=r"the student has \[3, 5\], the teacher \[4, 5\]"):
+        FSP([(2, 7, 3), (2, 7, 5)], [(2, 7, 4), (2, 7, 5)], channel_dim=-1)
+
+
 def test_gives_a_list_of_one_scalar_per_pair(maps_of):
     shapes = SHAPES["a small network"]
     losses = FSP(shapes, shapes)(maps_of(shapes), maps_of(shapes))

@@ -73,6 +73,17 @@ def over_maps(criterion):
     return lambda *maps: criterion(*io_dicts(maps))
 
 
+def test_tokens_say_where_their_channels_are(maps_of, assert_same):
+    maps = maps_of([(2, 7, 3), (2, 7, 5)] * 2)
+
+    def as_images(*maps):
+        return formula(*(x.mT.unsqueeze(3) for x in maps))
+
+    assert_same(over_maps(FSPLoss(fsp_pairs(1), channel_dim=-1)), as_images, maps)
+    with pytest.raises(ValueError, match=r"channel_dim=-1 for \(B, T, C\)"):
+        over_maps(FSPLoss(fsp_pairs(1)))(*maps)
+
+
 @pytest.fixture
 def registry(monkeypatch):
     """torchdistill's registry, or a stand-in where it isn't installed; restored afterwards."""

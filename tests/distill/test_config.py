@@ -50,6 +50,15 @@ def test_a_dumped_recipe_reads_back_the_same(config: Config, tmp_path: Path) -> 
     assert load_config(path) == config
 
 
+PAIR = "pairs=[{{student: [a, b], teacher: [a, b], {}}}]"
+
+
+@pytest.mark.parametrize("given", ["1", "-1", "null"])
+def test_a_pair_says_where_its_channels_are(recipe: Path, given: str) -> None:
+    [pair] = load_config(recipe, [PAIR.format(f"channel_dim: {given}")]).pairs
+    assert pair.channel_dim == {"1": 1, "-1": -1, "null": None}[given]
+
+
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
@@ -63,6 +72,12 @@ def test_a_dumped_recipe_reads_back_the_same(config: Config, tmp_path: Path) -> 
         ("seeds=[1,1]", r"seeds: is \[1, 1\], must not hold one twice"),
         ("arms=[kd,kd]", r"arms: is \['kd', 'kd'\], must not hold one twice"),
         ("arms=[kdd]", r"arms\.0: is 'kdd', must be one of 'baseline', .*; did you mean 'kd'"),
+        (PAIR.format("channel_dim: 2"), r"pairs\.0\.channel_dim: is 2, must be 1 or -1"),
+        (PAIR.format("channel_dim: true"), r"pairs\.0\.channel_dim: is True, must be a whole"),
+        (
+            PAIR.format("channels: last"),
+            r"pairs\.0\.channels: unknown key; did you mean 'channel_d",
+        ),
         ("pairs=automatic", r"pairs: is 'automatic', must be one of 'auto', 'family'"),
         ("data.batch_size=41", r"data\.batch_size: is 41, must be at most data\.train_images"),
         ("data.teacher_images=39", r"data\.train_images: is 40, must be at most data\.teacher"),

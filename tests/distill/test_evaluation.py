@@ -66,7 +66,7 @@ def test_the_fsp_loss_is_that_of_the_definition_by_the_batchs_statistics(
     student = CifarResNet(8, in_channels=1)
     student.load_state_dict(objective.student.network.state_dict())
     with torch.no_grad():
-        _, maps = Tapped(student.train(), paths, ["first"] * 2)(batch.images)
+        _, maps = Tapped(student.train(), paths, [None] * 2)(batch.images)
         matrices, _ = teacher.matrices(batch.images, "max")
     each = [
         reference.fsp_loss([tuple(x.double() for x in pair)], [matrix.double()]).item()

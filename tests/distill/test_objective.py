@@ -45,12 +45,12 @@ def targets(batch: tuple[Tensor, Tensor]) -> Targets:
     torch.manual_seed(3)
     paths = [pair.student for pair in PAIRS]
     with torch.no_grad():
-        logits, maps = Tapped(CifarResNet(14, in_channels=1), paths, ["first"] * 2)(batch[0])
+        logits, maps = Tapped(CifarResNet(14, in_channels=1), paths, [None] * 2)(batch[0])
     return Targets(maps, logits)
 
 
 def maps_of(network: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-    return Tapped(network, [pair.student for pair in PAIRS], ["first", "first"])(images)[1]
+    return Tapped(network, [pair.student for pair in PAIRS], [None, None])(images)[1]
 
 
 def test_stage_1_is_the_fsp_loss_alone_weighted_by_pair(
@@ -63,6 +63,33 @@ def test_stage_1_is_the_fsp_loss_alone_weighted_by_pair(
     torch.testing.assert_close(
         loss.double(), reference.fsp_loss(maps, theirs, weights=[2.0, 0.5]), rtol=1e-5, atol=0
     )
+
+
+class Tokens(nn.Module):
+    """Maps (B, 16, C) of images (B, 1, 8, 8), and logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.block, self.head = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.block(self.embed(images.reshape(-1, 16, 4)).relu()).mean(1))
+
+
+def test_pairs_of_tokens_are_compared_channel_by_channel(batch: tuple[Tensor, Tensor]) -> None:
+    paths = ("embed", "block")
+    pairs = [Pair(student=paths, teacher=paths, channel_dim=-1)]
+    student, teacher = Tokens(), Tokens()
+    _, theirs = Tapped(teacher, [paths], [-1])(batch[0])
+    ours = Objective(student, stage(task=False, fsp=1.0), pairs, Fsp(), None)
+    loss = ours(*batch, Targets(theirs))
+
+    def transposed(network: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        [(first, second)] = Tapped(network, [paths], [1])(batch[0])[1]
+        return [(first.mT.double(), second.mT.double())]
+
+    expected = reference.fsp_loss(transposed(student), transposed(teacher))
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
 
 
 def test_stage_1_has_no_gradient_for_the_head_and_one_for_all_before_the_last_map(

@@ -264,7 +264,7 @@ def test_maps_of_other_ranks_or_batches_make_no_pair() -> None:
     with pytest.raises(DistillError, match=r"pairs\.0\.student: second: has 1 spatial axes"):
         check_pairs([pair("1", "2")], model, model, IMAGE, projection=False)
     with pytest.raises(DistillError, match=r"pairs\.0\.student: second: has batch size 2"):
-        check_pairs([pair("2", "4")], model, model, IMAGE, projection=False)
+        check_pairs([pair("2", "4", channel_dim=1)], model, model, IMAGE, projection=False)
 
 
 def test_a_network_that_cannot_take_the_images_is_named() -> None:
@@ -280,18 +280,25 @@ def test_checking_leaves_networks_as_they_were() -> None:
 
 
 def test_tokens_are_read_with_their_channels_last() -> None:
-    pairs = [pair("embed", "block", channels="last")]
+    pairs = [pair("embed", "block", channel_dim=-1)]
     [shapes] = check_pairs(pairs, Tokens(8), Tokens(8), IMAGE, projection=False)
     assert shapes == PairShapes((8, 8), (8, 8), ((5,), (5,)), ((5,), (5,)))
 
 
-def test_tokens_that_do_not_fit_are_said_to_need_channels_last() -> None:
-    class Fewer(Tokens):
-        def forward(self, image: Tensor) -> Tensor:
-            return self.block(self.embed(image.flatten(1)[:, :16].unflatten(1, (4, 4))))
+def test_tokens_must_say_where_their_channels_are() -> None:
+    message = (
+        r"^pairs\.0\.student: first: has three axes, shape \(1, 5, 8\), .*channel_dim=-1 for "
+        r"\(B, T, C\)"
+    )
+    with pytest.raises(DistillError, match=message):
+        check_pairs([pair("embed", "block")], Tokens(8), Tokens(8), IMAGE, projection=True)
 
-    with pytest.raises(DistillError, match=r"5 x 5, .* 4 x 4; .*; of maps \(B, N, C\), .* last$"):
-        check_pairs([pair("embed", "block")], Tokens(8), Fewer(8), IMAGE, projection=False)
+
+def test_channels_are_not_tokens() -> None:
+    message = r"^pairs\.0: the student's FSP matrix is 4 x 4, the teacher's 8 x 8;"
+    pairs = [pair("embed", "block", channel_dim=-1)]
+    with pytest.raises(DistillError, match=message):
+        check_pairs(pairs, Tokens(4), Tokens(8), IMAGE, projection=False)
 
 
 def test_a_vision_transformers_tokens_can_be_distilled() -> None:
@@ -299,14 +306,14 @@ def test_a_vision_transformers_tokens_can_be_distilled() -> None:
     settings = {"img_size": 32, "patch_size": 8, "depth": 2}
     student = timm.create_model("vit_tiny_patch16_224", **settings)
     teacher = timm.create_model("vit_tiny_patch16_224", embed_dim=96, **settings)
-    pairs = [pair("blocks.0", "blocks.1", channels="last")]
+    pairs = [pair("blocks.0", "blocks.1", channel_dim=-1)]
     [shapes] = check_pairs(pairs, student, teacher, IMAGE, projection=True)
     assert shapes == PairShapes((192, 192), (96, 96), ((17,), (17,)), ((17,), (17,)))
 
 
 def test_channels_that_are_last_move_in_views_and_others_stay() -> None:
     maps = [torch.randn(2, 3, 4, 5), torch.randn(2, 6, 4, 5), torch.randn(2, 7, 3)]
-    pairs = channels_first([(maps[0], maps[1]), (maps[2], maps[2])], ["first", "last"])
+    pairs = channels_first([(maps[0], maps[1]), (maps[2], maps[2])], [None, -1])
     assert pairs[0][0] is maps[0]
     assert pairs[0][1] is maps[1]
     assert pairs[1][0].shape == (2, 3, 7)
@@ -315,7 +322,7 @@ def test_channels_that_are_last_move_in_views_and_others_stay() -> None:
 
 
 def test_channels_last_of_images_move_before_both_spatial_axes() -> None:
-    [(first, _)] = channels_first([(torch.randn(2, 4, 5, 3),) * 2], ["last"])
+    [(first, _)] = channels_first([(torch.randn(2, 4, 5, 3),) * 2], [-1])
     assert first.shape == (2, 3, 4, 5)
 
 

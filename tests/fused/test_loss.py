@@ -106,6 +106,41 @@ def test_the_teacher_may_be_a_ready_matrix(regime, norm, transposed, grad):
     check([pair_of(regime, batch=2)], [matrix], regime.of(dtype, norm=norm), norm=norm)
 
 
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@every_matrix_regime
+def test_one_ready_matrix_serves_all_samples(regime, transposed, grad):
+    (m, n), dtype = regime.channels, regime.dtype
+    matrix = tensor(1, n, m, dtype=dtype).mT if transposed else tensor(1, m, n, dtype=dtype)
+    student, teacher = [pair_of(regime, batch=3)], [matrix.detach().requires_grad_(grad)]
+    assert fsp.explain(student, teacher).pairs[0].evaluation == regime.evaluation
+    loss = fsp.fsp_loss(student, teacher)
+    expected, bounds = oracle(student, teacher), FUSED["matrix", dtype]
+    assert_near(loss, expected.loss, bounds.loss, "the loss")
+    found = gradients_of(loss, flatten(student, teacher))
+    for gradient, wanted in zip(found, expected.gradients, strict=True):
+        if gradient is not None:
+            assert gradient.dtype == dtype
+            assert_near(gradient, wanted, bounds.gradient, bounds.reason)
+
+
+@every_regime
+def test_channels_may_be_last(regime):
+    student, teacher = four_of(regime, batch=2)
+    images = [[x.detach().movedim(1, -1).contiguous() for x in (*student[0], *teacher[0])]]
+    tokens = [x.flatten(1, 2) for x in images[0]]
+    for a, b, c, d in (*images, tokens):
+        wanted = [x.requires_grad_() for x in (a, b, c, d)]
+        plan = fsp.explain([(a, b)], [(c, d)], channel_dim=-1)
+        assert (plan.pairs[0].evaluation, plan.pairs[0].form) == (regime.evaluation, regime.form)
+        loss = fsp.fsp_loss([(a, b)], [(c, d)], channel_dim=-1)
+        gradients = torch.autograd.grad(loss, wanted)
+        assert [g.stride() for g in gradients] == [x.stride() for x in wanted]
+        moved = [[x.detach().movedim(-1, 1) for x in pair] for pair in ((a, b), (c, d))]
+        expected = oracle([moved[0]], [moved[1]])
+        expected.check_fused(plan, loss, [g.movedim(-1, 1) for g in gradients])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_matrix_regime
 def test_a_ready_matrix_may_have_its_own_dtype(regime, dtype):

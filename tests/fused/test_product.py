@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from calls import BF16, DTYPES, FP16, FP32, POOLS, tensor
@@ -11,6 +13,7 @@ from tolerances import TOLERANCES, assert_near
 import fsp_kernels as fsp
 from fsp_kernels import plan, reference
 
+matrix_of = partial(fsp.fsp_matrix, channel_dim=1)  # of maps of three axes too
 BOUND = 1e-5  # fp32: products in 3xTF32; tensor cores cut their sums off
 
 
@@ -20,7 +23,7 @@ def exactly(*tensors):
 
 def check(x, y, bound=BOUND, **options):
     """Value and gradients, the incoming gradient being random."""
-    found, exact = fsp.fsp_matrix(x, y, **options), exactly(x, y)
+    found, exact = matrix_of(x, y, **options), exactly(x, y)
     wanted = reference.fsp_matrix(*exact, **options)
     assert_near(found, wanted, bound, "the matrix")
     incoming = torch.randn_like(found)
@@ -65,7 +68,7 @@ def test_maps_of_unequal_size_are_pooled(pool):
 def test_a_matrix_has_the_promoted_dtype_and_gradients_their_inputs(first, second):
     x, y = tensor(2, 5, 20, dtype=first), tensor(2, 7, 20, dtype=second)
     promoted = torch.promote_types(first, second)
-    assert fsp.fsp_matrix(x, y).dtype == promoted
+    assert matrix_of(x, y).dtype == promoted
     halves = [dtype for dtype in (first, second, promoted) if dtype != FP32]
     check(x, y, bound=BOUND + sum(TOLERANCES[dtype].rtol for dtype in halves))
 
@@ -103,7 +106,7 @@ def test_half_precision_accumulates_in_fp32(dtype):
     x[..., 1::2] = 0.03125
     y = tensor(1, 6, 4096, dtype=dtype, grad=False).abs()
     wanted = reference.fsp_matrix(x.double(), y.double())
-    assert_near(fsp.fsp_matrix(x, y), wanted, TOLERANCES[dtype].rtol, "rounded once")
+    assert_near(matrix_of(x, y), wanted, TOLERANCES[dtype].rtol, "rounded once")
 
 
 def second_derivatives(function, x, y):
@@ -116,7 +119,7 @@ def second_derivatives(function, x, y):
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "every second position"])
 def test_a_matrix_is_twice_differentiable(layout):
     x, y = tensor(2, 5, 4, 3, layout=layout), tensor(2, 7, 4, 3)
-    found = second_derivatives(fsp.fsp_matrix, x, y)
+    found = second_derivatives(matrix_of, x, y)
     expected = second_derivatives(reference.fsp_matrix, *exactly(x, y))
     for gradient, wanted in zip(found, expected, strict=True):
         assert_near(gradient, wanted, BOUND, "twice through the kernel")
@@ -129,7 +132,7 @@ def test_a_gram_matrix_is_twice_differentiable():
         (gradient,) = torch.autograd.grad(function(x, x).sin().sum(), x, create_graph=True)
         return torch.autograd.grad(gradient.square().sum(), x)[0]
 
-    found = twice(fsp.fsp_matrix, x)
+    found = twice(matrix_of, x)
     assert_near(found, twice(reference.fsp_matrix, *exactly(x)), BOUND, "twice through the kernel")
 
 
@@ -138,7 +141,7 @@ def test_what_is_not_finite_stays_in_its_row(value):
     x, y = tensor(3, 4, 6, grad=False), tensor(3, 5, 6, grad=False)
     expected = reference.fsp_matrix(x.double(), y.double())
     x[1, 2, 3] = value
-    found = fsp.fsp_matrix(x, y)
+    found = matrix_of(x, y)
     assert not found[1, 2].isfinite().any()
     assert_near(found[[0, 2]], expected[[0, 2]], BOUND, "other samples")
     assert_near(found[1, :2], expected[1, :2], BOUND, "other channels")
