@@ -103,9 +103,9 @@ def test_the_matrix_of_channels_last_is_that_of_the_moved_maps(shape):
     assert_close(matrix, expected.detach())
     found = torch.autograd.grad(matrix.square().sum(), (x, y))
     wanted = torch.autograd.grad(expected.square().sum(), (x, y))
-    for given, gradient, exact in zip((x, y), found, wanted, strict=True):
+    for leaf, gradient, exact in zip((x, y), found, wanted, strict=True):
         assert_close(gradient, exact)
-        assert gradient.stride() == given.stride()
+        assert gradient.stride() == leaf.stride()
 
 
 def test_the_matrix_of_channels_last_is_twice_differentiable():
