@@ -117,7 +117,7 @@ class Limits(NamedTuple):
     ``evaluations`` are those that it has. The other fields bound them: ``one_pass`` are the most
     channels of the residuals that its kernels keep on chip, ascending, one for each kernel; the
     positions are the most that the Gram form and recomputed tiles can have, ``None`` for any.
-    ``gram_flop_cost`` is the time of a flop in Gram form over one in matrix form, and
+    ``gram_flop_cost`` is the time of a flop of a Gram block over that of any other, and
     ``gram_in_memory`` says that the blocks of all samples wait in device memory.
 
     ``exact_halves`` says that products of half-precision maps are exact, while their differences

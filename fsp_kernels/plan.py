@@ -56,8 +56,10 @@ CHUNK_SAMPLES = {"cpu": 4, "cuda": 1}
 # blocks it takes larger ones in: writing fresh memory takes longer than reading the maps, and a
 # block stays in cache. Smaller blocks make smaller products.
 DIFFERENCES_WHOLE, DIFFERENCES_BLOCK = 16 << 20, 4 << 20
-# What a flop of the Gram form costs a CPU, in flops of the matrix form: its products are smaller.
-GRAM_FLOP_COST = 1.1
+# What a flop of a Gram block costs a CPU, in flops of all other products: blocks are fp64 and their
+# products small. And the bytes of the maps that are widened to fp64 at a time: they stay in cache.
+GRAM_FLOP_COST = 2.6
+GRAM_BLOCK_BYTES = 1 << 20
 # On a GPU: channels of a tile of a residual; and the most positions for which Gram blocks, or a
 # gradient beside a recomputed tile, stay on chip.
 GPU_TILE_CHANNELS = 128
@@ -230,8 +232,10 @@ def _chunked_evaluations(
     """Those of the torch backend, which differ in the samples of a chunk."""
     batch, m, n, k = maps[0].shape[0], maps[0].shape[1], maps[1].shape[1], maps[0].positions
     difference = residual == "difference"
-    blocks = (8 if any(p.gradient_dtype for p in maps) else 6) * k * k if form == "gram" else m * n
-    workspace = blocks * compute_dtype.itemsize + sum(
+    blocks = m * n * compute_dtype.itemsize
+    if form == "gram":
+        blocks = _gram_workspace(k, maps, device, compute_dtype)
+    workspace = blocks + sum(
         _map_workspace(plan, form, compute_dtype, subtracted=difference and i < 2)
         for i, plan in enumerate(maps)
     )
@@ -246,6 +250,8 @@ def _chunked_evaluations(
     column = (m + n) * compute_dtype.itemsize  # of both differences, for each sample
     for samples in dict.fromkeys((chosen, batch, min(batch, CHUNK_SAMPLES[kind]))):
         total = samples * workspace
+        if form == "gram" and gram_dtype(device, compute_dtype) != compute_dtype:
+            total += 16 * samples * k * gram_channels(samples, max(m, n), k)
         if nowhere:
             total -= samples * column * (k - difference_block(device, k, samples * column))
         yield _Evaluation("chunks", samples, passes, total)
@@ -256,6 +262,26 @@ def difference_block(device: str, positions: int, column: int) -> int:
     if device != "cpu" or positions * column <= DIFFERENCES_WHOLE:
         return positions
     return max(1, min(positions, DIFFERENCES_BLOCK // column))
+
+
+def gram_dtype(device: str, compute_dtype: torch.dtype) -> torch.dtype:
+    """What the torch backend accumulates Gram blocks in; a GPU may be slow in fp64, or lack it."""
+    return torch.float64 if device == "cpu" else compute_dtype
+
+
+def gram_channels(samples: int, channels: int, positions: int) -> int:
+    """Channels of both sides that the torch backend widens to fp64 at a time."""
+    return _equal_chunks(channels, max(1, GRAM_BLOCK_BYTES // (16 * samples * positions)))
+
+
+def _gram_workspace(
+    k: int, maps: Sequence[MapPlan], device: str, compute_dtype: torch.dtype
+) -> int:
+    """Bytes of the blocks of a sample: six, two for each gradient, and one on its way to these."""
+    wide = gram_dtype(device, compute_dtype)
+    gradients = sum(plan.gradient_dtype is not None for plan in maps)
+    passing = wide.itemsize if gradients and wide != compute_dtype else 0
+    return k * k * (6 * wide.itemsize + 2 * gradients * compute_dtype.itemsize + passing)
 
 
 def _in_place(plan: MapPlan, compute_dtype: torch.dtype) -> bool:
@@ -391,8 +417,9 @@ def _forms(flops: dict[Form, int], m: int, n: int, k: int, limits: Limits) -> li
     if max(m, n) <= max(limits.one_pass, default=0):
         # Memory-bound either way; one accumulator is simpler than six.
         return ["matrix", "gram"]
-    cost = {"matrix": 1.0, "gram": limits.gram_flop_cost}
-    return sorted(flops, key=lambda form: flops[form] * cost[form])
+    costs: dict[Form, float] = {**flops}
+    costs["gram"] += (limits.gram_flop_cost - 1) * 6 * (m + n) * k**2
+    return sorted(costs, key=lambda form: costs[form])
 
 
 def _passes(form: Form, m: int, n: int, device: str, fits: bool) -> int:

@@ -89,18 +89,18 @@ TABLE = [
     (128, 128, 28, "matrix", 1, "matrix"),
     (128, 128, 2, "matrix", 1, "gram"),  # a CPU goes by flops: 4 positions
     # few positions, many channels: Gram blocks of K x K
-    (256, 256, 8, "gram", 1, "gram"),
+    (256, 256, 8, "gram", 1, "matrix"),  # on a CPU too few flops are saved
     (512, 512, 7, "gram", 1, "gram"),
     (2048, 2048, 7, "gram", 1, "gram"),
-    (128, 512, 7, "gram", 1, "gram"),
-    (129, 129, 7, "gram", 1, "matrix"),  # on a CPU too few flops are saved
+    (128, 512, 7, "gram", 1, "matrix"),
+    (129, 129, 7, "gram", 1, "matrix"),
     # few positions but no fewer flops
     (129, 129, 8, "matrix", 2, "matrix"),
     # the rest: the residual tile by tile, then the gradients
     (256, 256, 14, "matrix", 2, "matrix"),
     (512, 512, 14, "matrix", 2, "matrix"),
     (1024, 1024, 14, "matrix", 2, "gram"),
-    (768, 768, (196,), "matrix", 2, "gram"),
+    (768, 768, (196,), "matrix", 2, "matrix"),
     (256, 256, 56, "matrix", 2, "matrix"),
     (64, 256, 56, "matrix", 2, "matrix"),
 ]
@@ -159,15 +159,15 @@ def test_positions_are_compared_after_pooling(device):
 def test_gram_pays_where_it_saves_flops(wanted):
     """Per sample 6 (m + n) K^2 against 4 m n K, and per gradient 4 c K^2 against 2 m n K.
 
-    Its flops take a tenth longer.
+    Those of the blocks, which are fp64, take 2.6 times as long.
     """
     gradients = {"nothing": 0, "student": 2, "everything": 4}[wanted]
     m = n = 240
     for k in range(1, 300):
-        gram = (6 + 2 * gradients) * (m + n) * k**2
+        gram = (2.6 * 6 + 2 * gradients) * (m + n) * k**2
         matrix = (4 + 2 * gradients) * m * n * k
         form = plan_pair(m, n, (k,), wanted=wanted).form
-        assert form == ("gram" if 1.1 * gram < matrix else "matrix"), k
+        assert form == ("gram" if gram < matrix else "matrix"), k
 
 
 # --- which residual -------------------------------------------------------------------------------

@@ -407,7 +407,7 @@ def matrix_products(function):
     ("positions", "value_only", "with_gradients"), [((9, 9), 2, 4), ((2, 2), 6, 10)]
 )
 def test_without_gradients_only_the_loss_is_computed(positions, value_only, with_gradients):
-    tensors = one_pair(m=16, n=16, student=(positions,) * 2, teacher=(positions,) * 2)
+    tensors = one_pair(m=40, n=40, student=(positions,) * 2, teacher=(positions,) * 2)
     tensors[2].requires_grad_(False)
     tensors[3].requires_grad_(False)
 

@@ -20,10 +20,14 @@ from fsp_kernels.plan import (
     GRAM_FLOP_COST,
     accumulation_dtype,
     difference_block,
+    gram_channels,
+    gram_dtype,
 )
 from fsp_kernels.pooling import pool, unpool
 
-# What a gradient is a sum of: alpha * x @ y, batched; y = None stands for the identity.
+# What a gradient is a sum of: alpha * x @ y, batched; y = None stands for the identity. Factors
+# that may be tiny or zero are in x or y already: BLAS does not read its operands where alpha is 0,
+# and a sum that is scaled afterwards may overflow before.
 Term = tuple[float, Tensor, Tensor | None]
 
 
@@ -98,10 +102,14 @@ class TorchBackend:
 
 
 def _scaled_product(x: Tensor, y: Tensor, positions: int) -> Tensor:
-    """``x @ y / K``, batched; half-precision operands are widened, so accumulation is fp32."""
+    """``x @ y / K``, batched; half-precision operands are widened, so accumulation is fp32.
+
+    The loss multiplies in the same way, so that a ready matrix of equal maps leaves no residual.
+    """
     dtype = torch.promote_types(x.dtype, y.dtype)
     wide = accumulation_dtype(dtype)
-    return torch.bmm(x.to(wide), y.to(wide)).div_(positions).to(dtype)
+    out = x.new_empty(x.shape[0], x.shape[1], y.shape[2], dtype=wide)
+    return _bmm(out, x.to(wide), y.to(wide), 1 / positions).to(dtype)
 
 
 def _pair_losses(
@@ -133,10 +141,10 @@ def _chunk_loss(
     """``factor`` times the loss of a chunk, summed over its samples; fills its gradients."""
     chunks = [_Chunk(x, g, m, plan) for x, g, m in zip(maps, gradients, pair.maps, strict=True)]
     sweep = _gram_sweep if pair.form == "gram" else _matrix_sweep
-    loss, terms = sweep(chunks, pair)
+    loss, terms = sweep(chunks, pair, factor)
     for chunk, products in zip(chunks, terms, strict=True):
-        chunk.write_gradient(products, factor)
-    return loss.mul_(factor)
+        chunk.write_gradient(products)
+    return loss
 
 
 class _Chunk:
@@ -165,22 +173,24 @@ class _Chunk:
             return self.flat - other.flat
         return torch.sub(self.flat, other.flat, out=self.reachable)
 
-    def write_gradient(self, terms: Sequence[Term], factor: float) -> None:
+    def write_gradient(self, terms: Sequence[Term]) -> None:
         if self._gradient is None:
             return
         if self.reachable is not None:
-            _accumulate(self.reachable, terms, factor)
+            _accumulate(self.reachable, terms)
             return
         result = torch.empty_like(self.flat)
-        _accumulate(result, terms, factor)
+        _accumulate(result, terms)
         if self._size is None:
             self._gradient.copy_(result.view(self._gradient.shape))
         else:
             unpool(result, self._gradient, self._size, self._mode, self._indices)
 
 
-def _matrix_sweep(chunks: Sequence[_Chunk], pair: PairPlan) -> tuple[Tensor, list[list[Term]]]:
-    """Loss, summed over the samples, and gradients by way of the residual itself."""
+def _matrix_sweep(
+    chunks: Sequence[_Chunk], pair: PairPlan, factor: float
+) -> tuple[Tensor, list[list[Term]]]:
+    """``factor`` times the loss, summed over the samples, and its gradients, by the residual."""
     residual = _residual(chunks, pair)
     if pair.norm == "column":
         column_norms = torch.linalg.vector_norm(residual, dim=1, keepdim=True)  # (s, 1, n)
@@ -192,15 +202,15 @@ def _matrix_sweep(chunks: Sequence[_Chunk], pair: PairPlan) -> tuple[Tensor, lis
         rows = torch.linalg.vector_norm(residual, dim=2).view(-1)
         loss = torch.dot(rows, rows)
         slope = residual
-    power = pair.slope_scale
-    scale = power / pair.positions
+    if pair.wants_gradients:
+        slope.mul_(pair.slope_scale * factor / pair.positions)
     a, b, *teacher = (chunk.flat for chunk in chunks)
-    terms: list[list[Term]] = [[(scale, slope, b)], [(scale, slope.mT, a)]]
+    terms: list[list[Term]] = [[(1, slope, b)], [(1, slope.mT, a)]]
     if len(teacher) == 1:
-        return loss, [*terms, [(-power, slope, None)]]
+        return loss.mul_(factor), [*terms, [(-pair.positions, slope, None)]]
     c, d = teacher
-    scale = -power / c.shape[2]
-    return loss, [*terms, [(scale, slope, d)], [(scale, slope.mT, c)]]
+    ratio = -pair.positions / c.shape[2]
+    return loss.mul_(factor), [*terms, [(ratio, slope, d)], [(ratio, slope.mT, c)]]
 
 
 def _residual(chunks: Sequence[_Chunk], pair: PairPlan) -> Tensor:
@@ -247,35 +257,69 @@ def _difference_by_blocks(
     return out
 
 
-def _gram_sweep(chunks: Sequence[_Chunk], pair: PairPlan) -> tuple[Tensor, list[list[Term]]]:
-    """Loss, summed over the samples, and gradients by way of ``K x K`` blocks."""
+def _gram_sweep(
+    chunks: Sequence[_Chunk], pair: PairPlan, factor: float
+) -> tuple[Tensor, list[list[Term]]]:
+    """``factor`` times the loss, summed over the samples, and its gradients, by ``K x K`` blocks.
+
+    On a CPU the blocks are fp64. The terms of the loss are as large as ``||G||^2`` even where the
+    residual is small, so fp32 would leave an error of ``eps ||G||^2``, of either sign.
+    """
     a, b, c, d = (chunk.flat for chunk in chunks)
     p, q = a - c, b - d
-    pp, cp, cc = torch.bmm(p.mT, p), torch.bmm(c.mT, p), torch.bmm(c.mT, c)  # (s, K, K) each
-    bb, qb, qq = torch.bmm(b.mT, b), torch.bmm(q.mT, b), torch.bmm(q.mT, q)
-    scale = 1 / pair.positions**2
-    loss = (pp * bb).add_(cc * qq).add_(cp * qb, alpha=2).sum().mul_(scale)
+    pp, cp, cc = _gram_blocks(p, c)
+    bb, qb, qq = _gram_blocks(b, q)
+    factor /= pair.positions**2
+
+    def operand(block: Tensor) -> Tensor:
+        return block.mul_(2 * factor).to(p.dtype)
+
     # D b = p bb + c qb and D^T a = b (pp + cp^T) + q (cp + cc), with a = p + c; likewise d = b - q.
     first, second, teacher_first, teacher_second = (m.gradient_dtype is not None for m in pair.maps)
-    scale *= 2
     terms: list[list[Term]] = [[], [], [], []]
     if first:
-        terms[0] = [(scale, p, bb), (scale, c, qb)]
+        terms[0] = [(1, p, operand(bb.clone())), (1, c, operand(qb.clone()))]
     if second:
-        terms[1] = [(scale, b, pp + cp.mT), (scale, q, cp + cc)]
+        terms[1] = [(1, b, operand(pp + cp.mT)), (1, q, operand(cp + cc))]
     if teacher_first:
-        terms[2] = [(-scale, p, bb - qb.mT), (-scale, c, qb - qq)]
+        terms[2] = [(-1, p, operand(bb - qb.mT)), (-1, c, operand(qb - qq))]
     if teacher_second:
-        terms[3] = [(-scale, b, cp.mT), (-scale, q, cc)]
-    return loss, terms
+        terms[3] = [(-1, b, operand(cp.mT.clone())), (-1, q, operand(cc.clone()))]
+    losses = pp.mul_(bb).addcmul_(cp, qb, value=2).addcmul_(cc, qq).sum((1, 2))
+    return losses.clamp_(min=0).sum().mul_(factor).to(p.dtype), terms
 
 
-def _accumulate(out: Tensor, terms: Sequence[Term], factor: float) -> None:
+def _gram_blocks(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``x^T x``, ``y^T x`` and ``y^T y``, each ``(s, K, K)``, of two ``(s, C, K)``.
+
+    Where they are wider than ``x`` and ``y``, these are widened some channels at a time, with the
+    channels next to each other, which is how BLAS multiplies them fastest.
+    """
+    samples, channels, positions = x.shape
+    dtype = gram_dtype(x.device.type, x.dtype)
+    xx, yx, yy = (x.new_empty(samples, positions, positions, dtype=dtype) for _ in range(3))
+    block = channels
+    if dtype != x.dtype:
+        block = gram_channels(samples, channels, positions)
+        wide = x.new_empty(2, samples, positions, block, dtype=dtype)
+    for start in range(0, channels, block):
+        u, v = x[:, start : start + block], y[:, start : start + block]
+        if dtype != x.dtype:
+            u, v = (
+                to[..., : part.shape[1]].mT.copy_(part)
+                for to, part in zip(wide, (u, v), strict=True)
+            )
+        for out, left, right in ((xx, u, u), (yx, v, u), (yy, v, v)):
+            _bmm(out, left.mT, right, 1, keep=start > 0)
+    return xx, yx, yy
+
+
+def _accumulate(out: Tensor, terms: Sequence[Term]) -> None:
     for i, (alpha, x, y) in enumerate(terms):
         if y is None:
-            torch.mul(x, alpha * factor, out=out)
+            torch.mul(x, alpha, out=out)
         else:
-            _bmm(out, x, y, alpha * factor, keep=i > 0)
+            _bmm(out, x, y, alpha, keep=i > 0)
 
 
 def _bmm(out: Tensor, x: Tensor, y: Tensor, alpha: float, keep: bool = False) -> Tensor:
