@@ -1,9 +1,12 @@
 """csrc/ compiled for the host as the extension: the CUDA backend then serves the CPU."""
 
+import ctypes
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -25,6 +28,33 @@ HOST_BUILDS = {
 def host_cuda_module(architecture: int = 80, sanitize: bool = False) -> ModuleType:
     """csrc/ as that chip would run it, compiled unless that has been done before."""
     return load(build(architecture, sanitize))
+
+
+class Seen(ctypes.Structure):
+    """What a build for the host tells, and is told, of its two devices: cuda_api.cpp, ``seen``."""
+
+    _fields_ = (
+        ("launches", ctypes.c_int * 2),
+        ("capturing", ctypes.c_int),
+        ("observer", ctypes.c_void_p),
+        ("observed", ctypes.c_int),
+    )
+
+
+class Machine:
+    """A copy of a build on which nothing has happened yet."""
+
+    def __init__(self, folder: Path, architecture: int = 80):
+        path = Path(shutil.copy(build(architecture), folder))
+        self.module = load(path)
+        self._library = ctypes.CDLL(str(path))
+        self._library.on_host_seen.restype = ctypes.POINTER(Seen)
+        self.seen: Seen = self._library.on_host_seen().contents
+
+    @property
+    def current_device(self) -> int:
+        """Of this thread."""
+        return self._library.on_host_device()
 
 
 @contextmanager
