@@ -8,6 +8,7 @@
 // Caught as errors: lanes of a warp at different operations, barriers that not all can reach,
 // overruns of shared memory, misaligned ldmatrix and cp.async, copies that nobody waits for.
 // Seen as NaN or wrong numbers: missing barriers and waits, shared memory read before it is set.
+// With race.h: races between threads, blocks and copies, as errors that name both places.
 // With the sanitizers: accesses outside any buffer, global memory included, or not aligned.
 // Modelled for tests of the host's side: two devices, of which one is current in a thread, a limit of
 // shared memory for each kernel on each, and that no kernel is loaded while a graph is captured.

@@ -15,19 +15,21 @@ from cuda_on_host.build import build, load
 from fsp_kernels.backends.cuda import extension, loss, product
 
 NAME = "fsp_kernels._cuda"
-# What ``pytest --host-cuda`` chooses from: the architecture, and whether sanitizers watch.
+# What ``pytest --host-cuda`` chooses from: the architecture, and what watches.
 HOST_BUILDS = {
-    "80": (80, False),
-    "75": (75, False),
-    "80-sanitized": (80, True),
-    "75-sanitized": (75, True),
+    "80": (80, ""),
+    "75": (75, ""),
+    "80-sanitized": (80, "sanitizers"),
+    "75-sanitized": (75, "sanitizers"),
+    "80-races": (80, "races"),
+    "75-races": (75, "races"),
 }
 
 
 @cache  # a process loads each build once
-def host_cuda_module(architecture: int = 80, sanitize: bool = False) -> ModuleType:
+def host_cuda_module(architecture: int = 80, watched: str = "") -> ModuleType:
     """csrc/ as that chip would run it, compiled unless that has been done before."""
-    return load(build(architecture, sanitize))
+    return load(build(architecture, watched))
 
 
 class Seen(ctypes.Structure):
