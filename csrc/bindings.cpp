@@ -13,17 +13,27 @@ namespace {
 
 using Strides = std::array<int64_t, 5>;  // sample, channel, depth, height, width
 using Window = std::array<uint8_t, 3>;
+using Sizes = std::array<int64_t, 2>;
 
-MapSpec map_spec(int slot, Scalar scalar, Strides strides, int rows, int columns, Window window,
-                 Pool pool, bool flat, bool channels_inner, bool wide) {
+// Kernels count in 32 bits, and go beyond a size by less than a tile.
+int32_t size(const char* what, int64_t value) {
+  constexpr int64_t most = INT32_MAX - 1024;
+  if (value >= 0 && value <= most) return static_cast<int32_t>(value);
+  throw std::invalid_argument(std::string(what) + " are " + std::to_string(value) +
+                              ", but the kernels of the cuda backend take at most " +
+                              std::to_string(most));
+}
+
+MapSpec map_spec(int slot, Scalar scalar, Strides strides, int64_t rows, int64_t columns,
+                 Window window, Pool pool, bool flat, bool channels_inner, bool wide) {
   Map map{};
   map.sample = strides[0];
   map.channel = strides[1];
   map.depth = strides[2];
   map.height = strides[3];
   map.width = strides[4];
-  map.rows = rows;
-  map.columns = columns;
+  map.rows = size("rows of a map", rows);
+  map.columns = size("columns of a map", columns);
   std::copy(window.begin(), window.end(), map.window);
   map.pool = pool;
   map.scalar = scalar;
@@ -34,17 +44,15 @@ MapSpec map_spec(int slot, Scalar scalar, Strides strides, int rows, int columns
 }
 
 PairSpec pair_spec(std::array<OptionalMap, 4> maps, std::array<OptionalMap, 4> gradients,
-                   OptionalMap out, int64_t out_part, int samples, int first_sample,
-                   std::array<int, 2> channels, std::array<int, 2> positions, int parts, int own,
-                   Residual residual, Norm norm, bool split, bool finishes, int weight,
-                   float factor) {
+                   OptionalMap out, int64_t out_part, int64_t samples, int64_t first_sample,
+                   Sizes channels, Sizes positions, int parts, int own, Residual residual, Norm norm, bool split, bool finishes, int weight, float factor) {
   Pair pair{};
   pair.out_part = out_part;
-  pair.samples = samples;
-  pair.first_sample = first_sample;
-  pair.m = channels[0];
-  pair.n = channels[1];
-  std::copy(positions.begin(), positions.end(), pair.positions);
+  pair.samples = size("samples", samples);
+  pair.first_sample = size("samples", first_sample);
+  pair.m = size("channels", channels[0]);
+  pair.n = size("channels", channels[1]);
+  for (int i = 0; i < 2; ++i) pair.positions[i] = size("positions", positions[i]);
   pair.parts = parts;
   pair.own = own;
   pair.residual = residual;
@@ -56,18 +64,22 @@ PairSpec pair_spec(std::array<OptionalMap, 4> maps, std::array<OptionalMap, 4> g
 }
 
 ProductSpec product_spec(OptionalMap own, MapSpec gradient, OptionalMap other, MapSpec slope,
-                         int samples, int first_sample, std::array<int, 2> channels,
-                         int positions, bool split, int weight, float factor) {
+                         int64_t samples, int64_t first_sample, Sizes channels,
+                         int64_t positions, bool split, int weight, float factor) {
   Product product{};
-  product.samples = samples;
-  product.first_sample = first_sample;
-  product.own_channels = channels[0];
-  product.other_channels = channels[1];
-  product.positions = positions;
+  product.samples = size("samples", samples);
+  product.first_sample = size("samples", first_sample);
+  product.own_channels = size("channels", channels[0]);
+  product.other_channels = size("channels", channels[1]);
+  product.positions = size("positions", positions);
   product.split = split;
   product.factor = factor;
   return {product, {own, gradient, other, slope}, weight};
 }
+
+// What CUDA is asked for may take long, and other Python threads go on meanwhile: pybind11 converts
+// the arguments before, and the result or the error afterwards.
+using WithoutGil = py::call_guard<py::gil_scoped_release>;
 
 // from, out, elements, dtype of each
 using ScaledTuple = std::tuple<uintptr_t, uintptr_t, int64_t, Scalar, Scalar>;
@@ -130,12 +142,12 @@ PYBIND11_MODULE(_cuda, module) {
       .def("add_matrix_gradients", &Program::add_matrix_gradients, "products"_a)
       .def_property_readonly("kernels", &Program::kernels)
       .def_property_readonly("partials", &Program::partials)
-      .def("__call__", &Program::run, "stream"_a, "addresses"_a, "weights"_a);
+      .def("__call__", &Program::run, "stream"_a, "addresses"_a, "weights"_a, WithoutGil());
 
   module.attr("most_pairs") = Pairs::most;
   module.attr("most_products") = Products::most;
-  module.def("why_not_on", &why_not_on, "device"_a,
-             "Why no kernel runs on a device, as CUDA tells; empty if they do.");
+  module.def("why_not_on", &why_not_on, "device"_a, "stream"_a, WithoutGil(),
+             "Load the kernels; why none runs on a device, as CUDA tells, empty if they do.");
   module.def("shared_bytes", &shared_bytes,
              "Of every kernel: name, operand, tile, bytes of a block with one stage, with two.");
   module.def("one_pass_tile", &one_pass_tile, "device"_a, "operand"_a, "channels"_a,
@@ -144,5 +156,5 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("gram_fits", &gram_fits, "device"_a, "positions"_a);
   module.def("recompute_fits", &recompute_fits, "device"_a, "operand"_a, "positions"_a);
   module.def("scale", &scale_tuples, "device"_a, "stream"_a, "tensors"_a, "factor"_a,
-             "in_place"_a);
+             "in_place"_a, WithoutGil());
 }

@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(THREADS)
 // The sum of all partial losses in a fixed order, by one block.
 __global__ void __launch_bounds__(THREADS) fsp_finish(const __grid_constant__ Sum sum) {
   float total = 0;
-  for (int i = threadIdx.x; i < sum.count; i += THREADS) total += sum.partials[i];
+  for (int64_t i = threadIdx.x; i < sum.count; i += THREADS) total += sum.partials[i];
   total = block_sum(total, reinterpret_cast<float*>(shared_memory()));
   if (threadIdx.x == 0) *sum.out = total;
 }

@@ -13,7 +13,12 @@ template <class Parameters, void (*FUNCTION)(const Parameters)>
 Kernel kernel_of(const char* name, int (*shared_bytes)(int tile, int stages)) {
   return {
       name, shared_bytes,
-      [](int bytes) {
+      [](int most_shared_bytes) {
+        cudaFuncAttributes attributes;
+        const cudaError_t status = cudaFuncGetAttributes(&attributes, FUNCTION);
+        if (status != cudaSuccess) return status;
+        // What the kernel declares itself counts too.
+        const int bytes = most_shared_bytes - static_cast<int>(attributes.sharedSizeBytes);
         return cudaFuncSetAttribute(FUNCTION, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
       },
       [](const void* parameters, int blocks, int bytes, cudaStream_t stream) {
@@ -21,7 +26,6 @@ Kernel kernel_of(const char* name, int (*shared_bytes)(int tile, int stages)) {
         return cudaLaunchKernel(FUNCTION, dim3(blocks), dim3(THREADS), arguments,
                                 static_cast<size_t>(bytes), stream);
       },
-      [](cudaFuncAttributes* result) { return cudaFuncGetAttributes(result, FUNCTION); },
   };
 }
 

@@ -12,9 +12,10 @@ struct Kernel {
   const char* name;
   // Shared memory of a block; `tile` matters to kernels that have tiles of several sizes.
   int (*shared_bytes)(int tile, int stages);
-  cudaError_t (*allow_shared_bytes)(int bytes);
+  // Once for each device, while it is current: brings the kernel there, and lets its launches have
+  // all the shared memory that a block can get.
+  cudaError_t (*load)(int most_shared_bytes);
   cudaError_t (*launch)(const void* parameters, int blocks, int shared_bytes, cudaStream_t stream);
-  cudaError_t (*attributes)(cudaFuncAttributes* result);
 };
 
 // Kernels that multiply operands of one type: of the maps, or fp32 where these differ.

@@ -1,6 +1,9 @@
 #include "program.h"
 
 #include <algorithm>
+#include <limits>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 
 namespace fsp {
@@ -12,11 +15,12 @@ const Kernels& kernels_of(Scalar operand) {
   return operand == Scalar::fp16 ? fp16 : operand == Scalar::bf16 ? bf16 : fp32;
 }
 
-int divide_up(int x, int y) { return (x + y - 1) / y; }
+int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-int attribute(int device, cudaDeviceAttr which) {
+int attribute(int device, cudaDeviceAttr which,
+              const std::string& what = "asking for an attribute of the device") {
   int value = 0;
-  check(cudaDeviceGetAttribute(&value, which, device), "asking for an attribute of the device");
+  check(cudaDeviceGetAttribute(&value, which, device), what);
   return value;
 }
 
@@ -33,6 +37,73 @@ bool fits(int device, const Kernel& kernel, int tile) {
 int stages_of(int device, const Kernel& kernel, int tile) {
   const bool copies = attribute(device, cudaDevAttrComputeCapabilityMajor) >= 8;
   return copies && kernel.shared_bytes(tile, 2) <= most_shared_bytes(device) ? 2 : 1;
+}
+
+// visit(kernel, operand, tile) of each: "" where there is one for all operands, 0 for all tiles.
+template <class Visit>
+void for_every_kernel(Visit visit) {
+  const std::pair<Scalar, const char*> operands[] = {
+      {Scalar::fp32, "fp32"}, {Scalar::fp16, "fp16"}, {Scalar::bf16, "bf16"}};
+  for (const auto& [operand, name] : operands) {
+    const Kernels& kernels = kernels_of(operand);
+    for (const int tile : ONE_PASS_TILES) visit(kernels.one_pass, name, tile);
+    if (kernels.wide_one_pass.launch != nullptr) {
+      visit(kernels.wide_one_pass, name, WIDE_ONE_PASS_TILE);
+    }
+    visit(kernels.residual, name, 0);
+    visit(kernels.gradients, name, 0);
+    if (kernels.recompute.launch != nullptr) visit(kernels.recompute, name, 0);
+  }
+  visit(gram_kernel_32(), "", 32);
+  visit(gram_kernel_64(), "", 64);
+  for (const Kernel& kernel :
+       {combine_kernel(), matrix_gradients_kernel(), finish_kernel(), scale_kernel()}) {
+    visit(kernel, "", 0);
+  }
+}
+
+// Makes a device current. PyTorch has done so before a launch, as a rule.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) : status(cudaGetDevice(&before_)), device_(device) {
+    if (status == cudaSuccess && device_ != before_) status = cudaSetDevice(device_);
+  }
+  ~OnDevice() {
+    if (status == cudaSuccess && device_ != before_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+  cudaError_t status;
+
+ private:
+  int before_ = 0, device_;
+};
+
+// Loads every kernel on the current device, the first time that there is something to launch on it.
+//
+// All at once, so that nothing is left to be loaded when a graph is captured, whatever is called
+// then; and no launch changes what another one relies on.
+cudaError_t load_kernels(int device, cudaStream_t stream) {
+  static std::mutex mutex;
+  static std::set<int> loaded;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (loaded.count(device) != 0) return cudaSuccess;
+  cudaStreamCaptureStatus capturing;
+  cudaError_t status = cudaStreamIsCapturing(stream, &capturing);
+  if (status != cudaSuccess) return status;
+  if (capturing != cudaStreamCaptureStatusNone) {
+    throw std::runtime_error(
+        "fsp_kernels: kernels have to be loaded when the cuda backend is first used on cuda:" +
+        std::to_string(device) +
+        ", which CUDA does not allow while a graph is captured: call it once before capturing");
+  }
+  const int most = most_shared_bytes(device);
+  for_every_kernel([&](const Kernel& kernel, const char*, int) {
+    if (status == cudaSuccess) status = kernel.load(most);
+  });
+  if (status == cudaSuccess) loaded.insert(device);
+  return status;
 }
 
 void place(Map& map, const OptionalMap& spec, const std::vector<uintptr_t>& addresses) {
@@ -90,17 +161,24 @@ class Launch : public Step {
     }
     group_.stages = stages_of(device, kernel, tile);
     group_.count = static_cast<int>(specs_.size());
+    int64_t blocks = 0;
     for (size_t i = 0; i < specs_.size(); ++i) {
       group_.entries[i] = entry_of(specs_[i]);
-      group_.entries[i].programs = programs_of(group_.entries[i]);
-      blocks_ += group_.entries[i].programs;
+      const int64_t programs = programs_of(group_.entries[i]);
+      blocks += programs;
+      group_.entries[i].programs = static_cast<int>(programs);
     }
+    if (blocks > std::numeric_limits<int>::max()) {
+      throw std::invalid_argument(what_ + " would take " + std::to_string(blocks) +
+                                  " blocks, but one launch has at most 2147483647: call it with "
+                                  "fewer samples");
+    }
+    blocks_ = static_cast<int>(blocks);
     shared_bytes_ = kernel.shared_bytes(tile, group_.stages);
-    check(kernel.allow_shared_bytes(shared_bytes_), what_);
   }
 
   // As each entry's first partial loss the next of `count`.
-  void take_partials(int& count) {
+  void take_partials(int64_t& count) {
     for (int i = 0; i < group_.count; ++i) {
       if (!group_.entries[i].finishes) continue;
       group_.entries[i].partial = count;
@@ -132,7 +210,7 @@ class Launch : public Step {
 using PairLaunch = Launch<Pairs, PairSpec>;
 using ProductLaunch = Launch<Products, ProductSpec>;
 
-int samples_of(const Pair& pair) { return pair.samples; }
+int64_t samples_of(const Pair& pair) { return pair.samples; }
 
 }  // namespace
 
@@ -143,10 +221,12 @@ void check(cudaError_t status, const std::string& what) {
                            " (" + cudaGetErrorName(status) + ")");
 }
 
-std::string why_not_on(int device) {
-  cudaFuncAttributes attributes;
-  cudaError_t status = cudaSetDevice(device);
-  if (status == cudaSuccess) status = finish_kernel().attributes(&attributes);
+std::string why_not_on(int device, uintptr_t stream) {
+  const OnDevice on(device);
+  cudaError_t status = on.status;
+  if (status == cudaSuccess) {
+    status = load_kernels(device, reinterpret_cast<cudaStream_t>(stream));
+  }
   if (status == cudaSuccess) return "";
   cudaGetLastError();
   return cudaGetErrorString(status);
@@ -154,27 +234,10 @@ std::string why_not_on(int device) {
 
 std::vector<SharedBytes> shared_bytes() {
   std::vector<SharedBytes> result;
-  const auto add = [&](const Kernel& kernel, const std::string& operand, int tile) {
-    if (kernel.launch == nullptr) return;
+  for_every_kernel([&](const Kernel& kernel, const char* operand, int tile) {
     result.emplace_back(kernel.name, operand, tile, kernel.shared_bytes(tile, 1),
                         kernel.shared_bytes(tile, 2));
-  };
-  const std::pair<Scalar, const char*> operands[] = {
-      {Scalar::fp32, "fp32"}, {Scalar::fp16, "fp16"}, {Scalar::bf16, "bf16"}};
-  for (const auto& [operand, name] : operands) {
-    const Kernels& kernels = kernels_of(operand);
-    for (const int tile : ONE_PASS_TILES) add(kernels.one_pass, name, tile);
-    add(kernels.wide_one_pass, name, WIDE_ONE_PASS_TILE);
-    add(kernels.residual, name, 0);
-    add(kernels.gradients, name, 0);
-    add(kernels.recompute, name, 0);
-  }
-  add(gram_kernel_32(), "", 32);
-  add(gram_kernel_64(), "", 64);
-  for (const Kernel& kernel :
-       {combine_kernel(), matrix_gradients_kernel(), finish_kernel(), scale_kernel()}) {
-    add(kernel, "", 0);
-  }
+  });
   return result;
 }
 
@@ -198,7 +261,7 @@ bool recompute_fits(int device, Scalar operand, int positions) {
 }
 
 Program::Program(int device, std::string what) : device_(device), what_(std::move(what)) {
-  check(cudaSetDevice(device_), what_);
+  attribute(device_, cudaDevAttrComputeCapabilityMajor, what_);  // there is such a device
 }
 
 template <class ProgramsOf>
@@ -241,7 +304,7 @@ void Program::add_recompute(Scalar operand, std::vector<PairSpec> pairs) {
 void Program::add_residual(Scalar operand, std::vector<PairSpec> pairs) {
   const Kernels& kernels = kernels_of(operand);
   add(kernels.residual, 0, std::move(pairs), [tile = kernels.residual_channels](const Pair& pair) {
-    return pair.samples * pair.parts * divide_up(pair.m, tile) * divide_up(pair.n, tile);
+    return int64_t{pair.samples} * pair.parts * divide_up(pair.m, tile) * divide_up(pair.n, tile);
   });
 }
 
@@ -262,7 +325,7 @@ void Program::add_gradients(Scalar operand, std::vector<ProductSpec> products) {
 void Program::add_matrix_gradients(std::vector<ProductSpec> products) {
   steps_.push_back(std::make_unique<ProductLaunch>(
       device_, what_, matrix_gradients_kernel(), 0, std::move(products),
-      [](const Product& x) { return x.samples * x.own_channels; }));
+      [](const Product& x) { return int64_t{x.samples} * x.own_channels; }));
 }
 
 std::vector<std::string> Program::kernels() const {
@@ -273,19 +336,22 @@ std::vector<std::string> Program::kernels() const {
 
 void Program::run(uintptr_t stream, const std::vector<uintptr_t>& addresses,
                   const std::vector<float>& weights) const {
-  check(cudaSetDevice(device_), what_);
-  const auto on = reinterpret_cast<cudaStream_t>(stream);
+  const OnDevice on(device_);
+  check(on.status, what_);
+  const auto queue = reinterpret_cast<cudaStream_t>(stream);
+  check(load_kernels(device_, queue), what_);
   Sum sum{nullptr, nullptr, partials_};
   if (partials_ > 0) {
     sum.partials = reinterpret_cast<const float*>(addresses.at(addresses.size() - 2));
     sum.out = reinterpret_cast<float*>(addresses.back());
   }
   for (const auto& step : steps_) {
-    step->run(on, addresses, weights, const_cast<float*>(sum.partials));
+    step->run(queue, addresses, weights, const_cast<float*>(sum.partials));
   }
   if (partials_ > 0) {
     const Kernel kernel = finish_kernel();
-    check(kernel.launch(&sum, 1, kernel.shared_bytes(0, 1), on), kernel.name + (" on " + what_));
+    check(kernel.launch(&sum, 1, kernel.shared_bytes(0, 1), queue),
+          kernel.name + (" on " + what_));
   }
 }
 
@@ -293,8 +359,13 @@ void scale(int device, uintptr_t stream, const std::vector<Scaled>& tensors, uin
            bool in_place) {
   // Enough blocks to saturate memory; few enough that to start them all for nothing takes no time.
   constexpr int64_t most_blocks = 1024;
-  check(cudaSetDevice(device), "fsp_scale");
   const Kernel kernel = scale_kernel();
+  const std::string what =
+      kernel.name + (" on " + std::to_string(tensors.size()) + " gradients");
+  const OnDevice on(device);
+  check(on.status, what);
+  const auto queue = reinterpret_cast<cudaStream_t>(stream);
+  check(load_kernels(device, queue), what);
   for (size_t first = 0; first < tensors.size(); first += Scales::most) {
     Scales scales{};
     scales.count = static_cast<int>(std::min<size_t>(tensors.size() - first, Scales::most));
@@ -306,9 +377,7 @@ void scale(int device, uintptr_t stream, const std::vector<Scaled>& tensors, uin
       largest = std::max(largest, scales.entries[i].size);
     }
     const int64_t blocks = (largest + SCALED_AT_A_TIME - 1) / SCALED_AT_A_TIME;
-    check(kernel.launch(&scales, static_cast<int>(std::min(blocks, most_blocks)), 0,
-                        reinterpret_cast<cudaStream_t>(stream)),
-          kernel.name + (" on " + std::to_string(tensors.size()) + " gradients"));
+    check(kernel.launch(&scales, static_cast<int>(std::min(blocks, most_blocks)), 0, queue), what);
   }
 }
 

@@ -37,8 +37,12 @@ struct ProductSpec {
 // Throws std::runtime_error with what CUDA says, unless all is well.
 void check(cudaError_t status, const std::string& what);
 
-// Why no kernel here runs on a device, as CUDA tells; empty if they do.
-std::string why_not_on(int device);
+// The device that is current in this thread is the caller's: whatever makes another one current, as
+// launches on a device that is not have to, restores it.
+
+// Why no kernel here runs on a device, as CUDA tells; empty if they do. Loads them, which CUDA does
+// not allow while a stream is captured: that is an error.
+std::string why_not_on(int device, uintptr_t stream);
 
 // Shared memory of a block of every kernel: name, operand ("" where there is only one), tile (0
 // where there is only one), bytes with one stage and with two.
@@ -78,7 +82,7 @@ class Program {
   std::vector<std::string> kernels() const;
 
   // How many partial losses the launches leave, a float each.
-  int partials() const { return partials_; }
+  int64_t partials() const { return partials_; }
 
   // Launch everything on a stream. The last two addresses are of the partial losses and of their
   // sum, unless there are none.
@@ -92,7 +96,7 @@ class Program {
 
   int device_;
   std::string what_;
-  int partials_ = 0;
+  int64_t partials_ = 0;
   std::vector<std::unique_ptr<Step>> steps_;
 };
 

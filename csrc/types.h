@@ -1,5 +1,5 @@
 // What kernels are told of a call: plain structs that bindings.cpp fills and kernels read from
-// constant memory. Strides are in elements.
+// constant memory. Strides are in elements, in 64 bits: every offset is a product with one of them.
 #pragma once
 
 #include <cstdint>
@@ -37,13 +37,13 @@ struct Pair {
   Map gradients[4];
   Map out;           // tiles.cuh: where D / K goes, a matrix for each sample
   int64_t out_part;  // and from one part of the positions to the next
+  int64_t partial;   // place of the first of its partial losses
   int32_t samples, first_sample;  // in the maps; `out` begins at it
   int32_t m, n;
   int32_t positions[2];  // of student and teacher
   int32_t parts;         // into how many the positions are split
   int32_t tile;          // one_pass.cuh: channels of a tile, of either side
   int32_t programs;      // blocks that work for this pair
-  int32_t partial;       // place of the first of its partial losses
   int32_t own;           // recompute.cuh: 0, to write the gradient of a, or 2, of c
   float factor;          // weight / (B or B m n)
   Residual residual;
@@ -81,7 +81,7 @@ static_assert(sizeof(Pairs) <= 4096 && sizeof(Products) <= 4096);
 struct Sum {
   const float* partials;
   float* out;
-  int32_t count;
+  int64_t count;
 };
 
 struct Scaled {

@@ -1,11 +1,11 @@
-"""What all backends with fused kernels share: how fp32 is multiplied, and on which stream."""
+"""What all backends with fused kernels share: how fp32 is multiplied, and on which device."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from fsp_kernels.backends.fused import fp32_precision, raw_stream
+from fsp_kernels.backends.fused import fp32_precision, raw_stream, why_no_gpu
 
 
 @pytest.fixture
@@ -47,3 +47,20 @@ def test_fp32_products_are_accurate_unless_told_otherwise():
 
 def test_the_stream_of_a_cpu_is_none():
     assert raw_stream(torch.device("cpu")) == 0
+
+
+@pytest.mark.parametrize(
+    ("reasons", "asked", "expected"),
+    [
+        ([None, "no"], [0], None),
+        (["too old", None, "no"], [0, 1], None),
+        (["too old", "no"], [0, 1], "too old"),
+    ],
+    ids=["the first works", "another works", "none works"],
+)
+def test_gpus_are_asked_about_until_one_works(monkeypatch, reasons, asked, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(reasons))
+    seen = []
+    assert why_no_gpu(lambda i: seen.append(i) or reasons[i]) == expected
+    assert seen == asked

@@ -260,13 +260,18 @@ def raw_stream(device: torch.device) -> int:
 
 
 def why_no_gpu(why_not_on: Callable[[int], str | None]) -> str | None:
-    """``None`` if there is an NVIDIA GPU with nothing against it, else what is missing."""
+    """``None`` if there is an NVIDIA GPU with nothing against it, else what is missing.
+
+    Asks about one GPU after another, until there is nothing against one.
+    """
     if not torch.cuda.is_available():
         return "PyTorch sees no NVIDIA GPU"
     if torch.version.hip is not None:
         return "this PyTorch is built for ROCm; its kernels are for NVIDIA GPUs"
-    reasons = [why_not_on(i) for i in range(torch.cuda.device_count())]
-    return reasons[0] if all(reasons) else None
+    first = why_not_on(0)
+    others = range(1, torch.cuda.device_count())
+    works = first is None or any(why_not_on(i) is None for i in others)
+    return None if works else first
 
 
 def constant(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from calls import BF16, DEVICE, FP16, FP32
+from cuda_entries import plain_product
 from cuda_on_host.module import extension_is
 
 import fsp_kernels as fsp
@@ -17,7 +19,7 @@ from fsp_kernels.backends import cuda
 from fsp_kernels.backends.cuda import extension
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-NO_KERNEL = "no kernel image is available for execution on the device"
+TOO_OLD = "the provided PTX was compiled with an unsupported toolchain."
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +44,18 @@ def missing(monkeypatch, tmp_path):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine that is not this one: its GPUs by compute capability."""
+    """A machine that is not this one: its GPUs by compute capability.
+
+    The list that it returns grows by each GPU that is made current, and ``None`` when it no longer
+    is.
+    """
+    current: list[int | None] = []
+
+    @contextlib.contextmanager
+    def made_current(index):
+        current.append(index)
+        yield
+        current.append(None)
 
     def _machine(*capabilities: tuple[int, int]):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
@@ -50,21 +63,24 @@ def machine(monkeypatch):
         monkeypatch.setattr(
             torch.cuda, "get_device_capability", lambda device: capabilities[device]
         )
+        monkeypatch.setattr(torch.cuda, "device", made_current)
+        monkeypatch.setattr(extension, "raw_stream", lambda device: 1000 + device.index)
         extension.why_unavailable.cache_clear()
+        return current
 
     return _machine
 
 
 @pytest.fixture
 def built():
-    """An extension for GPUs, and those that it has no kernels for."""
-    without_kernels = set()
+    """An extension for GPUs: what CUDA says of each, by device and stream, is to be filled in."""
+    said: dict[tuple[int, int], str] = {}
     module = SimpleNamespace(
-        architectures="80 90",
-        why_not_on=lambda device: NO_KERNEL if device in without_kernels else "",
+        architectures="80-real 90-real 90-virtual",
+        why_not_on=lambda device, stream: said.get((device, stream), ""),
     )
     with extension_is(module):
-        yield without_kernels
+        yield said
 
 
 def pair(dtype=FP32, device=DEVICE):
@@ -139,22 +155,62 @@ def test_it_works_where_its_extension_has_kernels(cuda_backend, machine):
     assert cuda_backend.why_unsupported(GPU, (FP32, FP16, BF16)) is None
 
 
+@pytest.mark.usefixtures("built")
 def test_a_chip_that_it_was_not_built_for_is_told_from_an_extension_that_is_missing(
-    cuda_backend, machine, built
+    cuda_backend, machine
 ):
     machine((7, 0))
-    built.add(0)
-    reason = f"its extension, built for 80 90, has no kernels for cuda:0 (sm_70): {NO_KERNEL}"
+    reason = (
+        "its extension, built for 80-real 90-real 90-virtual, has no kernels for cuda:0 (sm_70)"
+    )
     assert cuda_backend.why_unavailable() == reason
     assert cuda_backend.why_unsupported(GPU, (FP32,)) == reason
 
 
-def test_one_gpu_with_kernels_is_enough_and_the_other_is_not_served(cuda_backend, machine, built):
+@pytest.mark.usefixtures("built")
+def test_one_gpu_with_kernels_is_enough_and_the_other_is_not_served(cuda_backend, machine):
     machine((7, 0), (9, 0))
-    built.add(0)
     assert cuda_backend.why_unavailable() is None
     assert "cuda:0 (sm_70)" in cuda_backend.why_unsupported(torch.device("cuda", 0), (FP32,))
     assert cuda_backend.why_unsupported(torch.device("cuda", 1), (FP32,)) is None
+
+
+@pytest.mark.usefixtures("built")
+def test_no_gpu_is_used_to_tell_whether_there_is_one(cuda_backend, machine):
+    current = machine((9, 0), (9, 0))
+    assert cuda_backend.why_unavailable() is None
+    assert current == []
+
+
+def test_kernels_are_tried_on_the_gpu_in_question_alone(cuda_backend, machine, built):
+    built[1, 1001] = TOO_OLD  # in the current stream of cuda:1
+    current = machine((9, 0), (9, 0))
+    assert cuda_backend.why_unsupported(torch.device("cuda", 1), (FP32,)) == (
+        f"its extension does not run on cuda:1: {TOO_OLD}"
+    )
+    assert current == [1, None]
+    assert cuda_backend.why_unsupported(torch.device("cuda", 0), (FP32,)) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "chips"),
+    [
+        ("80-real", "8.0 8.6 8.9"),
+        ("86-real", "8.6 8.9"),
+        ("90-virtual", "9.0 10.0 12.1"),
+        ("80", "8.0 8.6 8.9 9.0 10.0 12.1"),
+        ("90a", "9.0"),
+        ("100f", "10.0"),
+        ("120-real", "12.1"),
+        ("all", "7.5 8.0 8.6 8.9 9.0 10.0 12.1"),
+    ],
+)
+def test_code_runs_on_the_chips_that_cuda_says(code, chips):
+    every = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 1)]
+    found = [
+        f"{major}.{minor}" for major, minor in every if extension._runs_on((major, minor), code)
+    ]
+    assert " ".join(found) == chips
 
 
 # --- which tensors --------------------------------------------------------------------------------
@@ -275,24 +331,7 @@ def test_an_error_of_cuda_names_the_call_and_what_cuda_says(programs, monkeypatc
 @pytest.mark.usefixtures("backend")
 def test_an_error_of_a_launch_names_the_kernel():
     module = extension.module()
-    nothing = module.Pair(
-        maps=[None] * 4,
-        gradients=[None] * 4,
-        out=None,
-        out_part=0,
-        samples=0,  # so the launch has no blocks
-        first_sample=0,
-        channels=(1, 1),
-        positions=(1, 1),
-        parts=1,
-        own=0,
-        residual=module.Residual.plain,
-        norm=module.Norm.squares,
-        split=False,
-        finishes=False,
-        weight=0,
-        factor=1.0,
-    )
+    nothing = plain_product(module, samples=0)  # so the launch has no blocks
     program = module.Program(0, "a call of no samples")
     program.add_residual(module.Scalar.fp32, [nothing])
     with pytest.raises(

@@ -1,7 +1,8 @@
 """The test of the tests: kernels with a bug, run on the host, do not pass for correct.
 
 Each mutation is a piece of csrc/ and a wrong one to take its place. All are compiled into one
-module, in which a number says which of them is in force.
+module, in which a number says which of them is in force. Races are watched for in it (race.h): a
+barrier that is missing has to be reported as a race, whatever comes of it.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from calls import BF16, FP16, FP32, SIZES, Regime, check, four_of, pair_of, run, tensor
+from calls import BF16, DEVICE, FP16, FP32, SIZES, Regime, check, four_of, pair_of, run, tensor
 from cuda_on_host.build import ROOT, build, load
 from cuda_on_host.module import extension_is
 from tolerances import oracle
+
+from benchmarks.smoke import CASES as SMOKE_CASES
+from benchmarks.smoke import TOLERANCES, error_of
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="calls of the tests run on the GPU, these kernels do not"
@@ -82,6 +86,7 @@ def padded() -> None:
 
 CALLS: dict[str, Callable[[], None]] = {
     "one pass": partial(maps, "one pass"),
+    "two samples": partial(maps, "one pass", batch=2),
     "one pass bf16": partial(maps, "one pass", BF16),
     "one pass bf16, to the bit": to_the_bit,
     "one pass fp16": partial(maps, "one pass", FP16),
@@ -117,6 +122,7 @@ class Mutation(NamedTuple):
     within: str
     old: str
     new: str
+    races: bool = False  # and has to be told to do so
 
     def planted(self, text: str, number: int) -> str:
         """The file's text with both, of which the number in force chooses."""
@@ -137,9 +143,17 @@ def without(name: str, call: str, file: str, old: str, within: str = "") -> Muta
     return Mutation(name, call, file, within or old, old, "")
 
 
-def no_barrier(name: str, call: str, file: str, within: str) -> Mutation:
-    return without(name, call, file, "__syncthreads();", within)
+def race(mutation: Mutation) -> Mutation:
+    return mutation._replace(races=True)
 
+
+def no_barrier(name: str, call: str, file: str, within: str) -> Mutation:
+    return race(without(name, call, file, "__syncthreads();", within))
+
+
+# A race tells both places by file and line, and which calls of the kernel lead there.
+PLACE = r"\w+\.cuh:\d+( \(in [^()]*\))?" if shutil.which("addr2line") else r"\S+\+0x\w+"
+RACE = rf"races in (shared|global) memory: it (reads|writes) at {PLACE}; warp .* at {PLACE}, "
 
 NONE = -1
 MUTATIONS = [
@@ -235,20 +249,43 @@ MUTATIONS = [
         "sums[i * 32 + lane];\n  __syncthreads();",
     ),
     # Copies to shared memory.
-    without("copies are not awaited", "one pass", "pipeline.cuh", "wait_for_copies<1>();"),
-    instead(
-        "copies are awaited a stage too late",
-        "one pass",
-        "pipeline.cuh",
-        "wait_for_copies<1>();",
-        "wait_for_copies<2>();",
+    race(without("copies are not awaited", "one pass", "pipeline.cuh", "wait_for_copies<1>();")),
+    race(
+        instead(
+            "copies are awaited a stage too late",
+            "one pass",
+            "pipeline.cuh",
+            "wait_for_copies<1>();",
+            "wait_for_copies<2>();",
+        )
     ),
-    without("copies are not committed", "one pass", "pipeline.cuh", "commit_copies();"),
-    without(
-        "copies outside of a pipeline are not awaited",
-        "recomputed, aligned",
-        "recompute.cuh",
-        "wait_for_copies<0>();",
+    race(without("copies are not committed", "one pass", "pipeline.cuh", "commit_copies();")),
+    race(
+        without(
+            "copies outside of a pipeline are not awaited",
+            "recomputed, aligned",
+            "recompute.cuh",
+            "wait_for_copies<0>();",
+        )
+    ),
+    # Blocks.
+    race(
+        instead(
+            "two blocks write one partial loss",
+            "two samples",
+            "one_pass.cuh",
+            "pair.partial + place.program",
+            "pair.partial",
+        )
+    ),
+    race(
+        instead(
+            "two blocks write one tile of a gradient",
+            "tiles",
+            "tiles.cuh",
+            "place.program / down % across * Of::positions",
+            "0",
+        )
     ),
     # Masks.
     Mutation(
@@ -481,7 +518,7 @@ def mutants(tmp_path_factory):
     csrc = tmp_path_factory.mktemp("mutants") / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
     plant(csrc)
-    path = build(csrc=csrc)
+    path = build(watched="races", csrc=csrc)
     return load(path), ctypes.c_int.in_dll(ctypes.CDLL(str(path)), "fsp_mutant")
 
 
@@ -512,9 +549,21 @@ def test_kernels_without_a_bug_pass(call):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(
+    "case", [case for case in SMOKE_CASES if "split" not in case.name], ids=lambda case: case.name
+)
+def test_kernels_without_a_bug_do_not_race(case):
+    """Nor in larger calls, but for those whose million elements take as long as all others."""
+    assert error_of(case, "cuda", DEVICE) <= TOLERANCES[case.dtype]
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("number", range(len(MUTATIONS)), ids=[m.name for m in MUTATIONS])
 def test_a_bug_is_found(number, mutant):
     mutant.value = number
-    with pytest.raises((AssertionError, RuntimeError)):
-        CALLS[MUTATIONS[number].call]()
+    mutation = MUTATIONS[number]
+    found = (RuntimeError, RACE) if mutation.races else ((AssertionError, RuntimeError), None)
+    with pytest.raises(found[0], match=found[1]):
+        CALLS[mutation.call]()

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <vector>
 
+#include "race.h"
+
 namespace on_host {
 
 struct AsyncCopy {
@@ -13,6 +15,7 @@ struct AsyncCopy {
   int bytes;
   int size;  // `bytes` from the source, the rest zeros
   unsigned group;
+  const void* code;  // where it was started
 };
 
 class AsyncCopies {
@@ -29,6 +32,7 @@ class AsyncCopies {
     std::size_t done = 0;
     while (done < queue_.size() && queue_[done].group + left_open < groups_) {
       const AsyncCopy& copy = queue_[done++];
+      race::finish_copy(copy.to, copy.size, copy.from, copy.bytes, copy.code);
       if (copy.bytes > 0) std::memcpy(copy.to, copy.from, copy.bytes);
       std::memset(copy.to + copy.bytes, 0, copy.size - copy.bytes);
     }

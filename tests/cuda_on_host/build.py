@@ -18,7 +18,8 @@ SHIM = Path(__file__).resolve().parent
 ROOT = SHIM.parents[1]
 BUILDS = ROOT / "build" / "cuda_on_host"
 SHIM_SOURCES = [
-    SHIM / name for name in ("cuda_api.cpp", "fiber.cpp", "runtime.cpp", "tensor_cores.cpp")
+    SHIM / name
+    for name in ("cuda_api.cpp", "fiber.cpp", "race.cpp", "runtime.cpp", "tensor_cores.cpp")
 ]
 CPP_SUFFIXES = {".cpp", ".cu", ".cuh", ".h"}
 
@@ -26,21 +27,28 @@ FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-
 FLAGS += ["-Wno-unknown-pragmas"]  # "unroll"
 FLAGS += ['-DFSP_ARCHITECTURES="host"']
 FLAGS += ["-fno-strict-aliasing"]  # kernels look at the same memory as several types
-SANITIZER_FLAGS = [
-    "-fsanitize=address,undefined",
-    "-fno-sanitize-recover=all",
-    "-fno-omit-frame-pointer",
-]
+# What may watch a build, and the flags for that: of all sources, and of kernels alone.
+WATCHED = {
+    "": ([], []),
+    "sanitizers": (
+        ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
+        [],
+    ),
+    "races": (["-DON_HOST_RACES"], ["-fsanitize=thread"]),  # race.h
+}
 
 
-def build(architecture: int = 80, sanitize: bool = False, csrc: Path = ROOT / "csrc") -> Path:
-    """The path of the module `_cuda` of csrc/, compiled unless that has been done before."""
+def build(architecture: int = 80, watched: str = "", csrc: Path = ROOT / "csrc") -> Path:
+    """The path of the module `_cuda` of csrc/, compiled unless that has been done before.
+
+    ``watched`` is a key of :data:`WATCHED`.
+    """
     import pybind11
 
     sources = sorted([*csrc.glob("*.cu"), *csrc.glob("*.cpp")])
     includes = [csrc, Path(pybind11.get_include()), Path(sysconfig.get_paths()["include"])]
     name = "_cuda" + sysconfig.get_config_var("EXT_SUFFIX")
-    return build_library(name, sources, includes, architecture, sanitize)
+    return build_library(name, sources, includes, architecture, watched)
 
 
 def load(path: Path) -> ModuleType:
@@ -67,28 +75,34 @@ def build_library(
     sources: Sequence[Path],
     includes: Sequence[Path],
     architecture: int = 80,
-    sanitize: bool = False,
+    watched: str = "",
 ) -> Path:
     """A shared library of the sources and the shim, in a folder named after all that went in."""
-    flags = [*FLAGS, f"-D__CUDA_ARCH__={architecture}0", *(SANITIZER_FLAGS if sanitize else [])]
+    of_all, of_kernels = WATCHED[watched]
+    flags = [*FLAGS, f"-D__CUDA_ARCH__={architecture}0", *of_all]
     sources = [*sources, *SHIM_SOURCES]
-    folder = BUILDS / _key(name, sources, flags)  # by what is in the sources, wherever they lie
+    # By what is in the sources, wherever they lie.
+    folder = BUILDS / _key(name, sources, [*flags, *of_kernels])
     flags += [f"-I{path}" for path in [SHIM, *includes]]
     library = folder / name
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / "lock"):
         if not library.exists():
-            _compile_and_link(sources, flags, library)
+            _compile_and_link(sources, flags, of_kernels, library)
     return library
 
 
-def _compile_and_link(sources: Sequence[Path], flags: Sequence[str], library: Path) -> None:
+def _compile_and_link(
+    sources: Sequence[Path], flags: Sequence[str], of_kernels: Sequence[str], library: Path
+) -> None:
+    # As nvcc does, unasked.
+    of_kernels = [*of_kernels, "-include", "cuda_runtime.h"]
+
     def compile_one(source: Path) -> str:
         target = library.parent / (source.name + ".o")
-        # As nvcc does, unasked.
-        prelude = ["-include", "cuda_runtime.h"] if source.suffix == ".cu" else []
+        more = of_kernels if source.suffix == ".cu" else []
         files = ["-x", "c++", "-c", str(source), "-o", str(target)]
-        _run([*_compiler(), *flags, *prelude, *files])
+        _run([*_compiler(), *flags, *more, *files])
         return str(target)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

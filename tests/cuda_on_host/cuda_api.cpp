@@ -1,7 +1,8 @@
-// The runtime's functions, for one device of the architecture that is compiled for.
+// The runtime's functions, for two devices of the architecture that is compiled for.
 #include <map>
 #include <mutex>
 #include <stdexcept>
+#include <utility>
 
 #include "cuda_runtime.h"
 
@@ -17,22 +18,37 @@ constexpr int kMaxSharedBytes = 163 * 1024;
 #endif
 constexpr int kSharedBytesUnasked = 48 * 1024;  // more is for kernels that ask for it
 constexpr int kRuntimeVersion = 12000;
+constexpr int kDevices = 2;
 
 thread_local cudaError_t last_error = cudaSuccess;
+thread_local int current_device = 0;
 
 cudaError_t returned(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;
   return error;
 }
 
-// The dynamic shared memory that each kernel has asked for.
-std::mutex limits_mutex;
-std::map<on_host::Kernel, int> limits;
+// What tests ask for, and are told.
+struct {
+  int launches[kDevices];
+  int capturing;          // whether a graph is captured, in every stream
+  int (*observer)();      // called by every launch, if set
+  int observed;           // what it returned last
+} seen = {};
 
-int shared_limit(on_host::Kernel kernel) {
-  const std::lock_guard<std::mutex> lock(limits_mutex);
-  const auto found = limits.find(kernel);
-  return found == limits.end() ? kSharedBytesUnasked : found->second;
+// The kernels that are loaded, by device, with the dynamic shared memory that each has asked for.
+std::mutex limits_mutex;
+std::map<std::pair<int, on_host::Kernel>, int> limits;
+
+// The limit of a kernel on the current device. What is used is loaded, which may fail.
+cudaError_t load(on_host::Kernel kernel, int** limit) {
+  const auto [entry, is_new] = limits.try_emplace({current_device, kernel}, kSharedBytesUnasked);
+  if (is_new && seen.capturing != 0) {
+    limits.erase(entry);
+    return returned(cudaErrorStreamCaptureUnsupported);
+  }
+  *limit = &entry->second;
+  return cudaSuccess;
 }
 
 struct ErrorText {
@@ -58,6 +74,8 @@ constexpr ErrorText kErrors[] = {
      "the provided PTX was compiled with an unsupported toolchain."},
     {cudaErrorLaunchOutOfResources, "cudaErrorLaunchOutOfResources",
      "too many resources requested for launch"},
+    {cudaErrorStreamCaptureUnsupported, "cudaErrorStreamCaptureUnsupported",
+     "operation not permitted when stream is capturing"},
 };
 
 ErrorText described(cudaError_t error) {
@@ -80,21 +98,28 @@ cudaError_t cudaGetLastError() {
 }
 
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
+  *count = kDevices;
   return cudaSuccess;
 }
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = current_device;
   return cudaSuccess;
 }
 
 cudaError_t cudaSetDevice(int device) {
-  return returned(device == 0 ? cudaSuccess : cudaErrorInvalidDevice);
+  if (device < 0 || device >= kDevices) return returned(cudaErrorInvalidDevice);
+  current_device = device;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = seen.capturing != 0 ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device != 0) return returned(cudaErrorInvalidDevice);
+  if (device < 0 || device >= kDevices) return returned(cudaErrorInvalidDevice);
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
       *value = kArchitecture == 75 ? 40 : 108;  // a T4, an A100
@@ -125,16 +150,22 @@ cudaError_t set_attribute(Kernel kernel, cudaFuncAttribute attribute, int value)
     return returned(cudaErrorInvalidValue);
   }
   const std::lock_guard<std::mutex> lock(limits_mutex);
-  limits[kernel] = value;
-  return cudaSuccess;
+  int* limit = nullptr;
+  const cudaError_t status = load(kernel, &limit);
+  if (status == cudaSuccess) *limit = value;
+  return status;
 }
 
 cudaError_t get_attributes(cudaFuncAttributes* attributes, Kernel kernel) {
+  const std::lock_guard<std::mutex> lock(limits_mutex);
+  int* limit = nullptr;
+  const cudaError_t status = load(kernel, &limit);
+  if (status != cudaSuccess) return status;
   *attributes = {};
   attributes->maxThreadsPerBlock = kMaxBlockThreads;
   attributes->ptxVersion = kArchitecture;
   attributes->binaryVersion = kArchitecture;
-  attributes->maxDynamicSharedSizeBytes = shared_limit(kernel);
+  attributes->maxDynamicSharedSizeBytes = *limit;
   return cudaSuccess;
 }
 
@@ -143,9 +174,17 @@ cudaError_t launch(Kernel kernel, dim3 grid, dim3 block, Launch launch) {
   if (grid.x * grid.y * grid.z == 0 || threads == 0 || threads > kMaxBlockThreads) {
     return returned(cudaErrorInvalidConfiguration);
   }
-  if (launch.shared_bytes > static_cast<std::size_t>(shared_limit(kernel))) {
-    return returned(cudaErrorInvalidValue);
+  {
+    const std::lock_guard<std::mutex> lock(limits_mutex);
+    int* limit = nullptr;
+    const cudaError_t status = load(kernel, &limit);
+    if (status != cudaSuccess) return status;
+    if (launch.shared_bytes > static_cast<std::size_t>(*limit)) {
+      return returned(cudaErrorInvalidValue);
+    }
+    ++seen.launches[current_device];
   }
+  if (seen.observer != nullptr) seen.observed = seen.observer();
   if (grid.y * grid.z != 1 || block.x != threads || threads % kWarpSize != 0) {
     throw std::runtime_error("only grids of one dimension and whole warps are known here");
   }
@@ -154,3 +193,7 @@ cudaError_t launch(Kernel kernel, dim3 grid, dim3 block, Launch launch) {
 }
 
 }  // namespace on_host
+
+// The door for tests, by ctypes.
+extern "C" __attribute__((visibility("default"))) void* on_host_seen() { return &seen; }
+extern "C" __attribute__((visibility("default"))) int on_host_device() { return current_device; }

@@ -8,7 +8,10 @@
 // Caught as errors: lanes of a warp at different operations, barriers that not all can reach,
 // overruns of shared memory, misaligned ldmatrix and cp.async, copies that nobody waits for.
 // Seen as NaN or wrong numbers: missing barriers and waits, shared memory read before it is set.
+// With race.h: races between threads, blocks and copies, as errors that name both places.
 // With the sanitizers: accesses outside any buffer, global memory included, or not aligned.
+// Modelled for tests of the host's side: two devices, of which one is current in a thread, a limit of
+// shared memory for each kernel on each, and that no kernel is loaded while a graph is captured.
 // Not modelled: time, the memory model beyond the above, atomics, grids of more than one dimension,
 // warp operations of part of a warp.
 #pragma once
@@ -146,7 +149,7 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize,
   return on_host::shuffled("__shfl_down_sync", mask, value, source, site);
 }
 
-// ---- the runtime's functions, for one device of the architecture that is compiled for
+// ---- the runtime's functions, for two devices of the architecture that is compiled for
 
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
@@ -163,6 +166,12 @@ enum cudaError_t {
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorUnsupportedPtxVersion = 222,
   cudaErrorLaunchOutOfResources = 701,
+  cudaErrorStreamCaptureUnsupported = 900,
+};
+
+enum cudaStreamCaptureStatus {
+  cudaStreamCaptureStatusNone = 0,
+  cudaStreamCaptureStatusActive = 1,
 };
 
 enum cudaDeviceAttr {
@@ -196,6 +205,7 @@ cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaRuntimeGetVersion(int* version);
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
 
 namespace on_host {
 

@@ -69,6 +69,7 @@ void check_shared(const char* name, const void* pointer, std::size_t bytes, Site
 unsigned char* shared_memory();
 int current_lane();
 [[noreturn]] void fail(const char* name, const char* reason, Site site);
+[[noreturn]] void fail(std::string text);
 
 // Asynchronous copies of the calling thread: queued, and carried out when they are waited for.
 void start_copy(const char* name, void* shared, const void* global, int bytes, int size, Site site);

@@ -1,9 +1,12 @@
 """csrc/ compiled for the host as the extension: the CUDA backend then serves the CPU."""
 
+import ctypes
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -12,19 +15,48 @@ from cuda_on_host.build import build, load
 from fsp_kernels.backends.cuda import extension, loss, product
 
 NAME = "fsp_kernels._cuda"
-# What ``pytest --host-cuda`` chooses from: the architecture, and whether sanitizers watch.
+# What ``pytest --host-cuda`` chooses from: the architecture, and what watches.
 HOST_BUILDS = {
-    "80": (80, False),
-    "75": (75, False),
-    "80-sanitized": (80, True),
-    "75-sanitized": (75, True),
+    "80": (80, ""),
+    "75": (75, ""),
+    "80-sanitized": (80, "sanitizers"),
+    "75-sanitized": (75, "sanitizers"),
+    "80-races": (80, "races"),
+    "75-races": (75, "races"),
 }
 
 
 @cache  # a process loads each build once
-def host_cuda_module(architecture: int = 80, sanitize: bool = False) -> ModuleType:
+def host_cuda_module(architecture: int = 80, watched: str = "") -> ModuleType:
     """csrc/ as that chip would run it, compiled unless that has been done before."""
-    return load(build(architecture, sanitize))
+    return load(build(architecture, watched))
+
+
+class Seen(ctypes.Structure):
+    """What a build for the host tells, and is told, of its two devices: cuda_api.cpp, ``seen``."""
+
+    _fields_ = (
+        ("launches", ctypes.c_int * 2),
+        ("capturing", ctypes.c_int),
+        ("observer", ctypes.c_void_p),
+        ("observed", ctypes.c_int),
+    )
+
+
+class Machine:
+    """A copy of a build on which nothing has happened yet."""
+
+    def __init__(self, folder: Path, architecture: int = 80):
+        path = Path(shutil.copy(build(architecture), folder))
+        self.module = load(path)
+        self._library = ctypes.CDLL(str(path))
+        self._library.on_host_seen.restype = ctypes.POINTER(Seen)
+        self.seen: Seen = self._library.on_host_seen().contents
+
+    @property
+    def current_device(self) -> int:
+        """Of this thread."""
+        return self._library.on_host_device()
 
 
 @contextmanager

@@ -9,6 +9,7 @@
 #include "async_copies.h"
 #include "cuda_runtime.h"
 #include "fiber.h"
+#include "race.h"
 #include "shared_buffer.h"
 
 uint3 threadIdx, blockIdx;
@@ -115,6 +116,7 @@ void Machine::run(const Launch& launch) {
   launch_ = &launch;
   shared_ = &shared;
   ++launches_;
+  race::begin_launch();
   gridDim = dim3(launch.blocks);
   blockDim = dim3(launch.threads);
   while (threads_.size() < launch.threads) {
@@ -138,9 +140,13 @@ void Machine::run_blocks() {
 
 void Machine::run_block() {
   shared_->fill(kPoison);
+  race::begin_block(shared_->data(), launch_->shared_bytes);
   for (unsigned i = 0; i < launch_->threads; ++i) threads_[i]->exited = false;
   phase_ = 0;
-  while (run_to_barrier()) check_barrier();
+  while (run_to_barrier()) {
+    check_barrier();
+    race::pass_barrier();
+  }
   if (!shared_->guard_is_intact()) {
     throw std::runtime_error(where() + "the kernel wrote beyond the end of shared memory");
   }
@@ -204,7 +210,9 @@ void Machine::check_barrier() {
 void Machine::resume(Thread& thread) {
   current_ = &thread;
   threadIdx = thread.index;
+  race::enter_thread(thread.fiber.context.stack_bottom, thread.fiber.context.stack_bytes);
   switch_context(scheduler_, thread.fiber.context);
+  race::leave_thread();
   if (!error_.empty()) throw std::runtime_error(error_);
 }
 
@@ -259,6 +267,12 @@ void fail(const char* name, const char* reason, Site site) {
   for (;;) machine.suspend();
 }
 
+void fail(std::string text) {
+  machine.record_error(text);
+  std::string().swap(text);  // this frame is never left
+  for (;;) machine.suspend();
+}
+
 void wait_for_block(Site site) {
   machine.current().request = {"__syncthreads", site, nullptr, nullptr};
   machine.suspend();
@@ -302,8 +316,11 @@ void start_copy(const char* name, void* shared, const void* global, int bytes, i
   check_aligned(name, shared, size, site);
   check_shared(name, shared, size, site);
   if (bytes > 0) check_aligned(name, global, size, site);
+  const void* code = __builtin_return_address(0);
+  race::start_copy(shared, size, global, bytes, code);
   std::memset(shared, kPoison, size);
-  machine.current().copies.start({static_cast<unsigned char*>(shared), global, bytes, size, 0});
+  auto* const to = static_cast<unsigned char*>(shared);
+  machine.current().copies.start({to, global, bytes, size, 0, code});
 }
 
 void commit_copies() { machine.current().copies.commit(); }

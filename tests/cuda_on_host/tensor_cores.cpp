@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "ptx_on_host.h"
+#include "race.h"
 
 namespace fsp {
 namespace {
@@ -54,9 +55,11 @@ void load_transposed(void* const* arguments) {
   }
 }
 
-void ldmatrix(const char* name, on_host::WarpFunction perform, LoadLane lane, Site site) {
+void ldmatrix(const char* name, on_host::WarpFunction perform, LoadLane lane, Site site,
+              const void* code) {
   on_host::check_aligned(name, lane.row, 16, site);
   on_host::check_shared(name, lane.row, 16, site);
+  on_host::race::access(lane.row, 16, false, code);
   on_host::wait_for_warp(name, perform, &lane, site);
 }
 
@@ -157,11 +160,11 @@ void multiply(void* const* arguments) {
 }  // namespace
 
 void ldmatrix_x4(std::uint32_t (&r)[4], const void* row, Site site) {
-  ldmatrix("ldmatrix_x4", load, {row, r}, site);
+  ldmatrix("ldmatrix_x4", load, {row, r}, site, __builtin_return_address(0));
 }
 
 void ldmatrix_x4_trans(std::uint32_t (&r)[4], const void* row, Site site) {
-  ldmatrix("ldmatrix_x4_trans", load_transposed, {row, r}, site);
+  ldmatrix("ldmatrix_x4_trans", load_transposed, {row, r}, site, __builtin_return_address(0));
 }
 
 void mma_f16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1,

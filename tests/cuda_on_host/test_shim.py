@@ -20,16 +20,16 @@ class Params(ctypes.Structure):
     _fields_ = [("input", ctypes.c_void_p), ("output", ctypes.c_void_p), ("n", ctypes.c_int)]
 
 
-def build_kernels(architecture=80, sanitize=False):
+def build_kernels(architecture=80, watched=""):
     source = HERE / "shim_kernels.cpp"
-    return build.build_library("shim_kernels.so", [source], [], architecture, sanitize)
+    return build.build_library("shim_kernels.so", [source], [], architecture, watched)
 
 
 class Kernels:
     """shim_kernels.cpp, compiled and loaded."""
 
-    def __init__(self, architecture=80, sanitize=False):
-        self.library = ctypes.CDLL(str(build_kernels(architecture, sanitize)))
+    def __init__(self, architecture=80, watched=""):
+        self.library = ctypes.CDLL(str(build_kernels(architecture, watched)))
         self.library.launch.restype = ctypes.c_char_p
         dimensions = [ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t]
         self.library.launch.argtypes = [ctypes.c_char_p, Params, *dimensions]
@@ -374,7 +374,7 @@ def test_turing_lacks_what_ampere_brought(call):
 SANITIZED = """
 import numpy as np
 import test_shim
-kernels = test_shim.Kernels(sanitize=True)
+kernels = test_shim.Kernels(watched="sanitizers")
 data, out = np.zeros(64, np.float32), np.zeros((2, 64), np.float32)
 for _ in range(2):
     kernels.run("reverse", output=out, grid=2, block=64, shared=256)
@@ -389,7 +389,7 @@ print("done", flush=True)
 
 @pytest.fixture(scope="session")
 def sanitized_kernels():
-    return build_kernels(sanitize=True)
+    return build_kernels(watched="sanitizers")
 
 
 @pytest.mark.usefixtures("sanitized_kernels")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsp_kernels.backends.fused import constant, remembered, why_no_gpu
+from fsp_kernels.backends.fused import constant, raw_stream, remembered, why_no_gpu
 
 NEVER = "nothing has compiled it: `pip install .` does, where it finds nvcc 12.0 or newer"
 # What setup.py leaves where it does not build the extension: why.
@@ -32,11 +33,14 @@ def extension() -> ModuleType | str:
 
 @remembered
 def why_unavailable() -> str | None:
-    """``None`` if the extension is there and has kernels for a GPU of this machine."""
+    """``None`` if the extension is there and has kernels for a GPU of this machine.
+
+    GPUs are not used for that, only told apart: they may all belong to other processes.
+    """
     found = extension()
     if isinstance(found, str):
         return found
-    return None if on_host() else why_no_gpu(why_not_on)
+    return None if on_host() else why_no_gpu(_why_no_kernels)
 
 
 @constant
@@ -53,14 +57,43 @@ def module() -> Any:
 
 @remembered
 def why_not_on(device: int) -> str | None:
-    reason = module().why_not_on(device)
-    if not reason:
+    """``None`` if the kernels run on this GPU, where they are loaded; else why not.
+
+    Raises:
+        RuntimeError: a graph is captured, and the kernels are not loaded yet.
+    """
+    reason = _why_no_kernels(device)
+    if reason is not None:
+        return reason
+    with torch.cuda.device(device):  # by PyTorch, which restores without using the other one
+        reason = module().why_not_on(device, raw_stream(torch.device("cuda", device)))
+    return f"its extension does not run on cuda:{device}: {reason}" if reason else None
+
+
+def _why_no_kernels(device: int) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    built = module().architectures
+    if any(_runs_on(capability, code) for code in built.split()):
         return None
-    major, minor = torch.cuda.get_device_capability(device)
-    return (
-        f"its extension, built for {module().architectures}, has no kernels for cuda:{device} "
-        f"(sm_{major}{minor}): {reason}"
-    )
+    major, minor = capability
+    return f"its extension, built for {built}, has no kernels for cuda:{device} (sm_{major}{minor})"
+
+
+def _runs_on(capability: tuple[int, int], code: str) -> bool:
+    """Whether code for one of CMake's architectures, ``80-real`` or ``120-virtual``, can run.
+
+    Machine code runs on chips of its major number, from its minor one on; PTX on all later chips,
+    if the driver can compile it, which :func:`why_not_on` finds out.
+    """
+    found = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", code)
+    if found is None:  # "all" and "all-major", which only nvcc spells out
+        return True
+    oldest = (int(found[1]), int(found[2]))
+    if found[3] == "a":  # for this chip alone
+        return capability == oldest
+    if found[3] == "f" or found[4] == "-real":
+        return capability >= oldest and capability[0] == oldest[0]
+    return capability >= oldest
 
 
 def index_of(tensor: Tensor) -> int:
