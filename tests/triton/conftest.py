@@ -56,6 +56,7 @@ def over_the_stub(libcuda) -> dict[str, str]:
     paths = [str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     return environment | {
         "CUDA_VISIBLE_DEVICES": "",
+        "LD_LIBRARY_PATH": str(libcuda.parent),
         "PYTHONPATH": os.pathsep.join(paths),
         "TRITON_CACHE_DIR": str(libcuda.parent / "cache"),
         "TRITON_LIBCUDA_PATH": str(libcuda.parent),
