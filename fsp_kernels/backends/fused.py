@@ -259,6 +259,19 @@ def raw_stream(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
+def check_not_capturing(what: str) -> None:
+    """Refuse ``what``, a clause, while the current stream is captured in a CUDA graph.
+
+    Raises:
+        RuntimeError: it is captured.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{what} at its first call, which a CUDA graph cannot capture: call it once before "
+            "capturing, forward and backward, with tensors of the same shapes, strides and dtypes"
+        )
+
+
 def why_no_gpu(why_not_on: Callable[[int], str | None]) -> str | None:
     """``None`` if there is an NVIDIA GPU with nothing against it, else what is missing.
 

@@ -210,6 +210,32 @@ def test_a_cuda_graph_replays_with_new_data(shape, dtype):
         check(tensors, loss, gradients)
 
 
+def gradients_in_a_graph(tensors):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = loss_of(*tensors)
+        gradients = torch.autograd.grad(3 * loss, tensors)
+    graph.replay()
+    torch.cuda.synchronize()
+    return loss, [g / 3 for g in gradients]
+
+
+# Shapes of no other test, so that the call is the first of its kind.
+@pytest.mark.parametrize(("channels", "forward_first"), [(24, False), (40, True)])
+def test_a_first_call_in_a_cuda_graph_works_or_says_what_to_do(channels, forward_first):
+    tensors = maps_of((channels, 56, (5, 6)), FP32)
+    if forward_first:  # then it is backward's scaling that is new
+        loss_of(*tensors)
+    message = ""
+    try:
+        check(tensors, *gradients_in_a_graph(tensors))
+    except RuntimeError as error:
+        message = str(error)
+    assert not message or "call it once before capturing" in message
+    torch.autograd.grad(3 * loss_of(*tensors), tensors)
+    check(tensors, *gradients_in_a_graph(tensors))
+
+
 def test_threads_with_streams_of_their_own():
     calls = [maps_of(shape) for shape in SHAPES.values()] * 2
     results: list = [None] * len(calls)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +15,9 @@ from calls import BF16, DEVICE, FP16, FP32
 
 import fsp_kernels as fsp
 from fsp_kernels import backends, functional
+from fsp_kernels.__main__ import environment
 from fsp_kernels.backends import triton as package
+from fsp_kernels.backends.cuda import CudaBackend
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -45,6 +50,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(
             torch.cuda, "get_device_capability", lambda device: capabilities[device.index]
         )
+        monkeypatch.setattr(package, "_compile_as_triton_does", lambda: None)
 
     return _machine
 
@@ -95,6 +101,73 @@ def test_one_gpu_that_is_new_enough_is_enough_and_the_other_is_not_served(backen
     assert backend.why_unavailable() is None
     assert "cuda:0 has 7.5" in backend.why_unsupported(torch.device("cuda", 0), (FP32,))
     assert backend.why_unsupported(torch.device("cuda", 1), (FP32,)) is None
+
+
+# --- with a Triton that cannot compile ------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(machine, monkeypatch):
+    """A GPU, and a Triton that fails where it first compiles; how often that was tried."""
+    machine((9, 0))
+    tried = []
+
+    def fail():
+        tried.append(1)
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one.")
+
+    monkeypatch.setattr(package, "_compile_as_triton_does", fail)
+    return tried
+
+
+REASON = "Triton cannot compile its launcher: Failed to find C compiler. Please specify one."
+
+
+def test_it_needs_a_triton_that_can_compile(backend, broken):
+    assert backend.why_unavailable() == REASON
+    assert backend.why_unavailable() == REASON
+    assert broken == [1]
+
+
+def test_a_machine_without_a_gpu_compiles_nothing(backend, broken, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backend.why_unavailable() == "PyTorch sees no NVIDIA GPU"
+    assert broken == []
+
+
+@pytest.mark.usefixtures("broken")
+def test_the_report_says_why_triton_cannot_compile(monkeypatch):
+    chip = SimpleNamespace(name="Fake", major=9, minor=0, total_memory=1 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: chip)  # noqa: ARG005
+    assert environment()["backend triton"] == f"not available: {REASON}"
+
+
+@pytest.mark.usefixtures("broken")
+@pytest.mark.parametrize(("cuda", "wanted"), [(None, "cuda"), ("it is not built", "torch")])
+def test_the_next_backend_takes_over_from_a_triton_that_cannot_compile(cuda, wanted, monkeypatch):
+    monkeypatch.setattr(CudaBackend, "why_unavailable", lambda self: cuda)  # noqa: ARG005
+    monkeypatch.setattr(CudaBackend, "why_not_on", lambda self, device: None)  # noqa: ARG005
+    monkeypatch.setattr(CudaBackend, "automatic", True)
+    assert backends.select_backend(None, GPU, (FP32,)).name == wanted
+
+
+def test_what_triton_needs_to_compile_is_found_by_trying(over_the_stub, tmp_path):
+    result = subprocess.run(
+        [sys.executable, Path(__file__).parent / "compiling.py"],
+        env=over_the_stub | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(result.stdout)
+    assert found.pop("nothing") is None
+    assert all(
+        reason.startswith("Triton cannot compile its launcher: ") for reason in found.values()
+    )
+    assert "Failed to find C compiler" in found["a compiler"]
+    assert "Python.h" in found["Python.h"]
+    assert "Not a directory" in found["a cache"]
+    assert "Not a directory" in found["a cache that can be written"]
 
 
 # --- which tensors --------------------------------------------------------------------------------

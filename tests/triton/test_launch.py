@@ -12,6 +12,8 @@ from fsp_kernels.backends.triton.launch import Launch
 class FakeKernel:
     """Stands for a Triton kernel, and for what it compiles to."""
 
+    __name__ = "fsp_fake"
+
     def __init__(self):
         self.started: list[tuple] = []
         self.launched: list[tuple] = []
@@ -87,6 +89,50 @@ def test_addresses_of_one_alignment_share_a_kernel(kernel):
         bound(0, (aligned_by(elements),))
     bound(0, (aligned_by(4),))
     assert len(kernel.started) == 2
+
+
+# --- in a CUDA graph ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    """Begins a capture of the current stream."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return lambda: monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+
+def test_a_first_call_in_a_capture_says_what_to_do_and_starts_nothing(kernel, capture):
+    capture()
+    with pytest.raises(
+        RuntimeError, match=r"^Triton compiles and loads fsp_fake at .* call it once before captur"
+    ):
+        Launch(kernel, 1, 4)(0, (aligned_by(0),))
+    assert kernel.started == []
+
+
+def test_a_call_that_was_made_before_is_captured(kernel, capture):
+    bound = Launch(kernel, 1, 4)
+    bound(0, (aligned_by(0),))
+    capture()
+    bound(0, (aligned_by(0),))
+    assert len(kernel.launched) == 1
+
+
+def test_another_alignment_is_another_first_call(kernel, capture):
+    bound = Launch(kernel, 1, 4)
+    bound(0, (aligned_by(0),))
+    capture()
+    with pytest.raises(RuntimeError, match="call it once before capturing"):
+        bound(0, (aligned_by(1),))
+
+
+def test_a_later_call_does_not_ask_whether_it_is_captured(kernel, monkeypatch):
+    bound = Launch(kernel, 1, 4)
+    bound(0, (aligned_by(0),))
+    monkeypatch.setattr(launch, "check_not_capturing", None)
+    bound(0, (aligned_by(0),))
+    assert len(kernel.launched) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is no interpreter at work on a GPU")

@@ -20,9 +20,13 @@ None of it is imported before it is used, so that ``import fsp_kernels`` needs n
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
+import subprocess
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -96,7 +100,38 @@ def _why_unavailable(interpreting: bool) -> str | None:
         return "the package triton is not installed"
     if interpreting:
         return None
-    return why_no_gpu(lambda index: _why_too_old(torch.device("cuda", index)))
+    missing = why_no_gpu(lambda index: _why_too_old(torch.device("cuda", index)))
+    return missing or _why_it_cannot_compile()
+
+
+def _why_it_cannot_compile() -> str | None:
+    """``None`` if Triton can compile and keep what it launches kernels with, else why not."""
+    try:
+        _compile_as_triton_does()
+    except subprocess.CalledProcessError as error:
+        return (
+            f"Triton cannot compile its launcher: {error.cmd[0]} failed, perhaps for lack of "
+            "Python's headers (Python.h); what it printed says why"
+        )
+    except Exception as error:  # of whatever kind, it is why
+        return f"Triton cannot compile its launcher: {' '.join(str(error).split())}"
+    return None
+
+
+def _compile_as_triton_does() -> None:
+    """Raise what a first launch would raise, wherever Triton needs a compiler and its cache."""
+    from triton.backends.nvidia import driver as nvidia
+    from triton.runtime import build, driver
+    from triton.runtime.cache import get_cache_manager
+
+    driver.active.utils  # noqa: B018  (a C module, compiled when it is first wanted)
+    key = hashlib.sha256(b"fsp_kernels").hexdigest()
+    get_cache_manager(key).put("", "the cache can be written", binary=False)
+    if hasattr(nvidia, "make_launcher"):  # up to Triton 3.6 each kernel has a launcher in C
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "launcher.c")
+            source.write_text("#include <Python.h>\n")
+            build._build("launcher", str(source), folder, [], [], [], [])
 
 
 @remembered

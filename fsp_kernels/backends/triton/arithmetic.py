@@ -15,12 +15,17 @@ import triton.language as tl
 # and it cuts fp32 off where a GPU rounds.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
+LARGEST_BF16 = tl.constexpr((2 - 2**-7) * 2.0**127)
+# The smallest fp32 number that is nearer to 2^128 than to the largest number of TF32.
+ROUNDED_TO_INF = tl.constexpr((2 - 2**-11) * 2.0**127)
+
 
 @triton.jit
 def multiply(x, y, accumulator, PRECISION: tl.constexpr):
     """``accumulator + x @ y`` for two tiles of maps, of one dtype or of two."""
     if x.dtype == tl.float32 or y.dtype == tl.float32:
-        result = tl.dot(x.to(tl.float32), y.to(tl.float32), accumulator, input_precision=PRECISION)
+        x, y = _operand(x, PRECISION), _operand(y, PRECISION)
+        result = tl.dot(x, y, accumulator, input_precision=PRECISION)
     elif x.dtype != y.dtype or INTERPRETED:  # fp16 and bf16: TF32 holds both exactly
         result = tl.dot(x.to(tl.float32), y.to(tl.float32), accumulator, input_precision="tf32")
     else:
@@ -32,7 +37,9 @@ def multiply(x, y, accumulator, PRECISION: tl.constexpr):
 def multiply_computed(x, y, accumulator, PRECISION: tl.constexpr):
     """``accumulator + x @ y`` for an fp32 ``x`` that was computed and a tile ``y`` of a map."""
     if y.dtype == tl.bfloat16:
-        high = cast(x, tl.bfloat16)
+        # A finite x beyond the range of bf16 must not become Inf: its low term would be -Inf, and
+        # the sum NaN. Inf itself reaches the product in the low term.
+        high = cast(tl.clamp(x, -LARGEST_BF16, LARGEST_BF16), tl.bfloat16)
         low = cast(x - high.to(tl.float32), tl.bfloat16)
         accumulator = multiply(low, y, accumulator, PRECISION)
         result = multiply(high, y, accumulator, PRECISION)
@@ -41,8 +48,18 @@ def multiply_computed(x, y, accumulator, PRECISION: tl.constexpr):
     else:
         if PRECISION == "tf32":
             x = round_to_tf32(x)
-        result = tl.dot(x, y, accumulator, input_precision=PRECISION)
+        result = multiply(x, y, accumulator, PRECISION)
     return result
+
+
+@triton.jit
+def _operand(x, PRECISION: tl.constexpr):
+    """An operand of an fp32 ``tl.dot``, such that no finite element is Inf in there."""
+    if PRECISION == "tf32x3" and x.dtype == tl.float32:
+        # Its first term is rounded to TF32, by adding half an ulp to the bits.
+        cut = (x.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+        x = tl.where(tl.abs(x) < ROUNDED_TO_INF, x, cut)
+    return x.to(tl.float32)
 
 
 @triton.jit
@@ -65,7 +82,10 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def round_to_tf32(x):
-    """To the nearest of 11 bits; tensor cores would cut the rest off, which is biased."""
+    """To the nearest of 11 bits; tensor cores would cut the rest off, which is biased.
+
+    Where rounding would make Inf of a finite ``x``, the rest is left to be cut off.
+    """
     bits = x.to(tl.int32, bitcast=True)
     rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return tl.where(x == x, rounded, x)  # the bits of a NaN may overflow
+    return tl.where(tl.abs(x) < ROUNDED_TO_INF, rounded, x)

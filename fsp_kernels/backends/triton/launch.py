@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 
+from fsp_kernels.backends.fused import check_not_capturing
 from fsp_kernels.backends.triton.arithmetic import INTERPRETED
 from fsp_kernels.backends.triton.configurations import family_of
 
@@ -41,9 +42,11 @@ class Launch:
         if compiled is not None:
             compiled[self.grid](*addresses, *self.constants, *scalars, stream=stream)
             return
-        compiled = self.start(tensors, *scalars)
-        if not INTERPRETED:
-            self._compiled[alignment] = compiled
+        if INTERPRETED:
+            self.start(tensors, *scalars)
+            return
+        check_not_capturing(f"Triton compiles and loads {self.kernel.__name__}")
+        self._compiled[alignment] = self.start(tensors, *scalars)
 
     def start(self, tensors: tuple[Tensors, ...], *scalars: Any) -> Any:
         """Launch by Triton's own path, on the current stream; the compiled kernel."""
