@@ -13,6 +13,7 @@ from layouts import LAYOUTS
 from tolerances import flatten, oracle
 
 import fsp_kernels as fsp
+from fsp_kernels.backends.triton import configurations
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -99,6 +100,16 @@ SIZES = {
         limits={"GPU_PART_POSITIONS": 40},
     ),
 }
+
+
+def small_rows(warps: int) -> list[configurations.Row]:
+    """Triton's table with the smallest tiles there are, for channels and positions as few."""
+    tile = configurations.Configuration(16, 16, 16, warps=warps, stages=2)
+    most = {"one_pass": 16, "gram": 4}
+    return [
+        row._replace(configuration=tile, limit=most.get(row.kernel, 0))
+        for row in configurations.rows()
+    ]
 
 
 def tensor(*shape: int, dtype=FP32, layout="contiguous", grad=True) -> torch.Tensor:

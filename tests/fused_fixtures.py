@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import triton.runtime.interpreter as interpreter
-from calls import SIZES
+from calls import SIZES, small_rows
 from cuda_on_host.module import HOST_BUILDS, extension_is, host_cuda_module
 
 import fsp_kernels as fsp
@@ -132,13 +132,7 @@ def limits(backend, monkeypatch):
 @pytest.fixture
 def small(backend, limits):
     """Limits of the planner, and where they can be chosen tiles: small maps take every road."""
-    tile = configurations.Configuration(16, 16, 16, warps=4, stages=2)
-    most = {"one_pass": 16, "gram": 4}
-    rows = [
-        row._replace(configuration=tile, limit=most.get(row.kernel, 0))
-        for row in configurations.rows()
-    ]
-    with configurations.using(rows):
+    with configurations.using(small_rows(warps=4)):
         limits(**SIZES[backend].limits)
         yield limits
 

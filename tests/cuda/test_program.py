@@ -32,7 +32,7 @@ def machine(tmp_path):
 @pytest.fixture
 def on_second_device(monkeypatch):
     """Maps count as those of the second device."""
-    for user in (cuda, cuda.loss, cuda.product, cuda.entries):
+    for user in (cuda, cuda.loss, cuda.product):
         monkeypatch.setattr(user, "index_of", lambda _: 1)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import triton
-from calls import ROADS, SIZES, four_of
+from calls import ROADS, SIZES, four_of, pair_of, small_rows, tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 
@@ -119,9 +119,7 @@ def call_every_kernel() -> None:
     """With tiles as small as there are, which compile in no time."""
     for name, value in SIZES["triton"].limits.items():
         setattr(plan, name, value)
-    tile = configurations.Configuration(16, 16, 16, warps=2, stages=2)
-    rows = [row._replace(configuration=tile) for row in configurations.rows()]
-    with configurations.using(rows), fsp.use_backend("triton"):
+    with configurations.using(small_rows(warps=2)), fsp.use_backend("triton"):
         for road in ROADS:
             weights = [0.3, 0.7] if road == "one pass" else [0.3]
             calls = [four_of(SIZES["triton"].regimes[road], batch=3) for _ in weights]
@@ -129,7 +127,9 @@ def call_every_kernel() -> None:
             teacher = [[x.detach() for x in teacher] for _, (teacher,) in calls]
             loss = fsp.fsp_loss(student, teacher, weights=weights)
             torch.autograd.grad(loss, student[0])
-        fsp.fsp_matrix(torch.empty(3, 20, 9), torch.empty(3, 17, 9))
+        regime = SIZES["triton"].regimes["tiles"]
+        fsp.fsp_loss([pair_of(regime)], [tensor(1, *regime.channels)])
+        fsp.fsp_matrix(torch.empty(3, 20, 3, 3), torch.empty(3, 17, 3, 3))
 
 
 def main(path: str) -> None:

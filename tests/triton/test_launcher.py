@@ -24,6 +24,7 @@ KERNELS = (
     "fsp_residual",
     "fsp_combine",
     "fsp_gradients",
+    "fsp_matrix_gradients",
     "fsp_finish",
     "fsp_scale",
     "fsp_product",
