@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,7 +128,7 @@ class PairPlan:
         return any(m.gradient_dtype is not None for m in self.maps)
 
 
-@dataclass(frozen=True, eq=False)  # planning is cached, so a plan is equal to itself alone
+@dataclass(frozen=True)
 class LossPlan:
     """The evaluation of one :func:`fsp_kernels.fsp_loss` call; ``print`` it to read it.
 
@@ -141,6 +141,21 @@ class LossPlan:
     device: str
     backend: str
     compute_dtype: torch.dtype
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Plans are keys of what is prepared for them, and every call looks that up."""
+        return hash(self._fields)
+
+    @property
+    def _fields(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LossPlan, self._fields  # without what is cached: a hash holds in one process
 
     @property
     def flops(self) -> int:
