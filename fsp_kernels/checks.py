@@ -157,6 +157,24 @@ def check_pair(
         )
 
 
+def check_weight_tensor(
+    weights: Tensor, pairs: int | None, device: torch.device | None = None
+) -> None:
+    """Raise unless a tensor holds loss weights; ``pairs`` and ``device`` of the maps, if known.
+
+    Its values are not read.
+    """
+    _check_dense_floating("weights", spec_of("weights", weights))
+    if weights.dim() != 1:
+        raise ValueError(
+            f"weights: has shape {tuple(weights.shape)}, expected a 1-D tensor with one entry for "
+            "each pair"
+        )
+    if device is not None and weights.device.type != "cpu" and weights.device != device:
+        raise ValueError(f"weights: is on {weights.device}, expected cpu or {device}, as the maps")
+    _check_count(weights, pairs)
+
+
 def check_weights(weights: Any, pairs: int | None) -> tuple[float, ...]:
     """The loss weights as floats, one for each of ``pairs`` if that is known.
 
@@ -164,23 +182,24 @@ def check_weights(weights: Any, pairs: int | None) -> tuple[float, ...]:
         TypeError: not a sequence of real numbers.
         ValueError: not as many as ``pairs``; or a weight is negative or not finite.
     """
-    if isinstance(weights, Tensor):
-        raise TypeError(
-            "weights: got a tensor, expected a sequence of numbers: reading a tensor back would "
-            "stall its device on every call; pass weights.tolist()"
-        )
     if isinstance(weights, (str, bytes, dict, set)) or not hasattr(weights, "__len__"):
         raise TypeError(f"weights: got {_kind(weights)}, expected a sequence of numbers or None")
-    if pairs is not None and len(weights) != pairs:
-        raise ValueError(
-            f"weights: got {len(weights)} for {pairs} pairs, expected one for each pair"
-        )
+    _check_count(weights, pairs)
     for i, weight in enumerate(weights):
         if not isinstance(weight, Real) or isinstance(weight, bool):
             raise TypeError(f"weights[{i}]: got {weight!r}, expected a real number")
         if not _is_nonnegative_float(weight):
             raise ValueError(f"weights[{i}]: got {weight!r}, expected a finite number >= 0")
     return tuple(float(weight) for weight in weights)
+
+
+def check_not_traced() -> None:
+    """Raise ``RuntimeError`` inside ``torch.jit.trace``: it would record nothing of a call."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace (and what calls it, such as TensorBoard's add_graph) cannot record "
+            "fsp_loss and fsp_matrix; use torch.export.export"
+        )
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -203,6 +222,13 @@ def spec_of(name: str, value: Any) -> MapSpec:
             f"{name}: got a nested tensor, expected a dense one; use .to_padded_tensor()"
         )
     return MapSpec.of(value)
+
+
+def _check_count(weights: Any, pairs: int | None) -> None:
+    if pairs is not None and len(weights) != pairs:
+        raise ValueError(
+            f"weights: got {len(weights)} for {pairs} pairs, expected one for each pair"
+        )
 
 
 def _require_sequence(name: str, value: Any, expected: str, of_mapping: str) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fsp_kernels import checks
@@ -26,11 +27,18 @@ from fsp_kernels.pooling import match_spatial
 
 Pair = tuple[Tensor, Tensor]
 
+_BY_MATRICES = (
+    "((fsp_matrix(*student) - fsp_matrix(*teacher)) ** 2).sum() / batch_size for each pair."
+)
 ONCE_DIFFERENTIABLE = (
     "fsp_loss is once differentiable: its gradient is computed together with its value, in one "
     "pass over the feature maps. For second derivatives compose it from fsp_matrix, which is twice "
-    "differentiable: ((fsp_matrix(*student) - fsp_matrix(*teacher)) ** 2).sum() / batch_size "
-    "for each pair."
+    f"differentiable: {_BY_MATRICES}"
+)
+NO_FORWARD_MODE = (
+    "fsp_loss has no forward-mode derivative (jvp, jacfwd, hessian, dual tensors). Use reverse "
+    "mode (grad, vjp, jacrev), or compose it from fsp_matrix, which has both modes: "
+    f"{_BY_MATRICES}"
 )
 
 
@@ -44,8 +52,8 @@ def fsp_matrix(
 ) -> Tensor:
     """FSP matrix of two feature maps, ``G = F1 F2^T / K`` (Yim et al., CVPR 2017, equation 1).
 
-    Twice differentiable. With ``first is second`` it is the Gram matrix of style transfer, with
-    two networks' maps it is bilinear pooling.
+    Twice differentiable, in reverse and in forward mode. With ``first is second`` it is the Gram
+    matrix of style transfer, with two networks' maps it is bilinear pooling.
 
     Args:
         first: feature map ``(B, m, *spatial)``, one to three spatial axes, any strides;
@@ -66,8 +74,10 @@ def fsp_matrix(
     Raises:
         TypeError: an argument is not a dense floating-point tensor.
         ValueError: shapes, devices, ``pool`` or ``backend`` do not fit; the message says which.
-        RuntimeError: ``backend`` does not work on this machine.
+        RuntimeError: ``backend`` does not work on this machine, or the call is inside
+            ``torch.jit.trace``.
     """
+    checks.check_not_traced()
     specs = checks.spec_of("first", first), checks.spec_of("second", second)
     if channel_dim is not None:
         checks.check_channel_dim(channel_dim)
@@ -86,7 +96,7 @@ def fsp_loss(
     student: Sequence[Pair],
     teacher: Sequence[Pair | Tensor],
     *,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | Tensor | None = None,
     pool: str = "max",
     norm: str = "frobenius",
     backend: str | None = None,
@@ -96,8 +106,8 @@ def fsp_loss(
 
     Value and gradients are computed together in one pass over the maps; neither network's FSP
     matrices are formed, and their difference only for a chunk of samples at a time (:func:`explain`
-    tells how many). Once differentiable. Gradients flow to every map that requires them,
-    the teacher's too; under ``torch.no_grad()`` only the value is computed.
+    tells how many). Once differentiable, in reverse mode. Gradients flow to every map that requires
+    them, the teacher's too; under ``torch.no_grad()`` only the value is computed.
 
     Args:
         student: pairs ``(first, second)`` of feature maps ``(B, m, *spatial)``,
@@ -106,7 +116,11 @@ def fsp_loss(
         teacher: as many pairs with the same batch and channel counts (spatial sizes may differ),
             or in place of a pair a ready FSP matrix ``(B, m, n)``, or ``(1, m, n)`` for all
             samples.
-        weights: ``lambda_i >= 0``, one for each pair; ``None`` for ones.
+        weights: ``lambda_i >= 0``, one for each pair; ``None`` for ones. Numbers, or a 1-D
+            floating-point tensor on the CPU or beside the maps. A tensor on the CPU that requires
+            no gradient is read like numbers. Any other is not read back, so its values are not
+            checked; each pair is then evaluated on its own, which takes more launches, and the
+            weights get a gradient if they require one.
         pool: how the larger map of a pair is brought to the smaller: ``"max"`` or ``"avg"``.
         norm: ``"frobenius"``, the batch mean of the sum of squares (the paper); ``"mse"``, the mean
             over batch and entries (RepDistiller, Knowledge-Distillation-Zoo); ``"column"``, the
@@ -121,20 +135,29 @@ def fsp_loss(
     Raises:
         TypeError: something is not a dense floating-point tensor, not a pair, not a real number.
         ValueError: shapes, devices or options do not fit; the message says which and how.
-        RuntimeError: ``backend`` does not work on this machine; or, from a second derivative, that
-            the loss is once differentiable and what to write instead.
+        RuntimeError: ``backend`` does not work on this machine; the call is inside
+            ``torch.jit.trace``; or, from a second or a forward-mode derivative, that the loss has
+            none and what to write instead.
     """
+    checks.check_not_traced()
     maps, student_specs, teacher_specs = checks.flatten_pairs(student, teacher, channel_dim)
     pairs = len(student_specs)
-    lambdas = (1.0,) * pairs if weights is None else checks.check_weights(weights, pairs)
     checks.check_options(pool, norm)
     requested = requested_backend(backend)
-    if wants_operator(maps):
+    if weights is None:
+        lambdas: tuple[float, ...] | Tensor = (1.0,) * pairs
+    else:
+        lambdas = _read_weights(weights, student_specs)
+    if isinstance(lambdas, Tensor) and not _is_readable(lambdas):
+        checks.check_loss(student_specs, teacher_specs, channel_dim)
+        one = partial(fsp_loss, pool=pool, norm=norm, backend=backend, channel_dim=channel_dim)
+        losses = [one([s], [t]) for s, t in zip(student, teacher, strict=True)]
+        stacked = torch.stack(losses)
+        return (stacked * lambdas.to(stacked)).sum()
+    if isinstance(lambdas, Tensor) or wants_operator(maps):
         checks.check_loss(student_specs, teacher_specs, channel_dim)
         return _loss_operator(maps, student_specs, teacher_specs, lambdas, pool, norm, requested)
     plan = _plan_here(student_specs, teacher_specs, pool, norm, requested, channel_dim)
-    if torch._C._are_functorch_transforms_active():
-        return _TransformedLoss.apply(plan, lambdas, *maps)[0]
     return planned_loss(plan, lambdas, maps)
 
 
@@ -209,37 +232,71 @@ def _want(specs: Any, wanted: bool) -> Any:
     return tuple(tuple(s._replace(requires_grad=wanted) for s in entry) for entry in specs)
 
 
+def _read_weights(
+    weights: Sequence[float] | Tensor, student: Sequence[PairSpec]
+) -> tuple[float, ...] | Tensor:
+    """The checked weights: numbers where they are known now, else a tensor."""
+    pairs = len(student)
+    if torch.compiler.is_compiling() and isinstance(weights, (list, tuple)):
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+
+        # A number that changes from call to call: as a number it would be compiled in.
+        if not all(has_static_value(x) for x in weights if isinstance(x, (int, float))):
+            weights = torch.stack([x * torch.ones((), dtype=torch.float64) for x in weights])
+    if not isinstance(weights, Tensor):
+        return checks.check_weights(weights, pairs)
+    checks.check_weight_tensor(weights, pairs, student[0][0].device)
+    if _is_readable(weights) and not wants_operator((weights,)):
+        return checks.check_weights(weights.tolist(), pairs)
+    return weights
+
+
+def _is_readable(weights: Tensor) -> bool:
+    """Whether only the values count, and reading them stalls no device."""
+    return weights.device.type == "cpu" and not (
+        weights.requires_grad
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
 def wants_operator(maps: Sequence[Tensor]) -> bool:
     """Whether something stands between this call and the kernels that must see an operator."""
     return (
         torch.compiler.is_compiling()
         or is_in_torch_dispatch_mode()
-        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in maps)
+        or torch._C._are_functorch_transforms_active()
+        or not _PLAIN.issuperset(map(type, maps))
     )
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def _loss_operator(
     maps: list[Tensor],
     student: tuple[PairSpec, ...],
     teacher: tuple[TeacherSpec, ...],
-    weights: tuple[float, ...],
+    weights: tuple[float, ...] | Tensor,
     pool: str,
     norm: str,
     requested: str | None,
 ) -> Tensor:
     specs = [spec for s, t in zip(student, teacher, strict=True) for spec in (*s, *t)]
-    enabled = torch.is_grad_enabled()
-    needs = [enabled and spec.requires_grad for spec in specs]
+    # Inside a functorch transform a tensor does not tell whether an outer level wants its gradient.
+    any_map, enabled = torch._C._are_functorch_transforms_active(), torch.is_grad_enabled()
+    needs = [enabled and (any_map or spec.requires_grad) for spec in specs]
     ready = [len(entry) == 1 for entry in teacher]
-    loss: Tensor = torch.ops.fsp.loss(
-        maps, ready, needs, list(weights), pool, norm, _select(requested, specs).name
-    )[0]
+    backend = _select(requested, specs).name
+    numbers, changing = ([], weights) if isinstance(weights, Tensor) else (list(weights), None)
+    outputs = torch.ops.fsp.loss(maps, ready, needs, numbers, pool, norm, backend, changing)
+    loss: Tensor = outputs[0]
     return loss
 
 
 def planned_loss(plan: LossPlan, weights: tuple[float, ...], maps: Sequence[Tensor]) -> Tensor:
     """The loss as a plan has it, checked by nobody, with autograd."""
-    loss: Tensor = _Loss.apply(plan, weights, *maps)
+    loss: Tensor = FSPLossFunction.apply(plan, weights, *maps)
     return loss
 
 
@@ -267,7 +324,7 @@ _NOTHING: AbstractContextManager[Any] = nullcontext()
 _has_autocast = lru_cache(torch.amp.is_autocast_available)
 
 
-class _Loss(torch.autograd.Function):
+class FSPLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: LossPlan, weights: tuple[float, ...], *maps: Tensor) -> Tensor:
         loss, gradients = run_loss(maps, plan, weights)
@@ -287,84 +344,71 @@ class _Loss(torch.autograd.Function):
         # by the leaves without a copy.
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         plan: LossPlan = ctx.plan
-        scaled: Sequence[Tensor]
-        with without_autograd():
+        if _is_differentiated(incoming):
+            scaled = scaled_by_torch(ctx.gradients, plan.wanted_dtypes, incoming, ctx.wanted)
+        else:
             scaled = get_backend(plan.backend).scale(
                 ctx.gradients, plan.wanted_dtypes, incoming, in_place=not keep
             )
-        if torch.is_grad_enabled():
-            scaled = forbid_second_derivative(scaled, ctx.wanted)
         if not keep:
             ctx.gradients = ctx.wanted = None
         return None, None, *plan.spread(scaled)
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:  # noqa: ARG004
+        raise RuntimeError(NO_FORWARD_MODE)
 
-class _TransformedLoss(torch.autograd.Function):
-    """:class:`_Loss` in the form functorch transforms ask for: what backward needs is an output."""
+
+def _is_differentiated(incoming: Tensor) -> bool:
+    """Whether what a backward does now is batched or has derivatives of its own."""
+    return (
+        torch.is_grad_enabled()
+        or forward_ad._current_level >= 0
+        or _is_batched(incoming)
+        or torch._C._functorch.is_functorch_wrapped_tensor(incoming)
+    )
+
+
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # by ``is_grads_batched`` and the like
+
+
+def scaled_by_torch(
+    gradients: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype],
+    incoming: Tensor,
+    maps: Sequence[Tensor],
+) -> list[Tensor]:
+    """``gradients * incoming`` by PyTorch, differentiable in ``incoming``.
+
+    Their derivative by ``maps`` is not known: to ask for it is an error, not a silent zero.
+    """
+    if torch.is_grad_enabled():
+        incoming = incoming + _SecondDerivative.apply(*maps)
+    return [(g * incoming).to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
+
+
+class _SecondDerivative(torch.autograd.Function):
+    """A zero that depends on maps in a way nobody may ask for."""
 
     @staticmethod
-    def forward(plan: LossPlan, weights: tuple[float, ...], *maps: Tensor) -> tuple[Tensor, ...]:
-        loss, gradients = run_loss(maps, plan, weights)
-        return loss, *gradients
+    def forward(*maps: Tensor) -> Tensor:
+        return maps[0].new_zeros(())
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.plan, _, *maps = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output[1:], *maps)
-
-    @staticmethod
-    def backward(ctx: Any, incoming: Tensor, *_: Any) -> Any:
-        dtypes = ctx.plan.wanted_dtypes
-        gradients, maps = ctx.saved_tensors[: len(dtypes)], ctx.saved_tensors[len(dtypes) :]
-        scaled = forbid_second_derivative(
-            [(g * incoming).to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)], maps
-        )
-        return None, None, *ctx.plan.spread(scaled)
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], plan: LossPlan, weights: Any, *maps: Tensor
-    ) -> Any:
-        """One loss for each slice: a mean over the batch does not fold into a larger batch."""
-        slices = [
-            _TransformedLoss.apply(
-                plan,
-                weights,
-                *(
-                    x if d is None else x.select(d, i)
-                    for x, d in zip(maps, in_dims[2:], strict=True)
-                ),
-            )
-            for i in range(info.batch_size)
-        ]
-        stacked = tuple(torch.stack(outputs) for outputs in zip(*slices, strict=True))
-        return stacked, (0,) * len(stacked)
-
-
-def forbid_second_derivative(
-    gradients: Sequence[Tensor], maps: Sequence[Tensor]
-) -> Sequence[Tensor]:
-    """The same gradients, but to differentiate them by ``maps`` is an error, not a silent zero."""
-    return _OnceDifferentiable.apply(len(gradients), *gradients, *maps)
-
-
-class _OnceDifferentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(g.view_as(g) for g in tensors[:count])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, *incoming: Tensor) -> Any:  # noqa: ARG004
+    def backward(ctx: Any, incoming: Tensor) -> Any:  # noqa: ARG004
         raise RuntimeError(ONCE_DIFFERENTIABLE)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], count: int, *tensors: Tensor) -> Any:  # noqa: ARG004
-        return _OnceDifferentiable.apply(count, *tensors), in_dims[1 : count + 1]
+    def jvp(ctx: Any, *tangents: Any) -> Any:  # noqa: ARG004
+        raise RuntimeError(ONCE_DIFFERENTIABLE)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *maps: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return _SecondDerivative.apply(*maps), None
 
 
 def matrix(first: Tensor, second: Tensor, backend: str) -> Tensor:
@@ -372,7 +416,7 @@ def matrix(first: Tensor, second: Tensor, backend: str) -> Tensor:
     if wants_operator((first, second)):
         result: Tensor = torch.ops.fsp.matrix(first, second, backend)
         return result
-    return _Matrix.apply(first, second, backend)
+    return FSPMatrixFunction.apply(first, second, backend)
 
 
 def matrix_backward(gradient: Tensor, other: Tensor, channels_last: bool, backend: str) -> Tensor:
@@ -380,13 +424,13 @@ def matrix_backward(gradient: Tensor, other: Tensor, channels_last: bool, backen
 
     With :func:`matrix` it is a closed set: the derivatives of both are made of these two.
     """
-    if wants_operator((gradient, other)):
+    if wants_operator((gradient, other)) or _is_batched(gradient):
         result: Tensor = torch.ops.fsp.matrix_backward(gradient, other, channels_last, backend)
         return result
-    return _MatrixBackward.apply(gradient, other, channels_last, backend)
+    return FSPMatrixGradientFunction.apply(gradient, other, channels_last, backend)
 
 
-class _Matrix(torch.autograd.Function):
+class FSPMatrixFunction(torch.autograd.Function):
     @staticmethod
     def forward(first: Tensor, second: Tensor, backend: str) -> Tensor:
         with outside_autocast(first.device.type):
@@ -395,7 +439,7 @@ class _Matrix(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
         first, second, ctx.backend = inputs
-        ctx.save_for_backward(first, second)
+        _save(ctx, first, second)
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -410,11 +454,11 @@ class _Matrix(torch.autograd.Function):
         return to_first, to_second, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], first: Tensor, second: Tensor, *rest: Any) -> Any:
-        return _fold_into_batch(matrix, info.batch_size, in_dims, first, second, *rest)
+    def jvp(ctx: Any, first: Tensor | None, second: Tensor | None, *_: Any) -> Tensor:
+        return _bilinear_jvp(matrix, ctx, first, second, ctx.backend)
 
 
-class _MatrixBackward(torch.autograd.Function):
+class FSPMatrixGradientFunction(torch.autograd.Function):
     @staticmethod
     def forward(gradient: Tensor, other: Tensor, channels_last: bool, backend: str) -> Tensor:
         with outside_autocast(gradient.device.type):
@@ -422,8 +466,8 @@ class _MatrixBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        gradient, other, _, ctx.backend = inputs
-        ctx.save_for_backward(gradient, other)
+        gradient, other, ctx.channels_last, ctx.backend = inputs
+        _save(ctx, gradient, other)
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -437,26 +481,26 @@ class _MatrixBackward(torch.autograd.Function):
         return to_gradient, to_other, None, None
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], gradient: Tensor, other: Tensor, *rest: Any
-    ) -> Any:
-        return _fold_into_batch(matrix_backward, info.batch_size, in_dims, gradient, other, *rest)
+    def jvp(ctx: Any, gradient: Tensor | None, other: Tensor | None, *_: Any) -> Tensor:
+        return _bilinear_jvp(matrix_backward, ctx, gradient, other, ctx.channels_last, ctx.backend)
 
 
-def _fold_into_batch(
-    function: Callable[..., Tensor],
-    size: int,
-    in_dims: tuple[Any, ...],
-    x: Tensor,
-    y: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, int]:
-    """The vmap rule of both: the mapped axis joins the batch axis and leaves it again."""
-    x, y = (
-        t.unsqueeze(0).expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-        for t, dim in zip((x, y), in_dims, strict=False)
-    )
-    return function(x.flatten(0, 1), y.flatten(0, 1), *rest).unflatten(0, (size, -1)), 0
+def _save(ctx: Any, x: Tensor, y: Tensor) -> None:
+    """Keep both inputs for derivatives; PyTorch keeps no inference tensor, but a copy of one."""
+    if (x.is_inference() or y.is_inference()) and any(ctx.needs_input_grad):
+        x, y = (t.clone() if t.is_inference() else t for t in (x, y))
+    ctx.save_for_backward(x, y)
+    ctx.save_for_forward(x, y)
+
+
+def _bilinear_jvp(
+    function: Callable[..., Tensor], ctx: Any, to_x: Tensor | None, to_y: Tensor | None, *rest: Any
+) -> Tensor:
+    """The forward-mode derivative of a product of the two saved inputs, from their tangents."""
+    x, y = ctx.saved_tensors
+    terms = [] if to_x is None else [function(to_x, y, *rest)]
+    terms += [] if to_y is None else [function(x, to_y, *rest)]
+    return sum(terms[1:], terms[0])
 
 
 def _channels_last(flat: Tensor) -> bool:

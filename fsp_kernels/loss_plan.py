@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -242,7 +242,7 @@ class Step(NamedTuple):
     scratch_bytes: int
 
 
-@dataclass(frozen=True, eq=False)  # planning is cached, so a plan is equal to itself alone
+@dataclass(frozen=True)
 class LossPlan:
     """The evaluation of one :func:`fsp_kernels.fsp_loss` call; ``print`` it to read it.
 
@@ -258,6 +258,21 @@ class LossPlan:
     backend: str
     compute_dtype: torch.dtype
     precision: str
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Plans are keys of what is prepared for them, and every call looks that up."""
+        return hash(self._fields)
+
+    @property
+    def _fields(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LossPlan, self._fields  # without what is cached: a hash holds in one process
 
     @property
     def flops(self) -> int:

@@ -15,7 +15,8 @@ class FSPLoss(nn.Module):
     """:func:`fsp_kernels.fsp_loss` with its options fixed.
 
     Args:
-        weights: ``lambda_i >= 0`` for each pair, or ``None`` for ones.
+        weights: ``lambda_i >= 0`` for each pair, numbers or a 1-D tensor, or ``None`` for ones.
+            A ``torch.nn.Parameter`` becomes one of the module's and is trained with the rest.
         pool: ``"max"`` or ``"avg"``.
         norm: ``"frobenius"``, ``"mse"`` or ``"column"``.
         channel_dim: the axis of the maps' channels, 1 or -1; maps of three axes need it.
@@ -26,7 +27,7 @@ class FSPLoss(nn.Module):
 
     def __init__(
         self,
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float] | Tensor | None = None,
         pool: str = "max",
         norm: str = "frobenius",
         channel_dim: int | None = None,
@@ -34,7 +35,11 @@ class FSPLoss(nn.Module):
         super().__init__()
         checks.check_options(pool, norm)
         checks.check_channel_dim(channel_dim)
-        self.weights = None if weights is None else checks.check_weights(weights, None)
+        if isinstance(weights, Tensor):
+            checks.check_weight_tensor(weights, None)
+        elif weights is not None:
+            weights = checks.check_weights(weights, None)
+        self.weights = weights
         self.pool = pool
         self.norm = norm
         self.channel_dim = channel_dim

@@ -6,39 +6,50 @@ The compiler, ``torch.export``, dispatch modes and tensor subclasses come this w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import Function, _SingleLevelFunction
+from torch.utils.flop_counter import register_flop_formula
 
 from fsp_kernels.backends import get_backend
 from fsp_kernels.backends.fused import fp32_precision
+from fsp_kernels.checks import check_weights
 from fsp_kernels.functional import (
-    _Matrix,
-    _MatrixBackward,
-    forbid_second_derivative,
+    NO_FORWARD_MODE,
+    FSPMatrixFunction,
+    FSPMatrixGradientFunction,
+    matrix,
+    matrix_backward,
     run_loss,
+    scaled_by_torch,
 )
 from fsp_kernels.loss_plan import LossPlan, MapSpec
 from fsp_kernels.plan import accumulation_dtype, gradient_dtype, plan_loss
 
 _LIBRARY = torch.library.Library("fsp", "DEF")
+_OPS = torch.ops.fsp
 _LIBRARY.define("matrix(Tensor first, Tensor second, str backend) -> Tensor")
 _LIBRARY.define(
     "matrix_backward(Tensor gradient, Tensor other, bool channels_last, str backend) -> Tensor"
 )
 # `maps` are flattened pair by pair, student before teacher; `ready[i]` says that the teacher of
 # pair i is one FSP matrix, `needs[j]` that maps[j] wants a gradient. Returns the loss and those.
+# Weights that change from call to call come as `changing`, a CPU tensor, in place of `weights`.
 _LIBRARY.define(
     "loss(Tensor[] maps, bool[] ready, bool[] needs, float[] weights, str pool, str norm, "
-    "str backend) -> (Tensor, Tensor[])"
+    "str backend, Tensor? changing=None) -> (Tensor, Tensor[])"
 )
 
 
 @torch.library.impl(_LIBRARY, "matrix", "CompositeExplicitAutograd")
 def _matrix(first: Tensor, second: Tensor, backend: str) -> Tensor:
-    return _Matrix.forward(first, second, backend)
+    return FSPMatrixFunction.forward(first, second, backend)
 
 
 @torch.library.register_fake("fsp::matrix", lib=_LIBRARY)
@@ -49,7 +60,7 @@ def _matrix_fake(first: Tensor, second: Tensor, backend: str) -> Tensor:  # noqa
 
 @torch.library.impl(_LIBRARY, "matrix_backward", "CompositeExplicitAutograd")
 def _matrix_backward(gradient: Tensor, other: Tensor, channels_last: bool, backend: str) -> Tensor:
-    return _MatrixBackward.forward(gradient, other, channels_last, backend)
+    return FSPMatrixGradientFunction.forward(gradient, other, channels_last, backend)
 
 
 @torch.library.register_fake("fsp::matrix_backward", lib=_LIBRARY)
@@ -66,12 +77,6 @@ def _matrix_backward_fake(
     return gradient.new_empty(b, m, k, dtype=dtype)
 
 
-for _name, _function in (("fsp::matrix", _Matrix), ("fsp::matrix_backward", _MatrixBackward)):
-    torch.library.register_autograd(
-        _name, _function.backward, setup_context=_function.setup_context, lib=_LIBRARY
-    )
-
-
 @torch.library.impl(_LIBRARY, "loss", "CompositeExplicitAutograd")
 def _loss(
     maps: Sequence[Tensor],
@@ -81,7 +86,10 @@ def _loss(
     pool: str,
     norm: str,
     backend: str,
+    changing: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
+    if changing is not None:
+        weights = check_weights(changing.tolist(), len(ready))
     return run_loss(maps, _plan(maps, ready, needs, pool, norm, backend), weights)
 
 
@@ -94,6 +102,7 @@ def _loss_fake(
     pool: str,  # noqa: ARG001
     norm: str,  # noqa: ARG001
     backend: str,  # noqa: ARG001
+    changing: Tensor | None = None,  # noqa: ARG001
 ) -> tuple[Tensor, list[Tensor]]:
     gradients = [
         torch.empty_like(x, dtype=gradient_dtype(x.dtype))
@@ -123,30 +132,136 @@ def _plan(
     )
 
 
-def _loss_setup_context(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]
-) -> None:
-    maps, _, ctx.needs = inputs[:3]
-    ctx.dtypes = [x.dtype for x in maps]
-    gradients = output[1]
-    ctx.mark_non_differentiable(*gradients)
-    ctx.save_for_backward(*gradients)
-    # Not saved: only their identity matters, and only to a second derivative.
-    ctx.wanted = [x for x, need in zip(maps, ctx.needs, strict=True) if need]
+# --- autograd -----------------------------------------------------------------------------------
+# Not by register_autograd: that refuses torch.func, and forward mode gives zeros there.
 
 
-def _loss_backward(ctx: Any, incoming: Tensor, _: Any) -> tuple[Any, ...]:
-    scaled: Sequence[Tensor] = [g * incoming for g in ctx.saved_tensors]
-    if torch.is_grad_enabled():
-        scaled = forbid_second_derivative(scaled, ctx.wanted)
-    given = iter(scaled)
-    spread = [
-        next(given).to(dtype) if need else None
-        for need, dtype in zip(ctx.needs, ctx.dtypes, strict=True)
+def _below_autograd(operator: Any) -> Callable[..., Any]:
+    """The forward of an operator's autograd: the operator itself, past its autograd."""
+
+    def forward(*inputs: Any) -> Any:
+        # Derivatives stay on for the outer levels of nested transforms.
+        below, outer = torch._C._AutoDispatchBelowAutograd(), _set_fwd_grad_enabled(True)
+        with below, outer, torch.enable_grad():
+            return operator(*inputs)
+
+    return forward
+
+
+def _autograd_of(name: str, function: type[Function]) -> Callable[..., Tensor]:
+    """A Function's derivatives for an operator, for one level of a transform at a time."""
+    members = {**vars(function), "forward": staticmethod(_below_autograd(getattr(_OPS, name)))}
+    single: Any = type(function.__name__, (_SingleLevelFunction,), members)
+
+    def apply(*inputs: Any) -> Any:
+        with enable_single_level_autograd_function():
+            return single.apply(*inputs)
+
+    return apply
+
+
+class _LossFunction(_SingleLevelFunction):
+    """``arguments`` are those of the operator beside the maps; outputs are one flat tuple."""
+
+    @staticmethod
+    def forward(arguments: tuple[Any, ...], *maps: Tensor) -> tuple[Tensor, ...]:
+        loss, gradients = _below_autograd(_OPS.loss)(list(maps), *arguments)
+        return loss, *gradients
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        (_, ctx.needs, *_), *maps = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:])
+        # Not saved: only their identity and dtype matter, and maps may change after the call.
+        ctx.wanted = [x for x, need in zip(maps, ctx.needs, strict=True) if need]
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor, *_: Any) -> Any:
+        dtypes = [x.dtype for x in ctx.wanted]
+        scaled = iter(scaled_by_torch(ctx.saved_tensors, dtypes, incoming, ctx.wanted))
+        return None, *(next(scaled) if need else None for need in ctx.needs)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:  # noqa: ARG004
+        raise RuntimeError(NO_FORWARD_MODE)
+
+
+@torch.library.impl(_LIBRARY, "loss", "Autograd")
+def _loss_autograd(maps: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    with enable_single_level_autograd_function():
+        loss, *gradients = _LossFunction.apply(arguments, *maps)  # type: ignore[attr-defined]
+    return loss, gradients
+
+
+# --- flops --------------------------------------------------------------------------------------
+
+
+@register_flop_formula([_OPS.matrix, _OPS.matrix_backward])
+def _product_flops(x: Sequence[int], y: Sequence[int], *_: Any, **__: Any) -> int:
+    # (B, m, K), (B, n, K) of the one and (B, m, n), (B, n, K) of the other are B m n K.
+    return 2 * x[0] * x[1] * y[1] * y[2]
+
+
+@register_flop_formula(_OPS.loss, get_raw=True)
+def _loss_flops(
+    maps: Sequence[Tensor],
+    ready: Sequence[bool],
+    needs: Sequence[bool],
+    weights: Sequence[float],  # noqa: ARG001
+    *options: Any,
+    **_: Any,
+) -> int:
+    """Gradients count here, where they are computed, and not in backward."""
+    return _plan(maps, ready, needs, *options[:3]).flops
+
+
+# --- vmap ---------------------------------------------------------------------------------------
+
+
+@torch.library.register_vmap("fsp::loss", lib=_LIBRARY)
+def _loss_vmap(
+    info: Any, in_dims: tuple[Any, ...], maps: Sequence[Tensor], *arguments: Any
+) -> tuple[Any, Any]:
+    """One loss for each slice: a mean over the batch does not fold into a larger batch."""
+    size = info.batch_size
+    mapped = [
+        [x] * max(1, size) if dim is None else _at_least_one(x.movedim(dim, 0)).unbind()
+        for x, dim in zip(maps, in_dims[0], strict=True)
     ]
-    return spread, None, None, None, None, None, None
+    losses, gradients = zip(
+        *(_OPS.loss(list(x), *arguments) for x in zip(*mapped, strict=True)), strict=True
+    )
+    stacked = [torch.stack(slices)[:size] for slices in zip(*gradients, strict=True)]
+    return (torch.stack(losses)[:size], stacked), (0, [0] * len(stacked))
 
 
-torch.library.register_autograd(
-    "fsp::loss", _loss_backward, setup_context=_loss_setup_context, lib=_LIBRARY
-)
+def _fold_into_batch(
+    function: Callable[..., Tensor],
+    info: Any,
+    in_dims: tuple[Any, ...],
+    x: Tensor,
+    y: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, int]:
+    """The rule of both others: the mapped axis joins the batch axis and leaves it again."""
+    slices = max(1, info.batch_size)
+    x, y = (
+        t.expand(slices, *t.shape) if dim is None else _at_least_one(t.movedim(dim, 0))
+        for t, dim in zip((x, y), in_dims, strict=False)
+    )
+    folded = function(x.flatten(0, 1), y.flatten(0, 1), *rest)
+    return folded.unflatten(0, (slices, -1))[: info.batch_size], 0
+
+
+def _at_least_one(x: Tensor) -> Tensor:
+    """``x`` with a slice of zeros along its first axis if it has none."""
+    return x if len(x) else torch.cat((x, x.new_zeros(1, *x.shape[1:])))
+
+
+for _name, _function, _call in (
+    ("matrix", FSPMatrixFunction, matrix),
+    ("matrix_backward", FSPMatrixGradientFunction, matrix_backward),
+):
+    _LIBRARY.impl(_name, _autograd_of(_name, _function), "Autograd")
+    torch.library.register_vmap(f"fsp::{_name}", partial(_fold_into_batch, _call), lib=_LIBRARY)

@@ -1,6 +1,9 @@
 """Who computes: argument, then ``use_backend``, then the environment, then the best that works."""
 
+import sys
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -46,6 +49,7 @@ def _untouched_selection(monkeypatch) -> Iterator[None]:
     they have to be forgotten.
     """
     monkeypatch.setattr(fsp.use_backend, "_default", None)
+    monkeypatch.setattr(fsp.use_backend, "_lasting", [])
     monkeypatch.delenv("FSP_KERNELS_BACKEND", raising=False)
     functional._checked_plan.cache_clear()
     yield
@@ -196,6 +200,120 @@ def test_use_backend_none_restores_the_automatic_choice(named):  # noqa: ARG001
     fsp.use_backend("default")
     fsp.use_backend(None)
     assert chosen() == "best"
+
+
+def in_a_thread(function):
+    """What a function returns in a thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def test_a_choice_for_good_reaches_other_threads(named):  # noqa: ARG001
+    fsp.use_backend("default")
+    assert in_a_thread(chosen) == "default"
+    in_a_thread(lambda: fsp.use_backend("argument"))
+    assert chosen() == "argument"
+
+
+def test_a_block_concerns_its_own_thread(named):  # noqa: ARG001
+    fsp.use_backend("default")
+    with fsp.use_backend("argument"):
+        assert in_a_thread(chosen) == "default"
+
+        def other() -> str:
+            with fsp.use_backend("best"):
+                return chosen()
+
+        assert in_a_thread(other) == "best"
+        assert chosen() == "argument"
+
+
+def test_blocks_of_two_threads_may_interleave(named):  # noqa: ARG001
+    entered, left = threading.Event(), threading.Event()
+
+    def other() -> list[str]:
+        with fsp.use_backend("default"):
+            seen = [chosen()]
+            entered.set()
+            left.wait()
+            seen.append(chosen())
+        return [*seen, chosen()]
+
+    with ThreadPoolExecutor(1) as pool:
+        with fsp.use_backend("argument"):
+            result = pool.submit(other)
+            entered.wait()
+            assert chosen() == "argument"
+        assert chosen() == "best"
+        left.set()
+        assert result.result() == ["default", "default", "best"]
+    assert chosen() == "best"
+
+
+def test_many_blocks_in_many_threads_leave_nothing_behind(named):
+    wrong = []
+
+    def enter_and_leave(name: str) -> None:
+        for _ in range(200):
+            with fsp.use_backend(name):
+                if backends.requested_backend(None) != name:
+                    wrong.append(name)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(enter_and_leave, [*named] * 2))
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+    assert backends.requested_backend(None) is None
+
+
+def test_blocks_of_generators_may_end_in_any_order(named):  # noqa: ARG001
+    def block(name: str) -> Iterator[None]:
+        with fsp.use_backend(name):
+            yield
+
+    first, second = block("default"), block("argument")
+    next(first)
+    next(second)
+    assert chosen() == "argument"
+    assert next(first, "ended") == "ended"
+    assert chosen() == "argument"
+    assert next(second, "ended") == "ended"
+    assert chosen() == "best"
+
+
+def test_a_compiled_call_follows_use_backend_in_its_thread(named):
+    def calls() -> dict[str, int]:
+        compiled([maps()], [maps()])
+        found = {name: len(fake.calls) for name, fake in named.items() if fake.calls}
+        for fake in named.values():
+            fake.calls.clear()
+        return found
+
+    compiled = torch.compile(fsp.fsp_loss, fullgraph=True, backend="eager")
+    assert calls() == {"best": 1}
+    with fsp.use_backend("argument"):
+        assert calls() == {"argument": 1}
+        assert in_a_thread(calls) == {"best": 1}
+    fsp.use_backend("default")
+    assert calls() == {"default": 1}
+    torch._dynamo.reset()
+
+
+def test_a_block_may_be_inside_of_a_compiled_call(named):
+    def losses() -> torch.Tensor:
+        with fsp.use_backend("default"):
+            outer = fsp.fsp_loss([maps()], [maps()])
+            with fsp.use_backend("argument"):
+                return outer + fsp.fsp_loss([maps()], [maps()])
+
+    torch.compile(losses, fullgraph=True, backend="eager")()
+    assert named["default"].calls == named["argument"].calls == ["loss"]
+    assert chosen() == "best"
+    torch._dynamo.reset()
 
 
 def test_use_backend_refuses_an_unknown_name():

@@ -633,10 +633,19 @@ BAD_WEIGHTS = [
     pytest.param([None], TypeError, ("weights[0]: got None", "a real number"), id="none in it"),
     pytest.param([torch.ones(())], TypeError, ("weights[0]: got tensor", "real"), id="0-dim"),
     pytest.param(
-        torch.ones(1),
+        torch.ones(1, dtype=torch.int64),
         TypeError,
-        ("weights: got a tensor", "expected a sequence of numbers", "weights.tolist()"),
-        id="tensor",
+        ("weights: has dtype torch.int64", "expected one of torch.float64"),
+        id="tensor of integers",
+    ),
+    pytest.param(
+        torch.ones(1).to_sparse(), TypeError, ("weights: has layout torch.sparse",), id="sparse"
+    ),
+    pytest.param(
+        torch.ones(1, 1),
+        ValueError,
+        ("weights: has shape (1, 1)", "expected a 1-D tensor"),
+        id="tensor of two axes",
     ),
     *(
         pytest.param(value, TypeError, (f"weights: got {got}", "expected a sequence"), id=got)
@@ -665,6 +674,18 @@ def test_module_refuses_bad_weights_when_made(weights, error, says):
         fsp.FSPLoss(weights=weights)
 
 
+@pytest.mark.parametrize("loss", [by_function, by_operator])
+def test_values_of_a_tensor_of_weights_are_checked_where_they_are_read(loss):
+    with refuses(ValueError, "weights[0]: got -1.0, expected a finite number >= 0"):
+        loss([pair()], [pair()], weights=torch.tensor([-1.0]))
+
+
+@pytest.mark.parametrize("loss", [by_function, by_operator])
+def test_a_tensor_of_weights_is_on_the_cpu_or_beside_the_maps(loss):
+    with refuses(ValueError, "weights: is on meta, expected cpu or cpu, as the maps"):
+        loss([pair()], [pair()], weights=torch.ones(1, device="meta"))
+
+
 def test_a_bad_weight_is_named_by_its_place():
     with refuses(ValueError, "weights[1]: got -0.5, expected a finite number >= 0"):
         fsp.fsp_loss([pair()] * 3, [pair()] * 3, weights=[1.0, -0.5, 1.0])
@@ -673,8 +694,9 @@ def test_a_bad_weight_is_named_by_its_place():
 @pytest.mark.parametrize("loss", [by_function, by_operator])
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_there_is_a_weight_for_each_pair(loss, count):
-    with refuses(ValueError, f"weights: got {count} for 2 pairs", "expected one for each pair"):
-        loss([pair()] * 2, [pair()] * 2, weights=[1.0] * count)
+    for weights in ([1.0] * count, torch.ones(count), torch.ones(count, requires_grad=True)):
+        with refuses(ValueError, f"weights: got {count} for 2 pairs", "expected one for each pair"):
+            loss([pair()] * 2, [pair()] * 2, weights=weights)
 
 
 @pytest.mark.parametrize(

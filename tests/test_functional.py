@@ -8,11 +8,12 @@ from functools import partial
 import pytest
 import torch
 from tolerances import TOLERANCES, assert_close, oracle
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import fsp_kernels as fsp
 from fsp_kernels import reference
+from fsp_kernels.backends.torch_backend import TorchBackend
 
 ONCE = "fsp_loss is once differentiable.*fsp_matrix"
 
@@ -33,6 +34,10 @@ matrix_of = partial(fsp.fsp_matrix, channel_dim=1)
 
 def loss_of(a, b, c, d, **options):
     return fsp.fsp_loss([(a, b)], [(c, d)], channel_dim=1, **options)
+
+
+def reference_loss(a, b, c, d):
+    return reference.fsp_loss([(a, b)], [(c, d)])
 
 
 def oracle_of(a, b, c, d, **options):
@@ -70,6 +75,51 @@ def test_matrix_is_twice_differentiable(shapes, pool):
     inputs = maps(*shapes, dtype=torch.float64)
     assert gradcheck(lambda x, y: matrix_of(x, y, pool=pool), inputs)
     assert gradgradcheck(lambda x, y: matrix_of(x, y, pool=pool), inputs)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("shapes", [((2, 3, 5), (2, 4, 5)), ((2, 3, 2, 2), (2, 2, 2, 2))], ids=str)
+def test_matrix_has_derivatives_of_every_kind(shapes):
+    inputs = maps(*shapes, dtype=torch.float64)
+    batched = {"check_batched_grad": True}
+    forward = {"check_forward_ad": True, "check_batched_forward_grad": True}
+    assert gradcheck(matrix_of, inputs, **batched, **forward)
+    assert gradgradcheck(matrix_of, inputs, **batched, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_forward_mode_of_the_matrix_in_one_map_alone(position):
+    inputs = maps((2, 3, 4), (2, 2, 4), dtype=torch.float64)
+    tangent = torch.randn_like(inputs[position])
+
+    def derivative(matrix):
+        with forward_ad.dual_level():
+            mixed = list(inputs)
+            mixed[position] = forward_ad.make_dual(mixed[position], tangent)
+            return forward_ad.unpack_dual(matrix(*mixed)).tangent
+
+    assert_close(derivative(matrix_of), derivative(reference.fsp_matrix))
+
+
+def test_batched_gradients_of_the_matrix_reach_a_backend_one_by_one(monkeypatch):
+    # Kernels read memory, and a batched tensor has none of its own.
+    original, addresses = TorchBackend.matrix_backward, []
+
+    def matrix_backward(self, gradient, *rest):
+        addresses.append(gradient.data_ptr())
+        return original(self, gradient, *rest)
+
+    monkeypatch.setattr(TorchBackend, "matrix_backward", matrix_backward)
+    x, y = maps((2, 3, 4), (2, 2, 4))
+    incoming = torch.randn(3, 2, 3, 2)
+    batched = torch.autograd.grad(
+        matrix_of(x, y, backend="torch"), (x, y), incoming, is_grads_batched=True
+    )
+    for i, one in enumerate(incoming):
+        assert_bitwise(
+            [g[i] for g in batched], torch.autograd.grad(matrix_of(x, y), (x, y), one)
+        )
+    assert len(addresses) == 2 * 3 + 2 * 3
 
 
 def test_gram_matrix_is_twice_differentiable():
@@ -130,6 +180,18 @@ def test_matrix_gradients_arrive_in_the_layout_of_their_inputs():
         matrix = matrix_of(first, second)
         gradient = torch.autograd.grad(matrix, first, torch.randn_like(matrix))[0]
         assert gradient.stride() == first.stride()
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_map_of_inference_mode_may_be_one_of_a_matrix(position):
+    inputs = maps((2, 3, 4), (2, 2, 4), dtype=torch.float64)
+    expected = torch.autograd.grad(reference.fsp_matrix(*inputs).sum(), inputs)[1 - position]
+    with torch.inference_mode():
+        inputs[position] = inputs[position].clone()
+    matrix = matrix_of(*inputs)
+    with torch.inference_mode():
+        inputs[position].zero_()  # as an in-place activation does, which autograd does not see here
+    assert_close(torch.autograd.grad(matrix.sum(), inputs[1 - position])[0], expected)
 
 
 def test_matrix_without_gradients_records_none():
@@ -272,6 +334,76 @@ def test_a_second_derivative_by_torch_func_is_an_error_that_names_the_alternativ
         torch.func.grad(lambda x: gradient(x).sum())(a)
 
 
+def test_a_second_derivative_of_batched_gradients_is_an_error_that_names_the_alternative():
+    tensors = four_maps()
+    gradients = torch.autograd.grad(
+        loss_of(*tensors), tensors, torch.ones(3), is_grads_batched=True, create_graph=True
+    )
+    for gradient in gradients:
+        with pytest.raises(RuntimeError, match=ONCE):
+            gradient.sum().backward(retain_graph=True)
+
+
+def test_gradients_are_differentiable_in_the_incoming_factor():
+    tensors = four_maps(dtype=torch.float64)
+
+    def derivative(function):
+        factor = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+        gradients = torch.autograd.grad(function(*tensors), tensors, factor, create_graph=True)
+        total = sum((g * x.detach()).sum() for g, x in zip(gradients, tensors, strict=True))
+        return torch.autograd.grad(total, factor)[0]
+
+    assert_close(derivative(loss_of), derivative(reference_loss))
+
+
+def test_jvp_by_two_backwards_of_the_loss():
+    tensors = tuple(four_maps(dtype=torch.float64, requires_grad=False))
+    (_, tangent), (_, expected) = (
+        torch.autograd.functional.jvp(function, tensors, tensors)
+        for function in (loss_of, reference_loss)
+    )
+    assert_close(tangent, expected)
+
+
+def test_gradients_carry_the_tangent_of_the_incoming_factor():
+    tensors = four_maps()
+    expected = oracle_of(*tensors).gradients
+    with forward_ad.dual_level():
+        factor = forward_ad.make_dual(torch.tensor(2.0), torch.tensor(3.0))
+        gradients = torch.autograd.grad(loss_of(*tensors), tensors, factor)
+        for gradient, wanted in zip(gradients, expected, strict=True):
+            value, tangent = forward_ad.unpack_dual(gradient)
+            assert_close(value, 2 * wanted)
+            assert_close(tangent, 3 * wanted)
+
+
+# --- fsp_loss: forward mode ---------------------------------------------------------------------
+
+
+def dual_loss(*tensors):
+    with forward_ad.dual_level():
+        return loss_of(*(forward_ad.make_dual(x, x) for x in tensors))
+
+
+FORWARD_MODES = {
+    "dual tensors": dual_loss,
+    "jvp": lambda *x: torch.func.jvp(loss_of, x, x),
+    "jacfwd": torch.func.jacfwd(loss_of),
+    "hessian": torch.func.hessian(loss_of),
+    "jvp of grad": lambda *x: torch.func.jvp(torch.func.grad(loss_of), x, x),
+    "linearize": lambda *x: torch.func.linearize(loss_of, *x)[1](*x),
+    "functional.jacobian": lambda *x: torch.autograd.functional.jacobian(
+        loss_of, x, vectorize=True, strategy="forward-mode"
+    ),
+}
+
+
+@pytest.mark.parametrize("derivative", FORWARD_MODES.values(), ids=FORWARD_MODES)
+def test_forward_mode_of_the_loss_is_an_error_that_names_the_alternative(derivative):
+    with pytest.raises(RuntimeError, match=r"fsp_loss has no forward-mode derivative.*fsp_matrix"):
+        derivative(*four_maps(requires_grad=False))
+
+
 def test_the_alternative_the_error_names_is_twice_differentiable():
     student = maps((2, 3, 4), (2, 2, 4), dtype=torch.float64)
     teacher = maps((2, 3, 4), (2, 2, 4), dtype=torch.float64)
@@ -320,6 +452,51 @@ def test_options_may_change_between_calls():
             loss = loss_of(*tensors, pool=pool, norm=norm)
             expected = oracle_of(a, b, c, d, pool=pool, norm=norm)
             expected.check(loss, torch.autograd.grad(loss, tensors))
+
+
+# --- fsp_loss: weights that are a tensor --------------------------------------------------------
+
+
+def two_pairs():
+    a, b, c, d = four_maps()
+    return [(a, b), (b, a)], [(c, d), (d, c)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_a_tensor_of_weights_is_read_like_numbers(dtype):
+    student, teacher = two_pairs()
+    loss = fsp.fsp_loss(student, teacher, weights=torch.tensor([0.5, 2], dtype=dtype))
+    assert_bitwise([loss], [fsp.fsp_loss(student, teacher, weights=[0.5, 2])])
+
+
+def test_a_tensor_of_weights_that_requires_a_gradient_gets_it():
+    student, teacher = two_pairs()
+    weights = torch.tensor([0.5, 2.0], requires_grad=True)
+    loss = fsp.fsp_loss(student, teacher, weights=weights)
+    *gradients, to_weights = torch.autograd.grad(loss, (*student[0], *teacher[0], weights))
+    exact = oracle(student, teacher, [0.5, 2.0])
+    assert_close(loss, exact.loss)
+    assert_close(gradients[0], exact.gradients[0] + exact.gradients[5])
+    alone = [oracle([s], [t]).loss for s, t in zip(student, teacher, strict=True)]
+    assert_close(to_weights, torch.stack(alone))
+
+
+WEIGHT_TRANSFORMS = {
+    "grad": torch.func.grad,
+    "jacfwd": torch.func.jacfwd,
+    "vmap": lambda loss: lambda weights: torch.vmap(loss)(weights.expand(2, -1)),
+}
+
+
+@pytest.mark.parametrize("transform", WEIGHT_TRANSFORMS.values(), ids=WEIGHT_TRANSFORMS)
+def test_transforms_see_a_tensor_of_weights(transform):
+    student, teacher = ([tuple(x.detach() for x in p) for p in pairs] for pairs in two_pairs())
+    weights = torch.tensor([0.5, 2.0])
+    found = transform(lambda w: fsp.fsp_loss(student, teacher, weights=w))(weights)
+    assert_close(
+        found,
+        transform(lambda w: reference.fsp_loss(student, teacher, weights=w))(weights).double(),
+    )
 
 
 # --- autocast and loss scaling ------------------------------------------------------------------
@@ -455,6 +632,42 @@ def test_vmap_over_pooled_maps():
         assert_close(matrix, reference.fsp_matrix(x[i].double(), y[i].double()))
 
 
+def test_vmap_over_no_slices():
+    x, y = maps((0, 2, 3, 6), (2, 5, 6), requires_grad=False)
+    assert torch.vmap(matrix_of, (0, None))(x, y).shape == (0, 2, 3, 5)
+    tensors = [x.expand(0, *x.shape) for x in four_maps(requires_grad=False)]
+    losses = torch.vmap(loss_of)(*tensors)
+    assert (losses.shape, losses.dtype) == ((0,), torch.float32)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_batched_gradients_of_the_loss(create_graph):
+    tensors = four_maps()
+    expected = oracle_of(*tensors).gradients
+    factors = torch.tensor([1.0, -2.0, 0.0])
+    gradients = torch.autograd.grad(
+        loss_of(*tensors), tensors, factors, is_grads_batched=True, create_graph=create_graph
+    )
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        for slice_, factor in zip(gradient.detach(), factors, strict=True):
+            assert_close(slice_, factor.item() * wanted)
+
+
+def test_gradients_under_a_vmap_of_backward():
+    tensors = four_maps()
+    expected = oracle_of(*tensors).gradients
+    loss = loss_of(*tensors)
+    gradients = torch.vmap(lambda v: torch.autograd.grad(loss, tensors, v))(torch.tensor([1.0, 3]))
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        assert_close(gradient[1], 3 * wanted)
+
+
+def test_a_vectorised_jacobian_of_the_loss():
+    tensors = tuple(four_maps())
+    jacobian = torch.autograd.functional.jacobian(loss_of, tensors, vectorize=True)
+    oracle_of(*tensors).check(loss_of(*tensors), jacobian)
+
+
 def test_nested_vmap_of_the_matrix():
     x, y = maps((2, 4, 2, 3, 6), (4, 2, 5, 6), requires_grad=False)
     matrices = torch.vmap(torch.vmap(matrix_of), (0, None))(x, y)
@@ -499,7 +712,9 @@ def jacrev_twice(function):
     return torch.func.jacrev(torch.func.jacrev(function))
 
 
-@pytest.mark.parametrize("jacobian", [torch.func.jacrev, jacrev_twice])
+@pytest.mark.parametrize(
+    "jacobian", [torch.func.jacrev, jacrev_twice, torch.func.jacfwd, torch.func.hessian]
+)
 def test_jacobian_and_hessian_of_the_matrix(jacobian):
     x, y = maps((2, 3, 4), (2, 2, 4), dtype=torch.float64, requires_grad=False)
     assert_close(
@@ -576,6 +791,15 @@ def test_backward_may_run_in_another_thread():
     thread.start()
     thread.join()
     expected.check(loss, [x.grad for x in tensors])
+
+
+def test_a_profile_names_both():
+    a, b, c, d = four_maps()
+    with torch.autograd.profiler.profile() as profile:
+        (loss_of(a, b, c, d) + matrix_of(a, b).sum()).backward()
+    names = {event.key for event in profile.key_averages()}
+    for name in ("FSPLoss", "FSPMatrix"):
+        assert {f"{name}Function", f"{name}FunctionBackward"} <= names
 
 
 def test_parameters_are_maps_too():

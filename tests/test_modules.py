@@ -153,3 +153,14 @@ def test_pairs_of_takes_a_tuple():
 def test_pairs_of_needs_two_layers(count):
     with pytest.raises(ValueError, match=rf"^features: got {count}, expected at least two maps"):
         fsp.pairs_of([torch.zeros(1, 1, 1)] * count)
+
+
+def test_weights_that_are_a_parameter_are_trained_with_the_rest(student, teacher):
+    criterion = fsp.FSPLoss(weights=torch.nn.Parameter(torch.tensor([0.5, 2.0])))
+    criterion(fsp.pairs_of(student), fsp.pairs_of(teacher)).backward()
+    (weights,) = criterion.parameters()
+    alone = [
+        fsp.fsp_loss([s], [t])
+        for s, t in zip(fsp.pairs_of(student), fsp.pairs_of(teacher), strict=True)
+    ]
+    torch.testing.assert_close(weights.grad, torch.stack(alone).detach())

@@ -12,8 +12,10 @@ from tolerances import assert_close, oracle
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.export import Dim, export
 from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 import fsp_kernels as fsp
 from fsp_kernels import reference
@@ -124,6 +126,12 @@ def test_loss_operator_is_well_behaved_with_mixed_dtypes_and_strides():
     d = d.detach()[:, :, ::2, ::2].requires_grad_()
     c = c.detach().bfloat16()[:, :, :3].requires_grad_()
     opcheck(torch.ops.fsp.loss, loss_arguments([a, b, c, d]))
+
+
+def test_loss_operator_is_well_behaved_with_weights_that_change():
+    *arguments, pool, norm, backend = loss_arguments(four_maps())
+    arguments[3] = []
+    opcheck(torch.ops.fsp.loss, (*arguments, pool, norm, backend, torch.tensor([1.5])))
 
 
 # --- fake tensors -------------------------------------------------------------------------------
@@ -252,14 +260,44 @@ def test_a_dynamic_batch_of_matrices_compiles_once():
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
-def test_weights_of_a_compiled_call_may_change(dynamic):
+CHANGING_WEIGHTS = [  # how they come, what compiles, dynamic, compilations at most
+    pytest.param(lambda w: [w], "aot_eager", None, 2, id="numbers"),
+    pytest.param(lambda w: [w], "aot_eager", True, 1, id="numbers-dynamic"),
+    pytest.param(lambda w: [w], "inductor", None, 2, id="numbers-inductor", marks=pytest.mark.slow),
+    pytest.param(lambda w: torch.tensor([w]), "aot_eager", None, 1, id="tensor"),
+]
+
+
+@pytest.mark.parametrize(("make", "backend", "dynamic", "most"), CHANGING_WEIGHTS)
+def test_weights_of_a_compiled_call_may_change(make, backend, dynamic, most):
     a, b, c, d = four_maps()
-    compiled = torch.compile(loss_of, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for weight in (0.5, 2.0, 0.25, 3):
-        loss = compiled(a, b, c, d, weights=[weight])
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(loss_of, fullgraph=True, dynamic=dynamic, backend=counter)
+    for weight in (1.0, 0.5, 2.0, 0.25, 0.0):
+        loss = compiled(a, b, c, d, weights=make(weight))
         gradients = torch.autograd.grad(loss, (a, b, c, d))
         oracle([(a, b)], [(c, d)], [weight]).check(loss, gradients)
+    assert counter.frame_count <= most
+
+
+def test_a_compiled_tensor_of_weights_may_require_a_gradient():
+    a, b, c, d = four_maps()
+    weights = torch.tensor([0.5], requires_grad=True)
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    loss, expected = (f(a, b, c, d, weights=weights) for f in (compiled, loss_of))
+    assert_same(
+        torch.autograd.grad(loss, (a, weights)), torch.autograd.grad(expected, (a, weights))
+    )
+
+
+@pytest.mark.parametrize("make", [lambda w: [w], lambda w: torch.tensor([w])], ids=["list", "1-D"])
+def test_a_bad_weight_of_a_compiled_call_is_named_when_it_comes(make):
+    tensors = four_maps()
+    compiled = torch.compile(loss_of, fullgraph=True, dynamic=True, backend="aot_eager")
+    for weight in (0.5, 0.25):
+        compiled(*tensors, weights=make(weight))
+    with pytest.raises(ValueError, match=r"weights\[0\]: got -1.0, expected a finite number >= 0"):
+        compiled(*tensors, weights=make(-1.0))
 
 
 def test_the_compiled_matrix_may_be_inside_a_larger_gradient():
@@ -315,6 +353,58 @@ def test_a_model_with_the_loss_inside_compiles_whole(backend, dynamic):
     loss.backward()
     assert_same((loss, *(p.grad for p in model.student.parameters())), (expected, *gradients))
     assert all(p.grad is None for p in model.teacher.parameters())
+
+
+def every_gradient(function):
+    return torch.func.grad(function, argnums=(0, 1, 2, 3))
+
+
+LOSS_TRANSFORMS = {
+    "grad": every_gradient,
+    "jacrev": lambda f: torch.func.jacrev(f, argnums=(0, 3)),
+    "vmap": lambda f: lambda *x: torch.vmap(f)(*(torch.stack((t, 2 * t)) for t in x)),
+    "vmap of grad": lambda f: lambda *x: torch.vmap(every_gradient(f))(*(t[:, None] for t in x)),
+}
+
+
+@pytest.mark.parametrize("transform", LOSS_TRANSFORMS.values(), ids=LOSS_TRANSFORMS)
+def test_a_compiled_transform_of_the_loss_equals_the_eager_one(transform):
+    tensors = four_maps(requires_grad=False)
+    compiled = torch.compile(transform(loss_of), fullgraph=True, backend="aot_eager")
+    found, expected = compiled(*tensors), transform(loss_of)(*tensors)
+    assert_same(*((x,) if isinstance(x, torch.Tensor) else x for x in (found, expected)))
+
+
+MATRIX_TRANSFORMS = {
+    "grad": lambda f: torch.func.grad(lambda x, y: f(x, y).square().sum()),
+    "hessian": lambda f: torch.func.hessian(lambda x, y: f(x, y).square().sum()),
+    "jvp": lambda f: lambda x, y: torch.func.jvp(f, (x, y), (y[:, :3], x))[1],
+    "vmap": lambda f: lambda x, y: torch.vmap(f, (0, None))(torch.stack((x, 2 * x)), y),
+}
+
+
+@pytest.mark.parametrize("transform", MATRIX_TRANSFORMS.values(), ids=MATRIX_TRANSFORMS)
+def test_a_compiled_transform_of_the_matrix_is_that_of_the_definition(transform):
+    x, y = maps((2, 3, 4), (2, 3, 4), dtype=torch.float64, requires_grad=False)
+    compiled = torch.compile(transform(matrix_of), fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x, y), transform(reference.fsp_matrix)(x, y))
+
+
+COMPILED_ERRORS = {
+    "jvp": (lambda *x: torch.func.jvp(loss_of, x, x), "no forward-mode derivative"),
+    "grad of grad": (
+        torch.func.grad(lambda *x: torch.func.grad(loss_of)(*x).sum()),
+        "once differentiable",
+    ),
+}
+
+
+@pytest.mark.parametrize(("derivative", "message"), COMPILED_ERRORS.values(), ids=COMPILED_ERRORS)
+def test_what_the_loss_has_no_derivative_for_is_an_error_of_compiled_calls_too(derivative, message):
+    with pytest.raises(Exception, match=message):
+        torch.compile(derivative, fullgraph=True, backend="aot_eager")(
+            *four_maps(requires_grad=False)
+        )
 
 
 def test_a_second_derivative_of_the_operator_names_the_alternative():
@@ -375,6 +465,13 @@ def test_an_exported_program_serves_any_batch(module, count, second, strict):
         assert_same([program.module()(*arguments)], [module(*arguments)])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("module", "count"), [(Loss(), 4), (Matrix(), 2)], ids=["loss", "matrix"])
+def test_a_trace_by_torchscript_is_refused_and_names_export(module, count):
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace.*use torch\.export\.export"):
+        torch.jit.trace(module, tuple(four_maps(requires_grad=False)[:count]))
+
+
 # --- subclasses and modes -----------------------------------------------------------------------
 
 
@@ -423,6 +520,60 @@ def test_a_dispatch_mode_sees_operators():
         loss, matrix = loss_of(a, b, c, d), matrix_of(a, b)
     assert {"fsp::loss", "fsp::matrix"} <= set(recorder.operators)
     assert_same([loss, matrix], [loss_of(a, b, c, d), matrix_of(a, b)])
+
+
+def test_a_dispatch_mode_does_not_hide_forward_mode():
+    a, b, c, d = four_maps(requires_grad=False)
+
+    def derivative(function, *tensors):
+        with forward_ad.dual_level():
+            result = function(*(forward_ad.make_dual(x, x) for x in tensors))
+            return forward_ad.unpack_dual(result).tangent
+
+    with Recorder() as recorder:
+        tangent = derivative(matrix_of, a, b)
+        with pytest.raises(RuntimeError, match="fsp_loss has no forward-mode derivative"):
+            derivative(loss_of, a, b, c, d)
+    assert recorder.operators.count("fsp::matrix") == 3
+    assert_same([tangent], [derivative(matrix_of, a, b)])
+
+
+def test_a_dispatch_mode_sees_the_operators_of_a_transform():
+    tensors = four_maps(requires_grad=False)
+    with Recorder() as recorder:
+        gradients = every_gradient(loss_of)(*tensors)
+    assert recorder.operators.count("fsp::loss") == 1
+    assert_same(gradients, every_gradient(loss_of)(*tensors))
+
+
+# --- tools that look at operators ---------------------------------------------------------------
+
+
+def counted(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return {packet.__name__: flops for packet, flops in counter.get_flop_counts()["Global"].items()}
+
+
+@pytest.mark.parametrize("size", [(1, 1), (6, 6)], ids=["gram", "matrix"])
+def test_flops_of_the_loss_are_those_of_its_plan(size):
+    a, b, c, d = four_maps(first=size, second=size)
+    plan = fsp.explain([(a, b)], [(c, d)])
+    assert counted(lambda: loss_of(a, b, c, d).backward())["loss"] == plan.flops > 0
+
+
+def test_flops_of_the_matrix_are_those_of_its_products():
+    x, y = maps((3, 5, 6, 6), (3, 4, 6, 6))
+    product = 2 * 3 * 5 * 4 * 36
+    flops = counted(lambda: fsp.fsp_matrix(x, y).sum().backward())
+    assert (flops["matrix"], flops["matrix_backward"]) == (product, 2 * product)
+
+
+def test_meta_tensors_tell_shapes():
+    a, b, c, d = (x.detach().to("meta").requires_grad_() for x in four_maps())
+    gradients = torch.autograd.grad(loss_of(a, b, c, d), (a, b, c, d))
+    assert [g.shape for g in gradients] == [x.shape for x in (a, b, c, d)]
+    assert fsp.fsp_matrix(a, b).shape == (3, 5, 4)
 
 
 COMPILED = """

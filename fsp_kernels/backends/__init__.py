@@ -8,9 +8,11 @@ that cannot serve is an error that says why.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -114,26 +116,58 @@ def get_backend(name: str) -> Backend:
     return backend
 
 
-class use_backend:  # noqa: N801  (reads as a function, like torch.no_grad)
-    """Make ``name`` the default backend of this process, for good or for a ``with`` block.
+class _Choice:
+    """What the innermost block of a thread chose; an empty name is the automatic choice."""
 
-    >>> use_backend("torch")            # from here on
-    >>> with use_backend("torch"): ...  # here only
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+
+class _Thread(threading.local):
+    """Each thread's blocks, and their choice, in an object since the compiler takes no other."""
+
+    def __init__(self) -> None:
+        self.choice = _Choice()
+        self.blocks: list[use_backend] = []
+
+
+_THREAD = _Thread()
+_LOCK = threading.Lock()
+
+
+class use_backend:  # noqa: N801  (reads as a function, like torch.no_grad)
+    """Make ``name`` the default backend of this process, for good, or of a ``with`` block.
+
+    >>> use_backend("torch")            # from here on, in every thread
+    >>> with use_backend("torch"): ...  # here only, in this thread
+
+    A block concerns the thread that runs it, like ``torch.no_grad``: it comes before what is set
+    for good, and threads that it starts do not see it. Blocks may end in any order, as those of
+    generators and coroutines do, which share their thread's choice while they are suspended.
+    ``backward`` runs where its forward did, whatever the choice is by then.
 
     ``None`` restores the automatic choice. Raises as :func:`fsp_kernels.backends.get_backend`.
     """
 
     _default: str | None = None
+    _lasting: ClassVar[list[use_backend]] = []  # chosen for good, the last one being in force
 
     def __init__(self, name: str | None):
         if name is not None:
             get_backend(name)
         self._name = name
-        self._previous = use_backend._default
-        use_backend._default = name
+        with _exclusive():
+            use_backend._lasting.append(self)
+            use_backend._default = name
 
     def __enter__(self) -> None:
-        use_backend._default = self._name
+        with _exclusive():
+            if self in use_backend._lasting:
+                use_backend._lasting.remove(self)
+            lasting = use_backend._lasting
+            use_backend._default = lasting[-1]._name if lasting else None
+        _THREAD.blocks.append(self)
+        _THREAD.choice.name = self._name or ""
 
     def __exit__(
         self,
@@ -141,10 +175,23 @@ class use_backend:  # noqa: N801  (reads as a function, like torch.no_grad)
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        use_backend._default = self._previous
+        blocks = _THREAD.blocks
+        blocks.remove(self)
+        _THREAD.choice.name = (blocks[-1]._name or "") if blocks else None
 
     def __repr__(self) -> str:
-        return f"use_backend({use_backend._default!r})"
+        return f"use_backend({_chosen()!r})"
+
+
+def _exclusive() -> AbstractContextManager[Any]:
+    # The compiler takes no lock, and traces in one thread at a time.
+    return nullcontext() if torch.compiler.is_compiling() else _LOCK
+
+
+def _chosen() -> str | None:
+    """What :class:`use_backend` says in this thread, if anything."""
+    name = _THREAD.choice.name
+    return use_backend._default if name is None else name or None
 
 
 def requested_backend(argument: str | None) -> str | None:
@@ -152,8 +199,9 @@ def requested_backend(argument: str | None) -> str | None:
     if argument is not None:
         check_choice("backend", argument, tuple(_REGISTRY))
         return argument
-    if use_backend._default is not None:
-        return use_backend._default
+    chosen = _chosen()
+    if chosen is not None:
+        return chosen
     name = os.environ.get(_ENVIRONMENT_VARIABLE)
     if name:
         check_choice(_ENVIRONMENT_VARIABLE, name, tuple(_REGISTRY))

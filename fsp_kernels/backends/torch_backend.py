@@ -108,8 +108,10 @@ def _scaled_product(x: Tensor, y: Tensor, positions: int) -> Tensor:
     """
     dtype = torch.promote_types(x.dtype, y.dtype)
     wide = accumulation_dtype(dtype)
-    out = x.new_empty(x.shape[0], x.shape[1], y.shape[2], dtype=wide)
-    return _bmm(out, x.to(wide), y.to(wide), 1 / positions).to(dtype)
+    x, y = x.to(wide), y.to(wide)
+    # Not into a tensor that is there, which vmap could not follow.
+    unread = x.new_empty(1, 1, 1)
+    return torch.baddbmm(unread, x, y, beta=0, alpha=1 / positions).to(dtype)
 
 
 def _pair_losses(
