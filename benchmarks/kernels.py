@@ -343,7 +343,7 @@ VARIANTS = (
     Variant("64-bit offsets", _BF16, (_square(16, 20000, batch=1),) * 4),
 )
 # Kernels without a configuration of their own, which may not spill in any variant.
-UNCONFIGURED = ("fsp_combine", "fsp_finish", "fsp_scale")
+UNCONFIGURED = ("fsp_combine", "fsp_matrix_gradients", "fsp_finish", "fsp_scale")
 
 
 def compile_variant(variant: Variant, family: str) -> list[Usage]:
