@@ -25,7 +25,8 @@ struct Gram {
   using Side = Tile<float, channels, POSITIONS>;
   using Block = Accumulator<POSITIONS, POSITIONS>;
 
-  // x^T x, y^T x and y^T y of one side.
+  // x^T x / K, y^T x / K and y^T y / K of one side. Divided at once: these are multiplied with each
+  // other and may overflow.
   struct Blocks {
     Block xx, yx, yy;
   };
@@ -60,26 +61,26 @@ struct Gram {
     Blocks first, second;
     accumulate(first, 0);
     accumulate(second, 1);
-    const float scale = 1.0f / pair.positions[0] / pair.positions[0];
-    const float loss = block_sum(inner_product(first, second), scratch) * scale;
-    const float slope = 2 * pair.factor * scale;
+    float loss = block_sum(inner_product(first, second), scratch);
+    // Rounding errors may be larger than the loss. An overflow becomes NaN here, not zero.
+    if (loss < 0) loss *= 0.0f;
     if (wanted(0)) {
       keep([&](Put put) { put(by_x, second.xx); put(by_y, second.yx); }, [](Put) {});
-      gradient(0, slope);
+      gradient(0, 1);
     }
     if (wanted(1)) {
       keep([&](Put put) { put(by_x, first.xx); put(by_y, first.yy); },
            [&](Put put) { put.transposed(by_x, first.yx); put(by_y, first.yx); });
-      gradient(1, slope);
+      gradient(1, 1);
     }
     if (wanted(2)) {
       keep([&](Put put) { put(by_x, second.xx); put(by_y, second.yx); },
            [&](Put put) { put.transposed(by_x, second.yx, -1); put(by_y, second.yy, -1); });
-      gradient(2, -slope);
+      gradient(2, -1);
     }
     if (wanted(3)) {
       keep([&](Put put) { put.transposed(by_x, first.yx); put(by_y, first.yy); }, [](Put) {});
-      gradient(3, -slope);
+      gradient(3, -1);
     }
     return loss;
   }
@@ -104,9 +105,11 @@ struct Gram {
     return total;
   }
 
-  // What a thread has of a block into shared memory: set, or added to what it set before.
+  // What a thread has of a block into shared memory, with the scale of a gradient, so that products
+  // do not overflow: set, or added to what it set before.
   struct Put {
     bool add;
+    float scale;
 
     __device__ void operator()(float* block, Block& from, float sign = 1) const {
       from.for_each([&](int i, int j, float& value) { put(block[i * line + j], sign * value); });
@@ -114,14 +117,17 @@ struct Gram {
     __device__ void transposed(float* block, Block& from, float sign = 1) const {
       from.for_each([&](int i, int j, float& value) { put(block[j * line + i], sign * value); });
     }
-    __device__ void put(float& to, float value) const { to = add ? to + value : value; }
+    __device__ void put(float& to, float value) const {
+      to = add ? to + value * scale : value * scale;
+    }
   };
 
   template <class First, class Second>
   __device__ void keep(First set, Second add) {
-    set(Put{false});
+    const float scale = 2 * pair.factor / pair.positions[0];
+    set(Put{false, scale});
     __syncthreads();  // a transposed element is another thread's
-    add(Put{true});   // there for all threads when a pipeline has its first tile
+    add(Put{true, scale});  // there for all threads when a pipeline has its first tile
   }
 
   __device__ float* tile(bool teacher, int stage) const {
@@ -172,10 +178,14 @@ struct Gram {
       add(blocks.yx, y, x);
       add(blocks.yy, y, y);
     });
+    const float scale = 1.0f / pair.positions[0];
+    for (Block* block : {&blocks.xx, &blocks.yx, &blocks.yy}) {
+      block->for_each([&](int, int, float& value) { value *= scale; });
+    }
   }
 
-  // Write scale * (x by_x + y by_y), the gradient of a map.
-  __device__ void gradient(int map, float scale) {
+  // Write sign * (x by_x + y by_y), the gradient of a map.
+  __device__ void gradient(int map, float sign) {
     const Operand<float> columns_x{by_x, 1, line}, columns_y{by_y, 1, line};
     for_tiles<true>(map % 2, [&](int block, const auto& x, const auto& y) {
       Accumulator<channels, POSITIONS> result;
@@ -187,7 +197,7 @@ struct Gram {
           step_fp32(result, y, columns_y, k, pair.split, 1);
         }
       }
-      result.store(own, line, scale);
+      result.store(own, line, sign);
       __syncthreads();
       write_gradient<channels, POSITIONS>(own, pair.gradients[map], pair.maps[map], sample,
                                           block * channels, 0, map % 2 == 0 ? pair.m : pair.n,

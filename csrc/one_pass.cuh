@@ -85,7 +85,7 @@ struct OnePass {
     return length;
   }
 
-  // scale * slope @ other / K, or with the slope transposed, is the gradient of a map.
+  // (scale * slope) @ other, or with the slope transposed, is the gradient of a map.
   __device__ __forceinline__ void gradient(int map) {
     const bool first = map % 2 == 0, teacher = map >= 2;
     float scale = pair.norm == Norm::column ? pair.factor : 2 * pair.factor;
@@ -97,8 +97,7 @@ struct OnePass {
     const Map& partner = pair.maps[map ^ 1];
     const int count = pair.positions[teacher];
     const int own_channels = first ? pair.m : pair.n, other_channels = first ? pair.n : pair.m;
-    const Operand<float> x{slope(), first ? line : 1, first ? 1 : line};
-    scale /= count;
+    const Slope x{{slope(), first ? line : 1, first ? 1 : line}, scale / count};
     pipeline(
         0, (count + positions - 1) / positions, stages,
         [&](int block, int stage) {
@@ -110,7 +109,7 @@ struct OnePass {
           result.clear();
           const Operand<T> y = by_position<Other>(other(stage), partner);
           multiply(result, x, y, other_channels, pair.split);
-          result.store(own(), Own::position_line, scale);
+          result.store(own(), Own::position_line);
           __syncthreads();
           write_gradient<CHANNELS, positions>(own(), pair.gradients[map], pair.maps[map], sample, 0,
                                               block * positions, own_channels, count);

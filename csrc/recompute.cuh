@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   const int network = pair.own / 2;
   const int count = pair.positions[network];
   const Map& other = pair.maps[pair.own + 1];
+  const float scale = (network == 0 ? 2 : -2) * pair.factor / count;
 
   float* const scratch = reinterpret_cast<float*>(shared_memory());
   float* const slope = scratch + WARPS;
@@ -86,17 +87,16 @@ __global__ void __launch_bounds__(THREADS, 1)
       wait_for_copies<0>();
       __syncthreads();
       for_chunk(chunk, [&](auto& result) {
-        multiply(result, Operand<float>{slope, Of::line, 1},
+        multiply(result, Slope{{slope, Of::line, 1}, scale},
                  by_position<typename Of::Other>(memory, other), Of::channels, pair.split);
       });
       __syncthreads();
     }
   }
   float* const own = reinterpret_cast<float*>(memory);
-  const float scale = (network == 0 ? 2 : -2) * pair.factor / count;
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk) {
-    for_chunk(chunk, [&](auto& result) { result.store(own, Of::Own::position_line, scale); });
+    for_chunk(chunk, [&](auto& result) { result.store(own, Of::Own::position_line); });
     __syncthreads();
     write_gradient<Of::channels, Of::chunk>(own, pair.gradients[pair.own], pair.maps[pair.own],
                                             sample, line, chunk * Of::chunk, pair.m, count);

@@ -67,7 +67,7 @@ struct GradientTiles {
   }
 };
 
-// factor * slope @ other for every gradient; a block has a tile of channels and positions.
+// (factor * slope) @ other for every gradient; a block has a tile of channels and positions.
 template <class T>
 __global__ void __launch_bounds__(THREADS, 2)
     fsp_gradients(const __grid_constant__ Products group) {
@@ -97,8 +97,9 @@ __global__ void __launch_bounds__(THREADS, 2)
                                       product.positions);
       },
       [&](int, int stage) {
-        const auto x = by_channel<typename Of::Slope>(slopes + stage * Of::Slope::size,
-                                                      product.slope);
+        const Slope x{by_channel<typename Of::Slope>(slopes + stage * Of::Slope::size,
+                                                     product.slope),
+                      product.factor};
         const auto y = by_position<typename Of::Other>(others + stage * Of::Other::size,
                                                        product.other);
         const auto add = [&](auto& sum) { multiply(sum, x, y, Of::other, product.split); };
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(THREADS, 2)
           add(result);  // which will be rounded to 16 bits
         }
       });
-  result.store(own, Of::Own::position_line, product.factor);
+  result.store(own, Of::Own::position_line);
   __syncthreads();
   write_gradient<Of::own, Of::positions>(own, product.gradient, product.own, map_sample, channel,
                                          position, product.own_channels, product.positions);

@@ -51,32 +51,36 @@ def _sample(pointers, scratch, entry, factor, sample):
     pp = tl.load(_kept(scratch, entry, 0, sample))
     cp = tl.load(_kept(scratch, entry, 1, sample))
     cc = tl.load(_kept(scratch, entry, 2, sample))
-    factor = factor / entry.student_positions / entry.student_positions
-    loss = tl.sum(tl.sum(pp * bb + 2 * cp * qb + cc * qq, axis=1)) * factor
+    loss = tl.sum(tl.sum(pp * bb + 2 * cp * qb + cc * qq, axis=1))
+    # Rounding errors may be larger than the loss. An overflow becomes NaN here, not zero.
+    loss = tl.where(loss < 0, 0 * loss, loss)
+    scale = 2 * factor / entry.student_positions
     if pointers[4] is not None:
-        _keep(bb, qb, scratch, entry, 0, sample)
+        _keep(scale, bb, qb, scratch, entry, 0, sample)
     if pointers[5] is not None:
-        _keep(pp + tl.trans(cp), cp + cc, scratch, entry, 1, sample)
+        _keep(scale, pp + tl.trans(cp), cp + cc, scratch, entry, 1, sample)
     if pointers[6] is not None:
-        _keep(bb - tl.trans(qb), qb - qq, scratch, entry, 2, sample)
+        _keep(-scale, bb - tl.trans(qb), qb - qq, scratch, entry, 2, sample)
     if pointers[7] is not None:
-        _keep(tl.trans(cp), cc, scratch, entry, 3, sample)
+        _keep(-scale, tl.trans(cp), cc, scratch, entry, 3, sample)
     tl.debug_barrier()
-    scale = 2 * factor
     if pointers[4] is not None:
-        _sweep(scale, pointers, scratch, entry, 0, sample)
+        _sweep(pointers, scratch, entry, 0, sample)
     if pointers[5] is not None:
-        _sweep(scale, pointers, scratch, entry, 1, sample)
+        _sweep(pointers, scratch, entry, 1, sample)
     if pointers[6] is not None:
-        _sweep(-scale, pointers, scratch, entry, 2, sample)
+        _sweep(pointers, scratch, entry, 2, sample)
     if pointers[7] is not None:
-        _sweep(-scale, pointers, scratch, entry, 3, sample)
-    return loss
+        _sweep(pointers, scratch, entry, 3, sample)
+    return loss * factor
 
 
 @triton.jit
 def _blocks(pointers, entry, SIDE: tl.constexpr, sample):
-    """``x^T x``, ``y^T x`` and ``y^T y``, each ``(block_k, block_k)``, of one side."""
+    """``x^T x / K``, ``y^T x / K`` and ``y^T y / K``, ``(block_k, block_k)``, of one side.
+
+    Divided here and not later: these are multiplied with each other and may overflow.
+    """
     xx = tl.zeros((entry.block_k, entry.block_k), tl.float32)
     yx = tl.zeros((entry.block_k, entry.block_k), tl.float32)
     yy = tl.zeros((entry.block_k, entry.block_k), tl.float32)
@@ -86,12 +90,15 @@ def _blocks(pointers, entry, SIDE: tl.constexpr, sample):
         xx = multiply(tl.trans(x), x, xx, entry.precision)
         yx = multiply(tl.trans(y), x, yx, entry.precision)
         yy = multiply(tl.trans(y), y, yy, entry.precision)
-    return xx, yx, yy
+    scale = 1.0 / entry.student_positions
+    return xx * scale, yx * scale, yy * scale
 
 
 @triton.jit
-def _keep(x_block, y_block, scratch, entry, OWN: tl.constexpr, sample):
-    """Write the blocks of the gradient of the map number OWN, transposed, as operands."""
+def _keep(scale, x_block, y_block, scratch, entry, OWN: tl.constexpr, sample):
+    """Write the scaled blocks of the gradient of the map number OWN, transposed, as operands."""
+    x_block *= scale
+    y_block *= scale
     if entry.precision == "tf32":
         x_block = round_to_tf32(x_block)
         y_block = round_to_tf32(y_block)
@@ -109,8 +116,8 @@ def _kept(scratch, entry, index, sample):
 
 
 @triton.jit
-def _sweep(scale, pointers, scratch, entry, OWN: tl.constexpr, sample):
-    """Write ``scale * (x @ x_block + y @ y_block)``, the gradient of the map number OWN."""
+def _sweep(pointers, scratch, entry, OWN: tl.constexpr, sample):
+    """Write ``x @ x_block + y @ y_block``, the gradient of the map number OWN."""
     SIDE: tl.constexpr = OWN % 2
     C: tl.constexpr = entry.m if SIDE == 0 else entry.n
     for channel in tl.range(0, C, entry.block_m, num_stages=entry.stages):
@@ -122,7 +129,7 @@ def _sweep(scale, pointers, scratch, entry, OWN: tl.constexpr, sample):
         gradient = multiply(x_block, tl.trans(x), gradient, entry.precision)
         gradient = multiply(y_block, tl.trans(y), gradient, entry.precision)
         write_gradient(
-            tl.trans(gradient) * scale,
+            tl.trans(gradient),
             pointers[OWN],
             entry.layouts[OWN],
             pointers[4 + OWN],

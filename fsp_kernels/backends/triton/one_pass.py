@@ -14,6 +14,8 @@ from fsp_kernels.backends.triton.maps import load_tile, write_gradient
 from fsp_kernels.backends.triton.residual import (
     loss_and_slope,
     residual_tile,
+    scaled_slope,
+    teacher_ratio,
     write_matrix_gradient,
 )
 
@@ -38,23 +40,24 @@ def _sample(pointers, entry, factor, sample):
     scale = factor
     if entry.norm != "column":
         scale = factor * 2
+    slope = scaled_slope(slope, scale, entry)
     if pointers[4] is not None:
-        _sweep(slope, scale, pointers, entry, 1, 0, sample)
+        _sweep(slope, 1.0, pointers, entry, 1, 0, sample)
     if pointers[5] is not None:
-        _sweep(tl.trans(slope), scale, pointers, entry, 0, 1, sample)
+        _sweep(tl.trans(slope), 1.0, pointers, entry, 0, 1, sample)
     if pointers[6] is not None:
         if entry.residual == "ready":
-            write_matrix_gradient(slope * -scale, pointers, entry, sample, 0, 0)
+            write_matrix_gradient(slope, pointers, entry, sample, 0, 0)
         else:
-            _sweep(slope, -scale, pointers, entry, 3, 2, sample)
+            _sweep(slope, teacher_ratio(entry), pointers, entry, 3, 2, sample)
     if pointers[7] is not None:
-        _sweep(tl.trans(slope), -scale, pointers, entry, 2, 3, sample)
+        _sweep(tl.trans(slope), teacher_ratio(entry), pointers, entry, 2, 3, sample)
     return loss * factor
 
 
 @triton.jit
-def _sweep(slope, scale, pointers, entry, OTHER: tl.constexpr, OWN: tl.constexpr, sample):
-    """Write ``scale * slope @ other / K``, the gradient of the map number OWN."""
+def _sweep(slope, ratio, pointers, entry, OTHER: tl.constexpr, OWN: tl.constexpr, sample):
+    """Write ``ratio * slope @ other``, the gradient of the map number OWN."""
     K = entry.student_positions
     if OWN >= 2:
         K = entry.teacher_positions
@@ -63,7 +66,6 @@ def _sweep(slope, scale, pointers, entry, OTHER: tl.constexpr, OWN: tl.constexpr
     OWN_BLOCK: tl.constexpr = slope.shape[0]
     OTHER_BLOCK: tl.constexpr = slope.shape[1]
     BLOCK_K: tl.constexpr = entry.block_k
-    scale = scale * (1.0 / K)
     for k in tl.range(0, K, BLOCK_K, num_stages=entry.stages):
         other = load_tile(
             pointers[OTHER],
@@ -79,7 +81,7 @@ def _sweep(slope, scale, pointers, entry, OTHER: tl.constexpr, OWN: tl.constexpr
         gradient = tl.zeros((OWN_BLOCK, BLOCK_K), tl.float32)
         gradient = multiply_computed(slope, other, gradient, entry.precision)
         write_gradient(
-            gradient * scale,
+            gradient * ratio,
             pointers[OWN],
             entry.layouts[OWN],
             pointers[4 + OWN],

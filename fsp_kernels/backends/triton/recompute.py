@@ -17,6 +17,8 @@ from fsp_kernels.backends.triton.maps import load_tile, write_gradient
 from fsp_kernels.backends.triton.residual import (
     loss_and_slope,
     residual_tile,
+    scaled_slope,
+    teacher_ratio,
     write_matrix_gradient,
 )
 
@@ -49,12 +51,15 @@ def _rows_of_sample(pointers, entry, factor, sample, row):
         if entry.finishes:
             loss, slope = loss_and_slope(slope, entry.norm)
             total += loss
+        slope = scaled_slope(slope, scale, entry)
         student = _add(student, slope, pointers, entry, 1, sample, column, entry.student_positions)
         teacher = _add(teacher, slope, pointers, entry, 3, sample, column, entry.teacher_positions)
         if entry.residual == "ready" and pointers[6] is not None:
-            write_matrix_gradient(slope * -scale, pointers, entry, sample, row, column)
-    _write(student, scale, pointers, entry, 0, sample, row, entry.student_positions)
-    _write(teacher, -scale, pointers, entry, 2, sample, row, entry.teacher_positions)
+            write_matrix_gradient(slope, pointers, entry, sample, row, column)
+    _write(student, 1.0, pointers, entry, 0, sample, row, entry.student_positions)
+    _write(
+        teacher, teacher_ratio(entry), pointers, entry, 2, sample, row, entry.teacher_positions
+    )
     return total * factor
 
 
@@ -88,10 +93,10 @@ def _add(blocks, slope, pointers, entry, OTHER: tl.constexpr, sample, column, po
 
 
 @triton.jit
-def _write(blocks, scale, pointers, entry, OWN: tl.constexpr, sample, row, positions):
+def _write(blocks, ratio, pointers, entry, OWN: tl.constexpr, sample, row, positions):
     for i in tl.static_range(len(blocks)):
         write_gradient(
-            blocks[i] * (scale / positions),
+            blocks[i] * ratio,
             pointers[OWN],
             entry.layouts[OWN],
             pointers[4 + OWN],

@@ -79,7 +79,7 @@ def residual_tile(pointers, entry, sample, row, column, part):
             a = _tile(pointers, entry, 0, sample, row, k, K)
             b = _tile(pointers, entry, 1, sample, column, k, K)
             result = multiply(a, tl.trans(b), result, entry.precision)
-    result = result * (1.0 / K)
+    result = result * _inverse(K)
     if entry.residual == "apart":
         K = entry.teacher_positions
         begin, end = _range_of(part, entry.parts, K, entry.block_k)
@@ -88,7 +88,7 @@ def residual_tile(pointers, entry, sample, row, column, part):
             c = _tile(pointers, entry, 2, sample, row, k, K)
             d = _tile(pointers, entry, 3, sample, column, k, K)
             target = multiply(c, tl.trans(d), target, entry.precision)
-        result = result - target * (1.0 / K)
+        result = result - target * _inverse(K)
     if entry.residual == "ready":
         addresses, mask = matrix_addresses(
             pointers[2], entry.layouts[2], entry, sample, row, column
@@ -125,9 +125,28 @@ def loss_and_slope(residual, NORM: tl.constexpr):
 
 
 @triton.jit
-def write_matrix_gradient(gradient, pointers, entry, sample, row, column):
-    """Write the gradient of a ready matrix, ``(block_m, block_n)`` of it."""
+def scaled_slope(slope, scale, entry):
+    """``scale * slope / K`` of the student: what its gradients are a product of.
+
+    Scaled before it is multiplied: the product of what is not may overflow.
+    """
+    return slope * (scale / entry.student_positions)
+
+
+@triton.jit
+def teacher_ratio(entry):
+    """What a teacher's gradients are multiplied with, for a slope of the student's scale."""
+    ratio = -1.0
+    if entry.residual == "apart":
+        ratio = ratio * entry.student_positions / entry.teacher_positions
+    return ratio
+
+
+@triton.jit
+def write_matrix_gradient(slope, pointers, entry, sample, row, column):
+    """Write the gradient of a ready matrix, ``(block_m, block_n)`` of it, from a scaled slope."""
     addresses, mask = matrix_addresses(pointers[6], entry.gradients[2], entry, sample, row, column)
+    gradient = slope * -entry.student_positions
     tl.store(addresses, cast(gradient, pointers[6].dtype.element_ty), mask)
 
 
@@ -157,6 +176,12 @@ def _tile(pointers, entry, INDEX: tl.constexpr, sample, channel, k, positions):
         BLOCK,
         entry.block_k,
     )
+
+
+@triton.jit
+def _inverse(positions):
+    """``1 / K``, rounded as the host rounds it for an FSP matrix: those of equal maps are equal."""
+    return tl.div_rn(1.0, positions * 1.0)
 
 
 @triton.jit

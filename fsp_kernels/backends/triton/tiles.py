@@ -114,7 +114,7 @@ def _combine(workspace, entry, sample, column):
 
 @triton.jit
 def fsp_gradients(pointers, entries, COUNT: tl.constexpr, factors):
-    """``factor * slope @ other`` for every gradient; a tile of channels and positions each."""
+    """``(factor * slope) @ other`` for every gradient; a tile of channels and positions each."""
     program = tl.program_id(0)
     start = 0
     for i in tl.static_range(COUNT):
@@ -141,7 +141,7 @@ def _gradient_tile(pointers, entry, factor, sample, row, column):
         columns = start + tl.arange(0, entry.block_other)
         mask = (rows < entry.own_channels)[:, None] & (columns < entry.other_channels)[None, :]
         offsets = rows[:, None] * entry.slope.row + columns[None, :] * entry.slope.column
-        x = tl.load(slope + offsets, mask, other=0.0)
+        x = tl.load(slope + offsets, mask, other=0.0) * factor
         y = load_tile(
             other,
             entry.other,
@@ -155,7 +155,7 @@ def _gradient_tile(pointers, entry, factor, sample, row, column):
         )
         result = multiply_computed(x, y, result, entry.precision)
     write_gradient(
-        result * factor,
+        result,
         own,
         entry.own,
         gradient,
