@@ -6,6 +6,7 @@ The compiler, ``torch.export``, dispatch modes and tensor subclasses come this w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +16,6 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import Function, _SingleLevelFunction
-from torch.utils.flop_counter import register_flop_formula
 
 from fsp_kernels.backends import get_backend
 from fsp_kernels.backends.fused import fp32_precision
@@ -195,6 +195,20 @@ def _loss_autograd(maps: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, lis
 
 
 # --- flops --------------------------------------------------------------------------------------
+
+
+def _register_flop_formula() -> Callable[..., Any]:
+    """PyTorch's, whose module warns where there is no Triton: that concerns Triton's kernels."""
+    logger = logging.getLogger("torch.utils.flop_counter")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    from torch.utils.flop_counter import register_flop_formula
+
+    logger.setLevel(level)
+    return register_flop_formula
+
+
+register_flop_formula = _register_flop_formula()
 
 
 @register_flop_formula([_OPS.matrix, _OPS.matrix_backward])

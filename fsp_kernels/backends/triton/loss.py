@@ -204,7 +204,7 @@ class _Tiles:
             self._gradients(stream, (pointers,), scales)
         if self._matrices:
             matrices = tuple([(mine[i], workspaces[i]) for i in self._matrices])
-            scales = tuple([-self._slope_scales[i] * weights[i] for i in self._matrices])
+            scales = tuple([self._slope_scales[i] * weights[i] for i in self._matrices])
             self._matrix_gradients(stream, (matrices,), scales)
 
 

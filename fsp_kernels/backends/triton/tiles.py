@@ -18,6 +18,7 @@ from fsp_kernels.backends.triton.residual import (
     MatrixLayout,
     loss_and_slope,
     residual_tile,
+    scaled_slope,
     write_matrix_gradient,
 )
 
@@ -172,7 +173,7 @@ def _gradient_tile(pointers, entry, factor, sample, row, column):
 
 @triton.jit
 def fsp_matrix_gradients(pointers, entries, COUNT: tl.constexpr, factors):
-    """``factor * slope`` to the gradient of every ready matrix; a tile each."""
+    """``-factor * slope`` to the gradient of every ready matrix; a tile each."""
     program = tl.program_id(0)
     start = 0
     for i in tl.static_range(COUNT):
@@ -186,9 +187,9 @@ def fsp_matrix_gradients(pointers, entries, COUNT: tl.constexpr, factors):
             sample = index // (columns * rows)
             maps, workspace = pointers[i]
             addresses, mask = _workspace_tile(workspace, entries[i], sample, row, column)
-            slope = tl.load(addresses, mask, other=0.0)
+            slope = scaled_slope(tl.load(addresses, mask, other=0.0), factors[i], entries[i])
             map_sample = sample + entries[i].first_sample
-            write_matrix_gradient(slope * factors[i], maps, entries[i], map_sample, row, column)
+            write_matrix_gradient(slope, maps, entries[i], map_sample, row, column)
         start = stop
 
 
