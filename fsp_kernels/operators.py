@@ -136,24 +136,28 @@ def _below_autograd(operator: Any) -> Callable[..., Any]:
     """The forward of an operator's autograd: the operator itself, past its autograd."""
 
     def forward(*inputs: Any) -> Any:
-        # Derivatives stay on for the outer levels of nested transforms.
-        below, outer = torch._C._AutoDispatchBelowAutograd(), _set_fwd_grad_enabled(True)
-        with below, outer, torch.enable_grad():
-            return operator(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            if not torch._C._are_functorch_transforms_active():
+                return operator(*inputs)
+            with torch.enable_grad(), _set_fwd_grad_enabled(True):  # for the outer levels
+                return operator(*inputs)
 
     return forward
 
 
+def _apply(function: Any, *inputs: Any) -> Any:
+    """``function.apply`` for one level of nested transforms, as operators see them."""
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*inputs)
+    with enable_single_level_autograd_function():
+        return function.apply(*inputs)
+
+
 def _autograd_of(name: str, function: type[Function]) -> Callable[..., Tensor]:
-    """A Function's derivatives for an operator, for one level of a transform at a time."""
-    members = {**vars(function), "forward": staticmethod(_below_autograd(getattr(_OPS, name)))}
-    single: Any = type(function.__name__, (_SingleLevelFunction,), members)
-
-    def apply(*inputs: Any) -> Any:
-        with enable_single_level_autograd_function():
-            return single.apply(*inputs)
-
-    return apply
+    """A Function's derivatives for an operator."""
+    forward = _below_autograd(getattr(_OPS, name).default)
+    members = {**vars(function), "forward": staticmethod(forward)}
+    return partial(_apply, type(function.__name__, (_SingleLevelFunction,), members))
 
 
 class _LossFunction(_SingleLevelFunction):
@@ -161,7 +165,7 @@ class _LossFunction(_SingleLevelFunction):
 
     @staticmethod
     def forward(arguments: tuple[Any, ...], *maps: Tensor) -> tuple[Tensor, ...]:
-        loss, gradients = _below_autograd(_OPS.loss)(list(maps), *arguments)
+        loss, gradients = _below_autograd(_OPS.loss.default)(list(maps), *arguments)
         return loss, *gradients
 
     @staticmethod
@@ -185,8 +189,7 @@ class _LossFunction(_SingleLevelFunction):
 
 @torch.library.impl(_LIBRARY, "loss", "Autograd")
 def _loss_autograd(maps: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, list[Tensor]]:
-    with enable_single_level_autograd_function():
-        loss, *gradients = _LossFunction.apply(arguments, *maps)  # type: ignore[attr-defined]
+    loss, *gradients = _apply(_LossFunction, arguments, *maps)
     return loss, gradients
 
 
