@@ -1,7 +1,7 @@
 """``torch.ops.fsp``: the same computations as operators, for those who must see one.
 
 The compiler, ``torch.export``, dispatch modes and tensor subclasses come this way; see
-:mod:`fsp_kernels.functional`, which holds the formulas and the autograd they share.
+:mod:`fsp_kernels.autograd`, which holds the formulas and the autograd they share.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import Function, _SingleLevelFunction
 from torch.utils.flop_counter import register_flop_formula
 
-from fsp_kernels.checks import check_weights
-from fsp_kernels.functional import (
+from fsp_kernels.autograd import (
     NO_FORWARD_MODE,
     FSPMatrixFunction,
     FSPMatrixGradientFunction,
@@ -27,6 +26,7 @@ from fsp_kernels.functional import (
     run_loss,
     scaled_by_torch,
 )
+from fsp_kernels.checks import check_weights
 from fsp_kernels.loss_plan import LossPlan, MapSpec
 from fsp_kernels.plan import accumulation_dtype, gradient_dtype, plan_loss
 
