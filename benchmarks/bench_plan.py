@@ -17,9 +17,9 @@ from benchmarks.contenders import Contender
 from benchmarks.race import Outcome, Race, Rounds
 from benchmarks.replay import CLOCK
 from benchmarks.workloads import DTYPES, Case, Pairs, Workload
+from fsp_kernels.autograd import planned_loss
 from fsp_kernels.backends import registered_backends
 from fsp_kernels.backends.fused import fp32_precision
-from fsp_kernels.functional import planned_loss
 from fsp_kernels.loss_plan import LossPlan, MapSpec, PairPlan
 from fsp_kernels.plan import alternatives
 

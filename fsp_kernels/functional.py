@@ -1,45 +1,24 @@
-"""``fsp_matrix`` and ``fsp_loss``: check, plan, hand to a backend. Autograd is defined here, once.
-
-Two roads lead to the same backends. Eager calls go through a bare ``autograd.Function``, the
-cheapest way PyTorch has. Whoever must see an operator instead (the compiler, export, dispatch
-modes, tensor subclasses) gets ``torch.ops.fsp``, defined in :mod:`fsp_kernels.operators` from the
-functions of this module.
-"""
+"""``fsp_matrix`` and ``fsp_loss``: check, plan, hand to autograd and a backend."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fsp_kernels import checks
-from fsp_kernels.backends import Backend, get_backend, requested_backend, select_backend
+from fsp_kernels.autograd import matrix, planned_loss, wants_operator
+from fsp_kernels.backends import Backend, requested_backend, select_backend
 from fsp_kernels.backends.fused import fp32_precision
 from fsp_kernels.loss_plan import LossPlan, MapSpec, PairSpec, TeacherSpec
 from fsp_kernels.plan import plan_loss
 from fsp_kernels.pooling import match_spatial
 
 Pair = tuple[Tensor, Tensor]
-
-_BY_MATRICES = (
-    "((fsp_matrix(*student) - fsp_matrix(*teacher)) ** 2).sum() / batch_size for each pair."
-)
-ONCE_DIFFERENTIABLE = (
-    "fsp_loss is once differentiable: its gradient is computed together with its value, in one "
-    "pass over the feature maps. For second derivatives compose it from fsp_matrix, which is twice "
-    f"differentiable: {_BY_MATRICES}"
-)
-NO_FORWARD_MODE = (
-    "fsp_loss has no forward-mode derivative (jvp, jacfwd, hessian, dual tensors). Use reverse "
-    "mode (grad, vjp, jacrev), or compose it from fsp_matrix, which has both modes: "
-    f"{_BY_MATRICES}"
-)
 
 
 def fsp_matrix(
@@ -260,19 +239,6 @@ def _is_readable(weights: Tensor) -> bool:
     )
 
 
-def wants_operator(maps: Sequence[Tensor]) -> bool:
-    """Whether something stands between this call and the kernels that must see an operator."""
-    return (
-        torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
-        or torch._C._are_functorch_transforms_active()
-        or not _PLAIN.issuperset(map(type, maps))
-    )
-
-
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
-
-
 def _loss_operator(
     maps: list[Tensor],
     student: tuple[PairSpec, ...],
@@ -292,217 +258,3 @@ def _loss_operator(
     outputs = torch.ops.fsp.loss(maps, ready, needs, numbers, pool, norm, backend, changing)
     loss: Tensor = outputs[0]
     return loss
-
-
-def planned_loss(plan: LossPlan, weights: tuple[float, ...], maps: Sequence[Tensor]) -> Tensor:
-    """The loss as a plan has it, checked by nobody, with autograd."""
-    loss: Tensor = FSPLossFunction.apply(plan, weights, *maps)
-    return loss
-
-
-def run_loss(
-    maps: Sequence[Tensor], plan: LossPlan, weights: Sequence[float]
-) -> tuple[Tensor, list[Tensor]]:
-    """Loss and gradients by the plan's backend, untouched by autograd and autocast."""
-    with without_autograd(), outside_autocast(plan.device):
-        return get_backend(plan.backend).loss(maps, plan, weights)
-
-
-def without_autograd() -> AbstractContextManager[Any]:
-    """``torch.no_grad()`` where it is not in force already, as it is within a ``Function``."""
-    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
-
-
-def outside_autocast(device: str) -> AbstractContextManager[Any]:
-    """Autocast would round the products' fp32 operands, which accumulation is there to avoid."""
-    if _has_autocast(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return _NOTHING
-
-
-_NOTHING: AbstractContextManager[Any] = nullcontext()
-_has_autocast = lru_cache(torch.amp.is_autocast_available)
-
-
-class FSPLossFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, plan: LossPlan, weights: tuple[float, ...], *maps: Tensor) -> Tensor:
-        loss, gradients = run_loss(maps, plan, weights)
-        ctx.plan, ctx.gradients = plan, gradients
-        # Not saved: only their identity matters, and only to a second derivative.
-        ctx.wanted = [x for x, m in zip(maps, plan.maps, strict=True) if m.gradient_dtype]
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, incoming: Tensor) -> Any:
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "Trying to backward through fsp_loss a second time, after its gradients were "
-                "handed out; specify retain_graph=True the first time."
-            )
-        # Gradients that no later backward can ask for are given away: scaled in place, and taken
-        # by the leaves without a copy.
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        plan: LossPlan = ctx.plan
-        if _is_differentiated(incoming):
-            scaled = scaled_by_torch(ctx.gradients, plan.wanted_dtypes, incoming, ctx.wanted)
-        else:
-            scaled = get_backend(plan.backend).scale(
-                ctx.gradients, plan.wanted_dtypes, incoming, in_place=not keep
-            )
-        if not keep:
-            ctx.gradients = ctx.wanted = None
-        return None, None, *plan.spread(scaled)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:  # noqa: ARG004
-        raise RuntimeError(NO_FORWARD_MODE)
-
-
-def _is_differentiated(incoming: Tensor) -> bool:
-    """Whether what a backward does now is batched or has derivatives of its own."""
-    return (
-        torch.is_grad_enabled()
-        or forward_ad._current_level >= 0
-        or _is_batched(incoming)
-        or torch._C._functorch.is_functorch_wrapped_tensor(incoming)
-    )
-
-
-_is_batched = torch._C._functorch.is_legacy_batchedtensor  # by ``is_grads_batched`` and the like
-
-
-def scaled_by_torch(
-    gradients: Sequence[Tensor],
-    dtypes: Sequence[torch.dtype],
-    incoming: Tensor,
-    maps: Sequence[Tensor],
-) -> list[Tensor]:
-    """``gradients * incoming`` by PyTorch, differentiable in ``incoming``.
-
-    Their derivative by ``maps`` is not known: to ask for it is an error, not a silent zero.
-    """
-    if torch.is_grad_enabled():
-        incoming = incoming + _SecondDerivative.apply(*maps)
-    return [(g * incoming).to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
-
-
-class _SecondDerivative(torch.autograd.Function):
-    """A zero that depends on maps in a way nobody may ask for."""
-
-    @staticmethod
-    def forward(*maps: Tensor) -> Tensor:
-        return maps[0].new_zeros(())
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, incoming: Tensor) -> Any:  # noqa: ARG004
-        raise RuntimeError(ONCE_DIFFERENTIABLE)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:  # noqa: ARG004
-        raise RuntimeError(ONCE_DIFFERENTIABLE)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *maps: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
-        return _SecondDerivative.apply(*maps), None
-
-
-def matrix(first: Tensor, second: Tensor, backend: str) -> Tensor:
-    """``F1 F2^T / K``: ``(B, m, K), (B, n, K) -> (B, m, n)``, by the road the call needs."""
-    if wants_operator((first, second)):
-        result: Tensor = torch.ops.fsp.matrix(first, second, backend)
-        return result
-    return FSPMatrixFunction.apply(first, second, backend)
-
-
-def matrix_backward(gradient: Tensor, other: Tensor, channels_last: bool, backend: str) -> Tensor:
-    """``G' F / K``: ``(B, m, n), (B, n, K) -> (B, m, K)``, what reaches one map of a matrix.
-
-    With :func:`matrix` it is a closed set: the derivatives of both are made of these two.
-    """
-    if wants_operator((gradient, other)) or _is_batched(gradient):
-        result: Tensor = torch.ops.fsp.matrix_backward(gradient, other, channels_last, backend)
-        return result
-    return FSPMatrixGradientFunction.apply(gradient, other, channels_last, backend)
-
-
-class FSPMatrixFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(first: Tensor, second: Tensor, backend: str) -> Tensor:
-        with outside_autocast(first.device.type):
-            return get_backend(backend).matrix(first, second)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        first, second, ctx.backend = inputs
-        _save(ctx, first, second)
-
-    @staticmethod
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        first, second = ctx.saved_tensors
-        to_first = to_second = None
-        if ctx.needs_input_grad[0]:
-            g = matrix_backward(incoming, second, _channels_last(first), ctx.backend)
-            to_first = g.to(first.dtype)
-        if ctx.needs_input_grad[1]:
-            g = matrix_backward(incoming.mT, first, _channels_last(second), ctx.backend)
-            to_second = g.to(second.dtype)
-        return to_first, to_second, None
-
-    @staticmethod
-    def jvp(ctx: Any, first: Tensor | None, second: Tensor | None, *_: Any) -> Tensor:
-        return _bilinear_jvp(matrix, ctx, first, second, ctx.backend)
-
-
-class FSPMatrixGradientFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(gradient: Tensor, other: Tensor, channels_last: bool, backend: str) -> Tensor:
-        with outside_autocast(gradient.device.type):
-            return get_backend(backend).matrix_backward(gradient, other, channels_last)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        gradient, other, ctx.channels_last, ctx.backend = inputs
-        _save(ctx, gradient, other)
-
-    @staticmethod
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        gradient, other = ctx.saved_tensors
-        to_gradient = to_other = None
-        if ctx.needs_input_grad[0]:
-            to_gradient = matrix(incoming, other, ctx.backend).to(gradient.dtype)
-        if ctx.needs_input_grad[1]:
-            g = matrix_backward(gradient.mT, incoming, _channels_last(other), ctx.backend)
-            to_other = g.to(other.dtype)
-        return to_gradient, to_other, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, gradient: Tensor | None, other: Tensor | None, *_: Any) -> Tensor:
-        return _bilinear_jvp(matrix_backward, ctx, gradient, other, ctx.channels_last, ctx.backend)
-
-
-def _save(ctx: Any, x: Tensor, y: Tensor) -> None:
-    """Keep both inputs for derivatives; PyTorch keeps no inference tensor, but a copy of one."""
-    if (x.is_inference() or y.is_inference()) and any(ctx.needs_input_grad):
-        x, y = (t.clone() if t.is_inference() else t for t in (x, y))
-    ctx.save_for_backward(x, y)
-    ctx.save_for_forward(x, y)
-
-
-def _bilinear_jvp(
-    function: Callable[..., Tensor], ctx: Any, to_x: Tensor | None, to_y: Tensor | None, *rest: Any
-) -> Tensor:
-    """The forward-mode derivative of a product of the two saved inputs, from their tangents."""
-    x, y = ctx.saved_tensors
-    terms = [] if to_x is None else [function(to_x, y, *rest)]
-    terms += [] if to_y is None else [function(x, to_y, *rest)]
-    return sum(terms[1:], terms[0])
-
-
-def _channels_last(flat: Tensor) -> bool:
-    """Whether a ``(B, C, K)`` map has its channels next to each other in memory."""
-    return flat.stride(1) == 1 and flat.stride(2) != 1

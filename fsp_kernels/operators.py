@@ -1,14 +1,18 @@
 """``torch.ops.fsp``: the same computations as operators, for those who must see one.
 
 The compiler, ``torch.export``, dispatch modes and tensor subclasses come this way; see
-:mod:`fsp_kernels.functional`, which holds the formulas and the autograd they share.
+:mod:`fsp_kernels.autograd`, which holds the formulas and the autograd they share.
 """
 
 from __future__ import annotations
 
-import logging
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,10 +21,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import Function, _SingleLevelFunction
 
-from fsp_kernels.backends import get_backend
-from fsp_kernels.backends.fused import fp32_precision
-from fsp_kernels.checks import check_weights
-from fsp_kernels.functional import (
+from fsp_kernels.autograd import (
     NO_FORWARD_MODE,
     FSPMatrixFunction,
     FSPMatrixGradientFunction,
@@ -29,6 +30,9 @@ from fsp_kernels.functional import (
     run_loss,
     scaled_by_torch,
 )
+from fsp_kernels.backends import get_backend
+from fsp_kernels.backends.fused import fp32_precision
+from fsp_kernels.checks import check_weights
 from fsp_kernels.loss_plan import LossPlan, MapSpec
 from fsp_kernels.plan import accumulation_dtype, gradient_dtype, plan_loss
 
@@ -140,24 +144,28 @@ def _below_autograd(operator: Any) -> Callable[..., Any]:
     """The forward of an operator's autograd: the operator itself, past its autograd."""
 
     def forward(*inputs: Any) -> Any:
-        # Derivatives stay on for the outer levels of nested transforms.
-        below, outer = torch._C._AutoDispatchBelowAutograd(), _set_fwd_grad_enabled(True)
-        with below, outer, torch.enable_grad():
-            return operator(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            if not torch._C._are_functorch_transforms_active():
+                return operator(*inputs)
+            with torch.enable_grad(), _set_fwd_grad_enabled(True):  # for the outer levels
+                return operator(*inputs)
 
     return forward
 
 
+def _apply(function: Any, *inputs: Any) -> Any:
+    """``function.apply`` for one level of nested transforms, as operators see them."""
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*inputs)
+    with enable_single_level_autograd_function():
+        return function.apply(*inputs)
+
+
 def _autograd_of(name: str, function: type[Function]) -> Callable[..., Tensor]:
-    """A Function's derivatives for an operator, for one level of a transform at a time."""
-    members = {**vars(function), "forward": staticmethod(_below_autograd(getattr(_OPS, name)))}
-    single: Any = type(function.__name__, (_SingleLevelFunction,), members)
-
-    def apply(*inputs: Any) -> Any:
-        with enable_single_level_autograd_function():
-            return single.apply(*inputs)
-
-    return apply
+    """A Function's derivatives for an operator."""
+    forward = _below_autograd(getattr(_OPS, name).default)
+    members = {**vars(function), "forward": staticmethod(forward)}
+    return partial(_apply, type(function.__name__, (_SingleLevelFunction,), members))
 
 
 class _LossFunction(_SingleLevelFunction):
@@ -165,7 +173,7 @@ class _LossFunction(_SingleLevelFunction):
 
     @staticmethod
     def forward(arguments: tuple[Any, ...], *maps: Tensor) -> tuple[Tensor, ...]:
-        loss, gradients = _below_autograd(_OPS.loss)(list(maps), *arguments)
+        loss, gradients = _below_autograd(_OPS.loss.default)(list(maps), *arguments)
         return loss, *gradients
 
     @staticmethod
@@ -189,35 +197,18 @@ class _LossFunction(_SingleLevelFunction):
 
 @torch.library.impl(_LIBRARY, "loss", "Autograd")
 def _loss_autograd(maps: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, list[Tensor]]:
-    with enable_single_level_autograd_function():
-        loss, *gradients = _LossFunction.apply(arguments, *maps)  # type: ignore[attr-defined]
+    loss, *gradients = _apply(_LossFunction, arguments, *maps)
     return loss, gradients
 
 
 # --- flops --------------------------------------------------------------------------------------
 
 
-def _register_flop_formula() -> Callable[..., Any]:
-    """PyTorch's, whose module warns where there is no Triton: that concerns Triton's kernels."""
-    logger = logging.getLogger("torch.utils.flop_counter")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    from torch.utils.flop_counter import register_flop_formula
-
-    logger.setLevel(level)
-    return register_flop_formula
-
-
-register_flop_formula = _register_flop_formula()
-
-
-@register_flop_formula([_OPS.matrix, _OPS.matrix_backward])
 def _product_flops(x: Sequence[int], y: Sequence[int], *_: Any, **__: Any) -> int:
     # (B, m, K), (B, n, K) of the one and (B, m, n), (B, n, K) of the other are B m n K.
     return 2 * x[0] * x[1] * y[1] * y[2]
 
 
-@register_flop_formula(_OPS.loss, get_raw=True)
 def _loss_flops(
     maps: Sequence[Tensor],
     ready: Sequence[bool],
@@ -279,3 +270,39 @@ for _name, _function, _call in (
 ):
     _LIBRARY.impl(_name, _autograd_of(_name, _function), "Autograd")
     torch.library.register_vmap(f"fsp::{_name}", partial(_fold_into_batch, _call), lib=_LIBRARY)
+
+
+class _FlopFormulas(MetaPathFinder):
+    """Gives PyTorch's flop counter our formulas when it is imported, and no sooner.
+
+    It imports Triton, which whoever imports this library may not have, or want to set up first.
+    """
+
+    module = "torch.utils.flop_counter"
+
+    def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
+        if name != self.module:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        assert spec is not None
+        assert spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            self.register(module)
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+    @staticmethod
+    def register(counter: Any) -> None:
+        counter.register_flop_formula([_OPS.matrix, _OPS.matrix_backward])(_product_flops)
+        counter.register_flop_formula(_OPS.loss, get_raw=True)(_loss_flops)
+
+
+if _FlopFormulas.module in sys.modules:
+    _FlopFormulas.register(sys.modules[_FlopFormulas.module])
+else:
+    sys.meta_path.insert(0, _FlopFormulas())

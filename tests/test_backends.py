@@ -235,19 +235,19 @@ def test_blocks_of_two_threads_may_interleave(named):  # noqa: ARG001
         with fsp.use_backend("default"):
             seen = [chosen()]
             entered.set()
-            left.wait()
+            left.wait(timeout=10)
             seen.append(chosen())
         return [*seen, chosen()]
 
     with ThreadPoolExecutor(1) as pool:
         with fsp.use_backend("argument"):
             result = pool.submit(other)
-            entered.wait()
-            assert chosen() == "argument"
-        assert chosen() == "best"
+            entered.wait(timeout=10)
+            inside = chosen()
+        outside = chosen()
         left.set()
         assert result.result() == ["default", "default", "best"]
-    assert chosen() == "best"
+    assert (inside, outside, chosen()) == ("argument", "best", "best")
 
 
 def test_many_blocks_in_many_threads_leave_nothing_behind(named):

@@ -116,9 +116,7 @@ def test_batched_gradients_of_the_matrix_reach_a_backend_one_by_one(monkeypatch)
         matrix_of(x, y, backend="torch"), (x, y), incoming, is_grads_batched=True
     )
     for i, one in enumerate(incoming):
-        assert_bitwise(
-            [g[i] for g in batched], torch.autograd.grad(matrix_of(x, y), (x, y), one)
-        )
+        assert_bitwise([g[i] for g in batched], torch.autograd.grad(matrix_of(x, y), (x, y), one))
     assert len(addresses) == 2 * 3 + 2 * 3
 
 

@@ -390,6 +390,19 @@ def test_a_compiled_transform_of_the_matrix_is_that_of_the_definition(transform)
     assert_close(compiled(x, y), transform(reference.fsp_matrix)(x, y))
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_call_has_the_tangents_of_its_dual_tensors(backend):
+    x, y = maps((2, 3, 4), (2, 3, 4), dtype=torch.float64, requires_grad=False)
+
+    def tangent(matrix):
+        with forward_ad.dual_level():
+            result = matrix(forward_ad.make_dual(x, y), y)
+            return forward_ad.unpack_dual(result).tangent
+
+    compiled = torch.compile(tangent, backend=backend)
+    assert_close(compiled(matrix_of), tangent(reference.fsp_matrix))
+
+
 COMPILED_ERRORS = {
     "jvp": (lambda *x: torch.func.jvp(loss_of, x, x), "no forward-mode derivative"),
     "grad of grad": (

@@ -9,8 +9,8 @@ import torch
 from tolerances import assert_near
 
 from fsp_kernels import reference
+from fsp_kernels.autograd import planned_loss
 from fsp_kernels.backends import registered_backends
-from fsp_kernels.functional import planned_loss
 from fsp_kernels.loss_plan import MapSpec
 from fsp_kernels.plan import alternatives, fewest_flops, plan_loss
 

@@ -15,7 +15,7 @@ from tolerances import assert_close, flatten, oracle
 
 import fsp_kernels as fsp
 import fsp_kernels.plan
-from fsp_kernels import functional, reference
+from fsp_kernels import autograd, functional, reference
 from fsp_kernels.backends import get_backend
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -258,7 +258,7 @@ def forced(call, form, residual):
     plan = fsp.explain(call.student, call.teacher, **call.options)
     pairs = tuple(dataclasses.replace(p, form=form, residual=residual) for p in plan.pairs)
     plan = dataclasses.replace(plan, pairs=pairs)
-    return functional.run_loss(call.tensors, plan, call.weights)
+    return autograd.run_loss(call.tensors, plan, call.weights)
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_chunks_of_any_call_compute_the_definition(call, size):
             get_backend("torch"),
             "tf32x3",
         )
-    loss, gradients = functional.run_loss(call.tensors, plan, call.weights)
+    loss, gradients = autograd.run_loss(call.tensors, plan, call.weights)
     call.oracle().check(loss, call.place(gradients))
 
 
