@@ -15,9 +15,9 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import Function, _SingleLevelFunction
-from torch.utils.flop_counter import register_flop_formula
 
 from fsp_kernels.autograd import (
+    FLOP_FORMULAS,
     NO_FORWARD_MODE,
     FSPMatrixFunction,
     FSPMatrixGradientFunction,
@@ -25,6 +25,7 @@ from fsp_kernels.autograd import (
     matrix_backward,
     run_loss,
     scaled_by_torch,
+    tell_flop_counters,
 )
 from fsp_kernels.checks import check_weights
 from fsp_kernels.loss_plan import LossPlan, MapSpec
@@ -147,6 +148,7 @@ def _below_autograd(operator: Any) -> Callable[..., Any]:
 
 def _apply(function: Any, *inputs: Any) -> Any:
     """``function.apply`` for one level of nested transforms, as operators see them."""
+    tell_flop_counters()
     if not torch._C._are_functorch_transforms_active():
         return function.apply(*inputs)
     with enable_single_level_autograd_function():
@@ -196,13 +198,11 @@ def _loss_autograd(maps: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, lis
 # --- flops --------------------------------------------------------------------------------------
 
 
-@register_flop_formula([_OPS.matrix, _OPS.matrix_backward])
-def _product_flops(x: Sequence[int], y: Sequence[int], *_: Any, **__: Any) -> int:
+def _product_flops(x: Tensor, y: Tensor, *_: Any, **__: Any) -> int:
     # (B, m, K), (B, n, K) of the one and (B, m, n), (B, n, K) of the other are B m n K.
-    return 2 * x[0] * x[1] * y[1] * y[2]
+    return 2 * x.shape[0] * x.shape[1] * y.shape[1] * y.shape[2]
 
 
-@register_flop_formula(_OPS.loss, get_raw=True)
 def _loss_flops(
     maps: Sequence[Tensor],
     ready: Sequence[bool],
@@ -213,6 +213,11 @@ def _loss_flops(
 ) -> int:
     """Gradients count here, where they are computed, and not in backward."""
     return _plan(maps, ready, needs, *options[:3]).flops
+
+
+FLOP_FORMULAS.update(
+    {_OPS.matrix: _product_flops, _OPS.matrix_backward: _product_flops, _OPS.loss: _loss_flops}
+)
 
 
 # --- vmap ---------------------------------------------------------------------------------------
