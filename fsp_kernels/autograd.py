@@ -43,7 +43,7 @@ def wants_operator(maps: Sequence[Tensor]) -> bool:
     """Whether something stands between this call and the kernels that must see an operator."""
     return (
         torch.compiler.is_compiling()
-        or tell_flop_counters()
+        or (is_in_torch_dispatch_mode() and tell_flop_counters())
         or torch._C._are_functorch_transforms_active()
         or not _PLAIN.issuperset(map(type, maps))
     )
@@ -54,12 +54,10 @@ FLOP_FORMULAS: dict[Any, Callable[..., int]] = {}
 
 
 def tell_flop_counters() -> bool:
-    """Whether dispatch modes are in force; each ``FlopCounterMode`` of them gets the formulas.
+    """Give the formulas to each ``FlopCounterMode`` in force; true.
 
     PyTorch's registry of formulas cannot be had without importing Triton.
     """
-    if not is_in_torch_dispatch_mode():
-        return False
     for mode in _get_current_dispatch_mode_stack():
         registry = getattr(getattr(mode, "counter", None), "flop_registry", None)
         if registry is not None:
