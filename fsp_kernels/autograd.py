@@ -16,7 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode_stack,
+    is_in_torch_dispatch_mode,
+)
 
 from fsp_kernels.backends import get_backend
 from fsp_kernels.loss_plan import LossPlan
@@ -40,10 +43,26 @@ def wants_operator(maps: Sequence[Tensor]) -> bool:
     """Whether something stands between this call and the kernels that must see an operator."""
     return (
         torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
+        or (is_in_torch_dispatch_mode() and tell_flop_counters())
         or torch._C._are_functorch_transforms_active()
         or not _PLAIN.issuperset(map(type, maps))
     )
+
+
+# Of the operators, which know them.
+FLOP_FORMULAS: dict[Any, Callable[..., int]] = {}
+
+
+def tell_flop_counters() -> bool:
+    """Give the formulas to each ``FlopCounterMode`` in force; true.
+
+    PyTorch's registry of formulas cannot be had without importing Triton.
+    """
+    for mode in _get_current_dispatch_mode_stack():
+        registry = getattr(getattr(mode, "counter", None), "flop_registry", None)
+        if registry is not None:
+            registry.update(FLOP_FORMULAS)
+    return True
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))

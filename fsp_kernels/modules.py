@@ -16,7 +16,8 @@ class FSPLoss(nn.Module):
 
     Args:
         weights: ``lambda_i >= 0`` for each pair, numbers or a 1-D tensor, or ``None`` for ones.
-            A ``torch.nn.Parameter`` becomes one of the module's and is trained with the rest.
+            A ``torch.nn.Parameter`` becomes one of the module's and is trained with the rest. Under
+            ``torch.compile`` the values of a tensor may change without compiling anew.
         pool: ``"max"`` or ``"avg"``.
         norm: ``"frobenius"``, ``"mse"`` or ``"column"``.
         channel_dim: the axis of the maps' channels, 1 or -1; maps of three axes need it.

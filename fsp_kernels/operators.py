@@ -6,13 +6,8 @@ The compiler, ``torch.export``, dispatch modes and tensor subclasses come this w
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,6 +17,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import Function, _SingleLevelFunction
 
 from fsp_kernels.autograd import (
+    FLOP_FORMULAS,
     NO_FORWARD_MODE,
     FSPMatrixFunction,
     FSPMatrixGradientFunction,
@@ -29,6 +25,7 @@ from fsp_kernels.autograd import (
     matrix_backward,
     run_loss,
     scaled_by_torch,
+    tell_flop_counters,
 )
 from fsp_kernels.backends import get_backend
 from fsp_kernels.backends.fused import fp32_precision
@@ -155,6 +152,7 @@ def _below_autograd(operator: Any) -> Callable[..., Any]:
 
 def _apply(function: Any, *inputs: Any) -> Any:
     """``function.apply`` for one level of nested transforms, as operators see them."""
+    tell_flop_counters()
     if not torch._C._are_functorch_transforms_active():
         return function.apply(*inputs)
     with enable_single_level_autograd_function():
@@ -204,9 +202,9 @@ def _loss_autograd(maps: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, lis
 # --- flops --------------------------------------------------------------------------------------
 
 
-def _product_flops(x: Sequence[int], y: Sequence[int], *_: Any, **__: Any) -> int:
+def _product_flops(x: Tensor, y: Tensor, *_: Any, **__: Any) -> int:
     # (B, m, K), (B, n, K) of the one and (B, m, n), (B, n, K) of the other are B m n K.
-    return 2 * x[0] * x[1] * y[1] * y[2]
+    return 2 * x.shape[0] * x.shape[1] * y.shape[1] * y.shape[2]
 
 
 def _loss_flops(
@@ -219,6 +217,11 @@ def _loss_flops(
 ) -> int:
     """Gradients count here, where they are computed, and not in backward."""
     return _plan(maps, ready, needs, *options[:3]).flops
+
+
+FLOP_FORMULAS.update(
+    {_OPS.matrix: _product_flops, _OPS.matrix_backward: _product_flops, _OPS.loss: _loss_flops}
+)
 
 
 # --- vmap ---------------------------------------------------------------------------------------
@@ -270,39 +273,3 @@ for _name, _function, _call in (
 ):
     _LIBRARY.impl(_name, _autograd_of(_name, _function), "Autograd")
     torch.library.register_vmap(f"fsp::{_name}", partial(_fold_into_batch, _call), lib=_LIBRARY)
-
-
-class _FlopFormulas(MetaPathFinder):
-    """Gives PyTorch's flop counter our formulas when it is imported, and no sooner.
-
-    It imports Triton, which whoever imports this library may not have, or want to set up first.
-    """
-
-    module = "torch.utils.flop_counter"
-
-    def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
-        if name != self.module:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
-        assert spec is not None
-        assert spec.loader is not None
-        execute = spec.loader.exec_module
-
-        def execute_and_register(module: ModuleType) -> None:
-            execute(module)
-            self.register(module)
-
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
-        return spec
-
-    @staticmethod
-    def register(counter: Any) -> None:
-        counter.register_flop_formula([_OPS.matrix, _OPS.matrix_backward])(_product_flops)
-        counter.register_flop_formula(_OPS.loss, get_raw=True)(_loss_flops)
-
-
-if _FlopFormulas.module in sys.modules:
-    _FlopFormulas.register(sys.modules[_FlopFormulas.module])
-else:
-    sys.meta_path.insert(0, _FlopFormulas())

@@ -153,7 +153,10 @@ def test_samples_and_what_is_kept_for_them(memory, regime):
     assert bool(kept) == (regime.evaluation == "tiles" or regime.form == "gram")
 
 
-@pytest.mark.parametrize("regime", MATRIX_ROADS, indirect=True)
+# The last program of tiles in parts has a later part, and the first reads the ready matrix.
+@pytest.mark.parametrize(
+    "regime", [x for x in MATRIX_ROADS if x != "tiles in parts"], indirect=True
+)
 def test_ready_matrices(memory, regime):
     student = [huge((3, c, *regime.size), (1, 1, 1, 1), regime.dtype) for c in regime.channels]
     teacher = huge((3, *regime.channels), (FAR, FAR // 2, FAR // 4), regime.dtype)
@@ -237,10 +240,10 @@ def test_parts_of_a_product(memory, limits):
 
 
 def test_scaled_gradients(memory, monkeypatch):
-    monkeypatch.setattr(elementwise, "BLOCK", 1 << 20)  # each of four sweeps takes 2^30 elements
-    gradient = huge((2 * LIMIT + 5,), (1,), grad=False)
+    monkeypatch.setattr(elementwise, "BLOCK", 1 << 20)  # each of two sweeps takes 2^30 elements
+    gradient = huge((LIMIT + 5,), (1,), grad=False)
     factor = huge((), (), grad=False)
     (out,) = elementwise.scale([gradient], [BF16], factor, in_place=False)
     for x in (gradient, out):
-        assert memory.touched(x).max() == 2 * LIMIT - 1
-        assert memory.touched(x).size == 4 << 20
+        assert memory.touched(x).max() == LIMIT - 1
+        assert memory.touched(x).size == 2 << 20
