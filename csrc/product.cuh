@@ -160,6 +160,16 @@ struct Sixteen<__nv_bfloat16> {
   }
 };
 
+// Finite numbers at the top of the range of fp32, which rounding to fewer bits would make infinite,
+// are cut off instead: what is left of them is finite, too. 16 bits and less are kept for BF16.
+constexpr float TOP_OF_TF32 = 0x1.ffep127f, TOP_OF_BF16 = 0x1.ffp127f;  // half an ulp above the last
+
+template <bool BF16>
+__device__ __forceinline__ float cut_at_the_top(float x) {
+  const bool top = fabsf(x) >= (BF16 ? TOP_OF_BF16 : TOP_OF_TF32);  // NaN is not
+  return top ? __uint_as_float(__float_as_uint(x) & (BF16 ? 0xffff0000u : 0xffffe000u)) : x;
+}
+
 // Elements of fp32 as TF32, and what that leaves of them.
 struct Terms {
   Fragment high, low;
@@ -172,7 +182,7 @@ __device__ __forceinline__ Terms load_terms(const X& x, int line, int k, bool sp
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float value = x.at(line + lane / 4 + i % 2 * 8, k + lane % 4 + i / 2 * 4);
-    result.high.r[i] = to_tf32(value);
+    result.high.r[i] = to_tf32(cut_at_the_top<false>(value));
     result.low.r[i] = split ? to_tf32(value - __uint_as_float(result.high.r[i])) : 0;
   }
   return result;
@@ -186,7 +196,7 @@ __device__ __forceinline__ Terms load_bf16_terms(const Operand<float>& x, int li
   for (int i = 0; i < 4; ++i) {
     const int at_line = line + lane / 4 + i % 2 * 8, at = k + lane % 4 * 2 + i / 2 * 8;
     const float first = x.at(at_line, at), second = x.at(at_line, at + 1);
-    const uint32_t high = bf16_pair(first, second);
+    const uint32_t high = bf16_pair(cut_at_the_top<true>(first), cut_at_the_top<true>(second));
     result.high.r[i] = high;
     result.low.r[i] = bf16_pair(first - __uint_as_float(high << 16),
                                 second - __uint_as_float(high & 0xffff0000u));
