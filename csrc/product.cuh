@@ -161,8 +161,8 @@ struct Sixteen<__nv_bfloat16> {
 };
 
 // Finite numbers at the top of the range of fp32, which rounding to fewer bits would make infinite,
-// are cut off instead: what is left of them is finite, too. 16 bits and less are kept for BF16.
-constexpr float TOP_OF_TF32 = 0x1.ffep127f, TOP_OF_BF16 = 0x1.ffp127f;  // half an ulp above the last
+// are cut off instead. What that leaves of them is finite, too.
+constexpr float TOP_OF_TF32 = 0x1.ffep127f, TOP_OF_BF16 = 0x1.ffp127f;  // infinite from here on
 
 template <bool BF16>
 __device__ __forceinline__ float cut_at_the_top(float x) {
