@@ -10,6 +10,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "ptx.cuh"
 #include "types.h"
 
@@ -133,20 +135,41 @@ inline __device__ __noinline__ float pooled(const Map& map, int64_t first) {
 }
 
 // visit(channel, position) of a tile, by neighbouring threads for what is neighbours in memory.
-//
-// UNROLL elements of a thread are under way at a time.
-template <int CHANNELS, int POSITIONS, int UNROLL, class Visit>
+template <int CHANNELS, int POSITIONS, class Visit>
 __device__ __forceinline__ void for_elements(bool channels_inner, Visit visit) {
   const int i = threadIdx.x;
   int c = channels_inner ? i % CHANNELS : i / POSITIONS;
   int k = channels_inner ? i / CHANNELS : i % POSITIONS;
   const int c_step = channels_inner ? 0 : THREADS / POSITIONS;
   const int k_step = channels_inner ? THREADS / CHANNELS : 0;
-#pragma unroll UNROLL
+#pragma unroll 1
   for (int e = 0; e < CHANNELS * POSITIONS / THREADS; ++e) {
     visit(c, k);
     c += c_step;
     k += k_step;
+  }
+}
+
+// store(channel, position, read(channel, position)) of the same. A thread reads all elements of a
+// batch before it stores any, so that as many loads are under way at a time.
+template <int CHANNELS, int POSITIONS, int BATCH, class Read, class Store>
+__device__ __forceinline__ void for_batches(bool channels_inner, Read read, Store store) {
+  constexpr int all = CHANNELS * POSITIONS / THREADS, batch = all < BATCH ? all : BATCH;
+  static_assert(all % batch == 0);
+  const int i = threadIdx.x;
+  int c = channels_inner ? i % CHANNELS : i / POSITIONS;
+  int k = channels_inner ? i / CHANNELS : i % POSITIONS;
+  const int c_step = channels_inner ? 0 : THREADS / POSITIONS;
+  const int k_step = channels_inner ? THREADS / CHANNELS : 0;
+#pragma unroll 1
+  for (int first = 0; first < all; first += batch) {
+    decltype(read(c, k)) values[batch];
+#pragma unroll
+    for (int e = 0; e < batch; ++e) values[e] = read(c + e * c_step, k + e * k_step);
+#pragma unroll
+    for (int e = 0; e < batch; ++e) store(c + e * c_step, k + e * k_step, values[e]);
+    c += batch * c_step;
+    k += batch * k_step;
   }
 }
 
@@ -183,16 +206,6 @@ __device__ __forceinline__ void load_lines(T* tile, int stride, const T* global,
   }
 }
 
-// One element as the tile holds it.
-template <class T>
-__device__ __forceinline__ T element(const Map& map, int64_t offset) {
-  if constexpr (sizeof(T) == 2) {
-    return static_cast<const T*>(map.data)[offset];  // halves are multiplied as they are
-  } else {
-    return read(map.data, map.scalar, offset);
-  }
-}
-
 // (CHANNELS, POSITIONS) from `channel` and `position` on, zero beyond the map's end.
 template <class Shape, class T>
 __device__ void load_tile(T* tile, const Map& map, int sample, int channel, int position,
@@ -217,27 +230,38 @@ __device__ void load_tile(T* tile, const Map& map, int sample, int channel, int 
     return start + c * map.channel + position_offset(map, position + k);
   };
   if (map.pool != Pool::none) {
-    for_elements<C, K, 1>(map.channels_inner, [&](int c, int k) {
+    for_elements<C, K>(map.channels_inner, [&](int c, int k) {
       tile[c * line + k * step] = narrow<T>(inside(c, k) ? pooled(map, offset(c, k)) : 0.0f);
     });
     return;
   }
+  const auto load = [&](const auto* data, auto widened) {
+    for_batches<C, K, 8>(
+        map.channels_inner,
+        [&](int c, int k) {
+          return inside(c, k) ? data[offset(c, k)] : std::remove_reference_t<decltype(*data)>{};
+        },
+        [&](int c, int k, auto x) { tile[c * line + k * step] = widened(x); });
+  };
+  if constexpr (sizeof(T) == 2) {
+    load(static_cast<const T*>(map.data), [](T x) { return x; });  // multiplied as they are
+  } else if (map.scalar != Scalar::fp32) {
+    const bool fp16 = map.scalar == Scalar::fp16;
+    load(static_cast<const uint16_t*>(map.data), [fp16](uint16_t bits) {
+      return fp16 ? widen(__ushort_as_half(bits)) : widen(__ushort_as_bfloat16(bits));
+    });
+  } else {
+    const T* data = static_cast<const T*>(map.data);
 #if FSP_AMPERE
-  if constexpr (sizeof(T) == 4) {
-    if (map.scalar == Scalar::fp32) {
-      const T* data = static_cast<const T*>(map.data);
-      for_elements<C, K, 1>(map.channels_inner, [&](int c, int k) {
-        const bool copied = inside(c, k);
-        const T* from = copied ? data + offset(c, k) : data;
-        cp_async_4(tile + c * line + k * step, from, copied ? 4 : 0);
-      });
-      return;
-    }
-  }
+    for_elements<C, K>(map.channels_inner, [&](int c, int k) {
+      const bool copied = inside(c, k);
+      const T* from = copied ? data + offset(c, k) : data;
+      cp_async_4(tile + c * line + k * step, from, copied ? 4 : 0);
+    });
+#else
+    load(data, [](T x) { return x; });
 #endif
-  for_elements<C, K, C < 128 ? 4 : 1>(map.channels_inner, [&](int c, int k) {
-    tile[c * line + k * step] = inside(c, k) ? element<T>(map, offset(c, k)) : narrow<T>(0.0f);
-  });
+  }
 }
 
 // --- writing -------------------------------------------------------------------------------------
@@ -297,18 +321,18 @@ __device__ void write_gradient(const float* tile, const Map& gradient, const Map
               make_float4(x[0], x[step], x[2 * step], x[3 * step]), left);
     };
     if (inner) {
-      for_elements<CHANNELS / 4, POSITIONS, 1>(true, [&](int c, int k) {
+      for_elements<CHANNELS / 4, POSITIONS>(true, [&](int c, int k) {
         if (4 * c < channels && k < positions) four(4 * c, k, channels - 4 * c);
       });
     } else {
-      for_elements<CHANNELS, POSITIONS / 4, 1>(false, [&](int c, int k) {
+      for_elements<CHANNELS, POSITIONS / 4>(false, [&](int c, int k) {
         if (c < channels && 4 * k < positions) four(c, 4 * k, positions - 4 * k);
       });
     }
     return;
   }
   const int64_t from = sample * own.sample + channel * own.channel;
-  for_elements<CHANNELS, POSITIONS, 1>(gradient.channels_inner, [&](int c, int k) {
+  for_elements<CHANNELS, POSITIONS>(gradient.channels_inner, [&](int c, int k) {
     if (c >= channels || k >= positions) return;
     const float value = tile[c * line + k];
     const int64_t offset = to + c * gradient.channel + position_offset(gradient, position + k);
