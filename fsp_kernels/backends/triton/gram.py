@@ -104,7 +104,7 @@ def _kept(scratch, entry, index, sample):
     """Pointers to a block of a sample."""
     K: tl.constexpr = entry.block_k
     k = tl.arange(0, K)
-    start = scratch + (sample * entry.kept + index) * (K * K)
+    start = scratch + (sample.to(tl.int64) * entry.kept + index) * (K * K)
     return start + k[:, None] * K + k[None, :]
 
 

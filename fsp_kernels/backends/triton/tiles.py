@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 
 from fsp_kernels.backends.triton.arithmetic import multiply_computed
-from fsp_kernels.backends.triton.maps import MapLayout, load_tile, write_gradient
+from fsp_kernels.backends.triton.maps import INT32_LIMIT, MapLayout, load_tile, write_gradient
 from fsp_kernels.backends.triton.residual import MatrixLayout, loss_and_slope, residual_tile
+
+LARGEST_INT32 = tl.constexpr(INT32_LIMIT)
 
 
 class GradientEntry(NamedTuple):
@@ -132,8 +134,13 @@ def _gradient_tile(pointers, entry, factor, sample, row, column):
     result = tl.zeros((entry.block_own, entry.block_k), tl.float32)
     rows = row + tl.arange(0, entry.block_own)
     slope += sample.to(tl.int64) * entry.slope.sample
+    wide: tl.constexpr = entry.own_channels * entry.other_channels > LARGEST_INT32
+    if wide:
+        rows = rows.to(tl.int64)
     for start in tl.range(0, entry.other_channels, entry.block_other, num_stages=entry.stages):
         columns = start + tl.arange(0, entry.block_other)
+        if wide:
+            columns = columns.to(tl.int64)
         mask = (rows < entry.own_channels)[:, None] & (columns < entry.other_channels)[None, :]
         offsets = rows[:, None] * entry.slope.row + columns[None, :] * entry.slope.column
         x = tl.load(slope + offsets, mask, other=0.0)
@@ -170,5 +177,7 @@ def _workspace_tile(workspace, entry, slot, row, column):
     """Pointers to a tile of the matrix number ``slot`` of a workspace, and their mask."""
     rows = (row + tl.arange(0, entry.block_m))[:, None]
     columns = (column + tl.arange(0, entry.block_n))[None, :]
+    if entry.m * entry.n > LARGEST_INT32:
+        rows = rows.to(tl.int64)
     start = workspace + slot.to(tl.int64) * (entry.m * entry.n)
     return start + rows * entry.n + columns, (rows < entry.m) & (columns < entry.n)
