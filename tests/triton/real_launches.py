@@ -84,7 +84,7 @@ def compare(stub: Stub, launch: Launch, tensors, scalars, unaligned: bool) -> di
     bound(launch, STREAM, tensors, *scalars)
     by_us = stub.last()
     by_triton["launches"] += 1
-    return {"by triton": by_triton, "bound": by_us}
+    return {"by triton": by_triton, "bound": by_us, "ttir": compiled.asm["ttir"]}
 
 
 bound = Launch.__call__

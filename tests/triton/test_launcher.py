@@ -58,6 +58,13 @@ def test_a_bound_launch_hands_the_driver_what_triton_would(launches, kernel, ali
     assert found["bound"] == found["by triton"]
 
 
+def test_more_than_2_to_the_31_elements_are_scaled_by_a_loop_of_64_bits(launches):
+    for found in launches["fsp_scale"].values():
+        loops = [line for line in found["ttir"].splitlines() if "scf.for" in line]
+        assert loops
+        assert all(re.search(r": i64\b", line) for line in loops)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_each_alignment_has_machine_code_of_its_own(launches, kernel):
     functions = {launches[kernel][a]["bound"]["function"] for a in ("aligned", "unaligned")}

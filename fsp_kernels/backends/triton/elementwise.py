@@ -40,9 +40,8 @@ def fsp_scale(
         gradient, out = pointers[i]
         # Where a gradient waits in another dtype it has to be written whatever the factor.
         if (not IN_PLACE) | (gradient.dtype != out.dtype) | (value != 1):
-            first = tl.program_id(0).to(tl.int64) * BLOCK
-            step = tl.num_programs(0).to(tl.int64) * BLOCK
-            for start in range(first, sizes[i], step):
+            first = tl.program_id(0).to(tl.int64) * BLOCK  # so that the loop counts in 64 bits
+            for start in range(first, sizes[i], tl.num_programs(0) * BLOCK):
                 index = start + tl.arange(0, BLOCK)
                 mask = index < sizes[i]
                 x = tl.load(gradient + index, mask, other=0.0).to(tl.float32)
