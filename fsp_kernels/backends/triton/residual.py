@@ -130,7 +130,7 @@ def scaled_slope(slope, scale, entry):
 
     Scaled before it is multiplied: the product of what is not may overflow.
     """
-    return slope * (scale / entry.student_positions)
+    return slope * (scale * (1.0 / entry.student_positions))
 
 
 @triton.jit
