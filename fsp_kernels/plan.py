@@ -244,7 +244,7 @@ def _gram_workspace(
 
 
 def _gram_widening(m: int, n: int, k: int, samples: int, blocks: int) -> int:
-    """Bytes for each sample by which widened channels need more than ``blocks``, made after them."""
+    """Bytes of a sample's widened channels beyond ``blocks``, most of which come after them."""
     # Three fp64 blocks are there while the second three are accumulated.
     sides = (16 * k * gram_block(samples, c, k) + 24 * k * k * side for side, c in ((1, m), (2, n)))
     return max(0, max(sides) - blocks)

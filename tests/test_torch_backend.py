@@ -300,7 +300,7 @@ GRAM = {"m": 96, "n": 80, "student": ((3, 3),) * 2, "teacher": ((3, 3),) * 2}
 
 
 def mirrored(dtype=torch.float32, noise=0.0):
-    """Two networks whose maps are far apart and whose FSP matrices are not, or only by ``noise``."""
+    """Two networks with maps far apart and FSP matrices that differ by ``noise`` alone."""
     _, _, c, d = one_pair(**GRAM, dtype=dtype, requires_grad=False)
     a = c.flip(-1) + noise * torch.randn_like(c)
     return a.requires_grad_(), d.flip(-1).requires_grad_(), c, d

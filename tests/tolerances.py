@@ -42,10 +42,11 @@ RESIDUAL_EPS = {
     torch.float32: (2.0**-22, "unit roundoff 2^-24, or three TF32 products, 2^-22"),
     torch.float64: (2.0**-51, "unit roundoff 2^-53"),
 }
-# From such an error `e` of a residual `D` follows one of `2 ||D|| e + e^2` of the loss. It holds for
-# the Gram form of the torch backend on a CPU too, which accumulates in fp64. Elsewhere the terms of
-# the Gram form are rounded before they cancel: its loss is off by `eps e'^2`, `e' = (||a - c|| ||b||
-# + ||c|| ||b - d||) / K`, with these `eps`. No form gives a loss below zero.
+# From such an error `e` of a residual `D` follows one of `2 ||D|| e + e^2` of the loss. That holds
+# for the Gram form of the torch backend on a CPU too, which accumulates in fp64, unless the maps are
+# fp64 themselves. Elsewhere the terms of the Gram form are rounded before they cancel: its loss is
+# off by `eps` times the square of `(||a - c|| ||b|| + ||c|| ||b - d||) / K`, with the `eps` below.
+# No form gives a loss below zero.
 GRAM_EPS = {
     torch.float32: (2.0**-20, "products in 3xTF32, 2^-22, cut off and not rounded"),
     torch.float16: (2.0**-9, "differences and products in TF32, 2^-11 each"),

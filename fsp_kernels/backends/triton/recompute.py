@@ -57,9 +57,7 @@ def _rows_of_sample(pointers, entry, factor, sample, row):
         if entry.residual == "ready" and pointers[6] is not None:
             write_matrix_gradient(slope, pointers, entry, sample, row, column)
     _write(student, 1.0, pointers, entry, 0, sample, row, entry.student_positions)
-    _write(
-        teacher, teacher_ratio(entry), pointers, entry, 2, sample, row, entry.teacher_positions
-    )
+    _write(teacher, teacher_ratio(entry), pointers, entry, 2, sample, row, entry.teacher_positions)
     return total * factor
 
 
