@@ -100,14 +100,17 @@ def fsp_loss(
         backend: a name of :func:`available_backends`, or ``None`` for the best that works.
 
     Returns:
-        A scalar, fp64 if any input is, else fp32. It is never negative. Where the teacher's maps
-        are given, the residual ``G^S - G^T`` is off by about ``eps (||a - c|| ||b|| + ||c||
-        ||b - d||) / K``, for student maps ``a, b`` and teacher maps ``c, d``: small where these are
-        near each other, but larger than in the naive op where a map's scale differs between the
-        networks and the matrices do not. On a GPU, and for fp64 maps, the loss in Gram form is off
-        by ``eps`` times the square of that, without ``eps``. A NaN or an infinity gives a loss that is NaN or infinite, whatever
-        the weight, and reaches every gradient that it reaches by the formula, where infinity may
-        become NaN; gradients of other samples do not see it.
+        A scalar, fp64 if any input is, else fp32; never negative.
+
+        With ``eps`` the rounding error and ``s = (||a - c|| ||b|| + ||c|| ||b - d||) / K`` for maps
+        ``a, b`` of the student and ``c, d`` of the teacher, the residual ``G^S - G^T`` is off by
+        about ``eps s``. That is little where the maps are near each other, but more than in the
+        naive op where the scale of a map differs between the networks and the matrices agree. On a
+        GPU, and for fp64 maps, the loss in Gram form is off by ``eps s^2``.
+
+        NaN or infinity in a map gives a loss that is NaN or infinite, whatever the weight. In the
+        gradients it is wherever the formula has it, as NaN where that has infinity in some cases;
+        the gradients of other samples do not see it.
 
     Raises:
         TypeError: something is not a dense floating-point tensor, not a pair, not a real number.

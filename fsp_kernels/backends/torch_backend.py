@@ -18,8 +18,8 @@ from fsp_kernels.plan import accumulation_dtype, difference_block, gram_block, g
 from fsp_kernels.pooling import pool, unpool
 
 # What a gradient is a sum of: alpha * x @ y, batched; y = None stands for the identity. The weight
-# is in x or y already, not in alpha: BLAS reads no operand where alpha is 0, so it would miss a NaN,
-# and a sum that is scaled afterwards may overflow before.
+# is in x or y already, not in alpha: BLAS reads no operand where alpha is 0, and misses a NaN; and
+# a sum that is scaled afterwards may overflow before.
 Term = tuple[float, Tensor, Tensor | None]
 
 

@@ -280,8 +280,8 @@ def test_the_error_of_a_residual_has_the_bound_of_the_difference_form(regime, ra
     assert 0 <= loss <= eps * terms
 
 
-@pytest.mark.parametrize("norm", ["frobenius", "column"])
-@pytest.mark.parametrize("sizes", [(1e12, 1.0), (1.0, 1e12), (1e12, 1e12)], ids=str)
+@pytest.mark.parametrize("norm", ["mse", "column"])
+@pytest.mark.parametrize("sizes", [(1e12, 1.0), (1.0, 1e12), (1e13, 1e13)], ids=str)
 @every_fp32_regime
 def test_nothing_overflows_that_the_naive_op_keeps_finite(regime, sizes, norm):
     pairs = [pair_of(regime, grad=False) for _ in range(2)]
