@@ -45,7 +45,7 @@ RESIDUAL_EPS = {
 # From such an error `e` of a residual `D` follows one of `2 ||D|| e + e^2` of the loss. That holds
 # for the Gram form of the torch backend on a CPU too, which accumulates in fp64, unless the maps
 # are fp64 themselves. Elsewhere the terms of the Gram form are rounded before they cancel: its loss
-# is off by `eps` times the square of `(||a - c|| ||b|| + ||c|| ||b - d||) / K`, with the `eps` below.
+# is off by the `eps` below times the square of `(||a - c|| ||b|| + ||c|| ||b - d||) / K`.
 # No form gives a loss below zero.
 GRAM_EPS = {
     torch.float32: (2.0**-20, "products in 3xTF32, 2^-22, cut off and not rounded"),

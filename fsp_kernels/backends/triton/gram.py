@@ -48,22 +48,23 @@ def _sample(pointers, scratch, entry, factor, sample):
     tl.store(_kept(scratch, entry, 2, sample), cc)
     bb, qb, qq = _blocks(pointers, entry, 1, sample)
     tl.debug_barrier()  # what is kept is read by other threads than wrote it
-    # Divided here and not later: what is not may overflow in a product of blocks.
+    pp = tl.load(_kept(scratch, entry, 0, sample))
+    cp = tl.load(_kept(scratch, entry, 1, sample))
+    cc = tl.load(_kept(scratch, entry, 2, sample))
+    # Scaled before products, which may overflow without.
     inverse = 1.0 / entry.student_positions
     inverse *= inverse
-    pp = tl.load(_kept(scratch, entry, 0, sample)) * inverse
-    cp = tl.load(_kept(scratch, entry, 1, sample)) * inverse
-    cc = tl.load(_kept(scratch, entry, 2, sample)) * inverse
-    loss = tl.sum(tl.sum(pp * bb + 2 * cp * qb + cc * qq, axis=1))
+    products = pp * inverse * bb + 2 * (cp * inverse) * qb + cc * inverse * qq
+    loss = tl.sum(tl.sum(products, axis=1))
     # Rounding errors may be larger than the loss. An overflow becomes NaN here, not zero.
     loss = tl.where(loss < 0, 0 * loss, loss)
-    scale = 2 * factor
+    scale = 2 * factor * inverse
     if pointers[4] is not None:
-        _keep(scale * inverse, bb, qb, scratch, entry, 0, sample)
+        _keep(scale, bb, qb, scratch, entry, 0, sample)
     if pointers[5] is not None:
         _keep(scale, pp + tl.trans(cp), cp + cc, scratch, entry, 1, sample)
     if pointers[6] is not None:
-        _keep(-scale * inverse, bb - tl.trans(qb), qb - qq, scratch, entry, 2, sample)
+        _keep(-scale, bb - tl.trans(qb), qb - qq, scratch, entry, 2, sample)
     if pointers[7] is not None:
         _keep(-scale, tl.trans(cp), cc, scratch, entry, 3, sample)
     tl.debug_barrier()
