@@ -1,6 +1,7 @@
 """Every input error of the library, in one place: which argument, what it was, what it must be.
 
-Checks look at metadata only, never at values: NaN and Inf in the data propagate as in PyTorch.
+Checks look at metadata only, never at values: NaN and Inf in the data propagate, as
+:func:`fsp_kernels.fsp_loss` says.
 """
 
 from __future__ import annotations

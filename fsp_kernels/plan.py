@@ -251,7 +251,7 @@ def _chunked_evaluations(
     for samples in dict.fromkeys((chosen, batch, min(batch, CHUNK_SAMPLES[kind]))):
         total = samples * workspace
         if form == "gram" and gram_dtype(device, compute_dtype) != compute_dtype:
-            total += 16 * samples * k * gram_channels(samples, max(m, n), k)
+            total += samples * _gram_widening(m, n, k, samples, blocks)
         if nowhere:
             total -= samples * column * (k - difference_block(device, k, samples * column))
         yield _Evaluation("chunks", samples, passes, total)
@@ -282,6 +282,15 @@ def _gram_workspace(
     gradients = sum(plan.gradient_dtype is not None for plan in maps)
     passing = wide.itemsize if gradients and wide != compute_dtype else 0
     return k * k * (6 * wide.itemsize + 2 * gradients * compute_dtype.itemsize + passing)
+
+
+def _gram_widening(m: int, n: int, k: int, samples: int, blocks: int) -> int:
+    """Bytes of a sample's widened channels beyond ``blocks``, most of which come after them."""
+    # Three fp64 blocks are there while the second three are accumulated.
+    sides = (
+        16 * k * gram_channels(samples, c, k) + 24 * k * k * side for side, c in ((1, m), (2, n))
+    )
+    return max(0, max(sides) - blocks)
 
 
 def _in_place(plan: MapPlan, compute_dtype: torch.dtype) -> bool:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from layouts import LAYOUTS
-from tolerances import assert_close, flatten, oracle
+from tolerances import RESIDUAL_EPS, assert_close, flatten, oracle, residual_terms
 
 import fsp_kernels as fsp
 import fsp_kernels.plan
@@ -225,6 +225,18 @@ def test_equal_networks_have_no_loss_and_no_gradient(norm):
     assert not b.grad.any()
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("size", [(1,), (6, 6), (14, 14)], ids=str)
+def test_a_ready_matrix_of_equal_maps_leaves_no_loss_and_no_gradient(size, layout, norm):
+    a, b = (LAYOUTS[layout](x.detach()) for x in maps((5, 20, *size), (5, 24, *size)))
+    matrix = fsp.fsp_matrix(a, b)
+    a, b = (x[1:4].requires_grad_() for x in (a, b))  # a batch of another size
+    loss = fsp.fsp_loss([(a, b)], [matrix[1:4]], norm=norm)
+    assert loss == 0
+    assert not any(g.any() for g in torch.autograd.grad(loss, (a, b)))
+
+
 def test_a_zero_weight_takes_its_pair_out():
     a, b, c, d = one_pair()
     loss = fsp.fsp_loss([(a, b), (c, b)], [(c, d), (a, d)], weights=[0, 2])
@@ -316,6 +328,52 @@ def test_half_precision_maps_an_ulp_apart_have_the_right_gradient(dtype):
     gradients = torch.autograd.grad(loss, (a, b))
     for gradient, wanted in zip(gradients, expected.gradients, strict=False):
         assert_close(gradient, wanted)
+
+
+GRAM = {"m": 96, "n": 80, "student": ((3, 3),) * 2, "teacher": ((3, 3),) * 2}
+
+
+def mirrored(dtype=torch.float32, noise=0.0):
+    """Two networks with maps far apart and FSP matrices that differ by ``noise`` alone."""
+    _, _, c, d = one_pair(**GRAM, dtype=dtype, requires_grad=False)
+    a = c.flip(-1) + noise * torch.randn_like(c)
+    return a.requires_grad_(), d.flip(-1).requires_grad_(), c, d
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_loss_in_gram_form_is_never_negative(seed, dtype):
+    torch.manual_seed(seed)
+    a, b, c, d = mirrored(dtype)
+    assert fsp.explain([(a, b)], [(c, d)]).pairs[0].form == "gram"
+    assert loss_of(a, b, c, d) >= 0
+
+
+@pytest.mark.parametrize("noise", [0, 1e-6, 1e-4, 1e-2, 1])
+@pytest.mark.parametrize("form", ["gram", "matrix"])
+def test_a_small_residual_of_large_matrices_is_as_right_as_the_naive_one(form, noise):
+    a, b, c, d = mirrored(noise=noise)
+    call = Tensors([(a, b)], [(c, d)], [1.0], "max", "frobenius")
+    loss, _ = forced(call, form, "difference")
+    exact = call.oracle().loss
+    error = 2.0**-24 * (fsp.fsp_matrix(a, b).norm() + fsp.fsp_matrix(c, d).norm()).item()
+    assert abs(loss - exact) <= 2 * exact.sqrt() * error + error**2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("ratio", [1.0, 2.0**7, 2.0**20])
+@pytest.mark.parametrize("form", ["gram", "matrix"])
+def test_the_error_of_a_residual_has_the_bound_of_the_difference_form(form, ratio, dtype):
+    _, _, c, d = one_pair(**GRAM, dtype=dtype, requires_grad=False)
+    a, b = (c / ratio).requires_grad_(), (d * ratio).requires_grad_()  # equal matrices, exactly
+    call = Tensors([(a, b)], [(c, d)], [1.0], "max", "frobenius")
+    loss, _ = forced(call, form, "difference")
+    eps = RESIDUAL_EPS[dtype][0]
+    if form == "gram" and dtype == torch.float64:
+        assert 0 <= loss <= eps * residual_terms(*call.student, *call.teacher).square().mean()
+    else:
+        error = eps * residual_terms(*call.student, *call.teacher)
+        assert 0 <= loss <= error.square().mean()
 
 
 # --- chunks -------------------------------------------------------------------------------------
@@ -488,11 +546,76 @@ def test_a_nan_survives_pooling(pool):
     assert loss_of(a, b, c, d, pool=pool).isnan()
 
 
-def test_a_zero_weight_does_not_hide_a_nan():
-    a, b, c, d = one_pair()
+# Forms and residuals for each norm; the column norm has no Gram form.
+WAYS = [
+    (form, residual, norm)
+    for form, residual in (("gram", "difference"), ("matrix", "difference"), ("matrix", "direct"))
+    for norm in NORMS
+    if (form, norm) != ("gram", "column")
+]
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("position", range(4))
+@pytest.mark.parametrize(("form", "residual", "norm"), WAYS)
+def test_what_is_not_finite_shows_where_it_does_in_the_definition(
+    form, residual, norm, position, value, weight
+):
+    a, b, c, d = one_pair(batch=2, student=((3, 3),) * 2, teacher=((3, 3),) * 2)
+    call = Tensors([(a, b)], [(c, d)], [weight], "max", norm)
+    check_what_is_not_finite(call, form, residual, position, value)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("position", range(3))
+@pytest.mark.parametrize("norm", NORMS)
+def test_what_is_not_finite_shows_beside_a_ready_matrix(norm, position, value, weight):
+    a, b, matrix = maps((2, 5, 3, 3), (2, 4, 3, 3), (2, 5, 4))
+    call = Tensors([(a, b)], [matrix], [weight], "max", norm)
+    check_what_is_not_finite(call, "matrix", "direct", position, value)
+
+
+def check_what_is_not_finite(call, form, residual, position, value):
+    """Of the definition, NaN is NaN and infinity infinity or NaN; other samples do not see it."""
+    clean = call.oracle()
     with torch.no_grad():
-        a[1] = float("nan")
-    assert fsp.fsp_loss([(a, b)], [(c, d)], weights=[0]).isnan()
+        call.tensors[position].flatten(1)[1, 7] = value
+    expected = call.oracle()
+    loss, gradients = forced(call, form, residual)
+    assert not loss.isfinite()
+    assert loss.isnan() or not expected.loss.isnan()
+    for gradient, wanted, unharmed, scale in zip(
+        gradients, expected.gradients, clean.gradients, clean.gradient_scales, strict=True
+    ):
+        assert not gradient[~wanted.isfinite()].isfinite().any()
+        assert_close(gradient[0], unharmed[0], scale)
+
+
+# --- overflow -----------------------------------------------------------------------------------
+
+SIZES = (1.0, 1e6, 1e12, 1e15)
+
+
+@pytest.mark.parametrize("weight", [1.0, 1e-6])
+@pytest.mark.parametrize(("form", "residual", "norm"), WAYS)
+def test_nothing_overflows_that_the_naive_op_keeps_finite(form, residual, norm, weight):
+    for first, second, far in itertools.product(SIZES, SIZES, (1e-3, 1.0)):
+        c, d = maps((3, 24, 2, 2), (3, 20, 2, 2), requires_grad=False)
+        a, b = (x * (1 + far * torch.randn_like(x)) for x in (c, d))
+        tensors = [s * x for s, x in zip((first, second) * 2, (a, b, c, d), strict=True)]
+        a, b, c, d = (x.requires_grad_() for x in tensors)
+        call = Tensors([(a, b)], [(c, d)], [weight], "max", norm)
+        naive = reference.fsp_loss(call.student, call.teacher, [weight], norm=norm)
+        loss, gradients = forced(call, form, residual)
+        assert loss.isfinite() or not naive.isfinite()
+        for gradient, by_naive in zip(
+            gradients, torch.autograd.grad(naive, call.tensors), strict=True
+        ):
+            # Not to the last factor: sums are taken in another order.
+            if by_naive.abs().max() < 1e36:
+                assert gradient.isfinite().all()
 
 
 # --- half precision -----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from tolerances import TOLERANCES, assert_near
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fsp_kernels as fsp
+from benchmarks.memory import profiled_peak
 from fsp_kernels import plan as planning
 from fsp_kernels import reference
 from fsp_kernels.backends.torch_backend import TorchBackend
@@ -98,3 +99,35 @@ def test_only_a_cpu_gains_by_it():
     assert planning.difference_block("cpu", 1000, 1 << 20) == 4
     assert planning.difference_block("cpu", 16, 1 << 20) == 16
     assert planning.difference_block("cpu", 1000, 1 << 30) == 1
+
+
+# --- Gram blocks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("wanted", [0, 1, 2, 4])
+@pytest.mark.parametrize("shape", [(2, 128, 4), (3, 300, 9), (4, 600, 49)], ids=str)
+def test_gram_form_holds_what_the_plan_says(shape, wanted, dtype):
+    batch, channels, positions = shape
+    maps = [torch.randn(batch, c, positions, dtype=dtype) for c in (channels, channels - 20) * 2]
+    for x in maps[:wanted]:
+        x.requires_grad_()
+    plan = fsp.explain([tuple(maps[:2])], [tuple(maps[2:])], backend="torch")
+    assert plan.pairs[0].form == "gram"
+    results = []
+    with torch.no_grad():
+        peak = profiled_peak(lambda: results.append(TorchBackend().loss(maps, plan, (1.0,))))
+    numbers = 64 * batch  # the loss of each sample
+    assert abs(peak - plan.extra_bytes) <= numbers
+
+
+def test_channels_widened_at_a_time_make_no_difference(monkeypatch):
+    maps = [torch.randn(3, c, 4) for c in (47, 60, 47, 60)]
+    first, again = [], []
+    for results, size in ((first, 1 << 20), (again, 16 * 3 * 4 * 10)):
+        monkeypatch.setattr(planning, "GRAM_BLOCK_BYTES", size)
+        loss, _, plan, products = run(maps)
+        assert plan.pairs[0].form == "gram"
+        results += [loss, products.count]
+    assert again[1] > first[1] == 6
+    assert_near(again[0], first[0].double(), TOLERANCES[torch.float32].rtol, "sums in fp64")

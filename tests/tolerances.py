@@ -33,6 +33,37 @@ TOLERANCES = {
 # dtype of a map, which its gradient has too.
 
 
+# A loss that cancels has no relative error, so these are bounds of another kind: the residual of a
+# sample that is computed in difference form is off by `eps (||a - c|| ||b|| + ||c|| ||b - d||) / K`
+# at most, `eps` the rounding error below, whatever the two FSP matrices are. That is much smaller
+# than the naive op's error where the student's maps are near the teacher's. It is larger, by r,
+# where the maps of the two networks differ by r in scale and their matrices do not.
+RESIDUAL_EPS = {
+    torch.float32: (2.0**-22, "unit roundoff 2^-24, or three TF32 products, 2^-22"),
+    torch.float64: (2.0**-51, "unit roundoff 2^-53"),
+}
+# From such an error `e` of a residual `D` follows one of `2 ||D|| e + e^2` of the loss. That holds
+# for the Gram form of the torch backend on a CPU too, which accumulates in fp64, unless the maps
+# are fp64 themselves. Elsewhere the terms of the Gram form are rounded before they cancel: its loss
+# is off by the `eps` below times the square of `(||a - c|| ||b|| + ||c|| ||b - d||) / K`.
+# No form gives a loss below zero.
+GRAM_EPS = {
+    torch.float32: (2.0**-20, "products in 3xTF32, 2^-22, cut off and not rounded"),
+    torch.float16: (2.0**-9, "differences and products in TF32, 2^-11 each"),
+    torch.bfloat16: (2.0**-9, "differences and products in TF32, 2^-11 each"),
+}
+
+
+def residual_terms(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> Tensor:
+    """``(||a - c|| ||b|| + ||c|| ||b - d||) / K`` of each sample, in float64."""
+    a, b, c, d = (x.detach().double().flatten(2) for x in (*student, *teacher))
+
+    def size(x: Tensor) -> Tensor:
+        return x.flatten(1).norm(dim=1)
+
+    return (size(a - c) * size(b) + size(c) * size(b - d)) / a.shape[2]
+
+
 class Fused(NamedTuple):
     """Bounds of the relative error of the loss and of a gradient."""
 

@@ -25,9 +25,9 @@ from fsp_kernels.plan import (
 )
 from fsp_kernels.pooling import pool, unpool
 
-# What a gradient is a sum of: alpha * x @ y, batched; y = None stands for the identity. Factors
-# that may be tiny or zero are in x or y already: BLAS does not read its operands where alpha is 0,
-# and a sum that is scaled afterwards may overflow before.
+# What a gradient is a sum of: alpha * x @ y, batched; y = None stands for the identity. The weight
+# is in x or y already, not in alpha: BLAS reads no operand where alpha is 0, and misses a NaN; and
+# a sum that is scaled afterwards may overflow before.
 Term = tuple[float, Tensor, Tensor | None]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from calls import BF16, DTYPES, FP16, FP32, Regime, check, four_of, pair_of, tensor
-from tolerances import assert_near, oracle
+from tolerances import GRAM_EPS, assert_near, oracle, residual_terms
 
 import fsp_kernels as fsp
 
@@ -49,6 +49,22 @@ def test_half_precision_maps_an_ulp_apart_have_the_right_gradient(dtype):
         torch.autograd.grad(loss, (a, b)), expected.gradients, strict=False
     ):
         assert_near(gradient, wanted, 5e-3, "the difference fits TF32, its gradient the dtype")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("noise", [0, 1e-4])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_small_loss_of_large_matrices_is_not_negative_and_within_its_bound(seed, noise, dtype):
+    # Mirrored, the maps of both networks are far apart and their FSP matrices are not.
+    torch.manual_seed(seed)
+    c, d = pair_of(gram(160, 150, (3, 3)), dtypes=(dtype, dtype), grad=False)
+    a, b = c.flip(-1), d.flip(-1)
+    a = a + noise * torch.randn_like(a)
+    loss = fsp.fsp_loss([(a, b)], [(c, d)])
+    exact = oracle([(a, b)], [(c, d)]).loss
+    terms = residual_terms((a, b), (c, d)).square().mean()
+    assert loss >= 0
+    assert abs(loss - exact) <= GRAM_EPS[dtype][0] * terms
 
 
 def test_the_loss_survives_convergence():

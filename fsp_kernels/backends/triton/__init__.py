@@ -68,7 +68,7 @@ class TritonBackend(FusedBackend):
     def product(self, x: Tensor, y: Tensor, out: Tensor, positions: int) -> None:
         from fsp_kernels.backends.triton.product import batched_product
 
-        on_device(x, batched_product, x, y, out, 1 / positions)
+        on_device(x, batched_product, x, y, out, float(positions))
 
     def loss(
         self, maps: Sequence[Tensor], plan: LossPlan, weights: Sequence[float]

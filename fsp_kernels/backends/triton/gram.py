@@ -51,10 +51,14 @@ def _sample(pointers, scratch, entry, factor, sample):
     pp = tl.load(_kept(scratch, entry, 0, sample))
     cp = tl.load(_kept(scratch, entry, 1, sample))
     cc = tl.load(_kept(scratch, entry, 2, sample))
-    loss = tl.sum(tl.sum(pp * bb + 2 * cp * qb + cc * qq, axis=1))
+    # Scaled before products, which may overflow without.
+    inverse = 1.0 / entry.student_positions
+    inverse *= inverse
+    products = pp * inverse * bb + 2 * (cp * inverse) * qb + cc * inverse * qq
+    loss = tl.sum(tl.sum(products, axis=1))
     # Rounding errors may be larger than the loss. An overflow becomes NaN here, not zero.
     loss = tl.where(loss < 0, 0 * loss, loss)
-    scale = 2 * factor / entry.student_positions
+    scale = 2 * factor * inverse
     if pointers[4] is not None:
         _keep(scale, bb, qb, scratch, entry, 0, sample)
     if pointers[5] is not None:
@@ -77,10 +81,7 @@ def _sample(pointers, scratch, entry, factor, sample):
 
 @triton.jit
 def _blocks(pointers, entry, SIDE: tl.constexpr, sample):
-    """``x^T x / K``, ``y^T x / K`` and ``y^T y / K``, ``(block_k, block_k)``, of one side.
-
-    Divided here and not later: these are multiplied with each other and may overflow.
-    """
+    """``x^T x``, ``y^T x`` and ``y^T y``, each ``(block_k, block_k)``, of one side."""
     xx = tl.zeros((entry.block_k, entry.block_k), tl.float32)
     yx = tl.zeros((entry.block_k, entry.block_k), tl.float32)
     yy = tl.zeros((entry.block_k, entry.block_k), tl.float32)
@@ -90,8 +91,7 @@ def _blocks(pointers, entry, SIDE: tl.constexpr, sample):
         xx = multiply(tl.trans(x), x, xx, entry.precision)
         yx = multiply(tl.trans(y), x, yx, entry.precision)
         yy = multiply(tl.trans(y), y, yy, entry.precision)
-    scale = 1.0 / entry.student_positions
-    return xx * scale, yx * scale, yy * scale
+    return xx, yx, yy
 
 
 @triton.jit

@@ -79,7 +79,7 @@ def residual_tile(pointers, entry, sample, row, column, part):
             a = _tile(pointers, entry, 0, sample, row, k, K)
             b = _tile(pointers, entry, 1, sample, column, k, K)
             result = multiply(a, tl.trans(b), result, entry.precision)
-    result = result * _inverse(K)
+    result = result * (1.0 / K)
     if entry.residual == "apart":
         K = entry.teacher_positions
         begin, end = _range_of(part, entry.parts, K, entry.block_k)
@@ -88,7 +88,7 @@ def residual_tile(pointers, entry, sample, row, column, part):
             c = _tile(pointers, entry, 2, sample, row, k, K)
             d = _tile(pointers, entry, 3, sample, column, k, K)
             target = multiply(c, tl.trans(d), target, entry.precision)
-        result = result - target * _inverse(K)
+        result = result - target * (1.0 / K)
     if entry.residual == "ready":
         addresses, mask = matrix_addresses(
             pointers[2], entry.layouts[2], entry, sample, row, column
@@ -176,12 +176,6 @@ def _tile(pointers, entry, INDEX: tl.constexpr, sample, channel, k, positions):
         BLOCK,
         entry.block_k,
     )
-
-
-@triton.jit
-def _inverse(positions):
-    """``1 / K``, rounded as the host rounds it for an FSP matrix: those of equal maps are equal."""
-    return tl.div_rn(1.0, positions * 1.0)
 
 
 @triton.jit

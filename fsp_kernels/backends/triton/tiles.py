@@ -22,7 +22,6 @@ from fsp_kernels.backends.triton.residual import (
     write_matrix_gradient,
 )
 
-
 LARGEST_INT32 = tl.constexpr(INT32_LIMIT)
 
 
