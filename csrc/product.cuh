@@ -32,6 +32,14 @@ struct Difference {
   __device__ __forceinline__ float at(int i, int k) const { return x.at(i, k) - y.at(i, k); }
 };
 
+// A residual, times the scale of a gradient. The product of what is not scaled may overflow.
+struct Slope {
+  Operand<float> values;
+  float scale;
+
+  __device__ __forceinline__ float at(int i, int k) const { return values.at(i, k) * scale; }
+};
+
 // A tile as an operand whose lines are channels, or positions.
 template <class Shape, class T>
 __device__ __forceinline__ Operand<T> by_channel(const T* tile, const Map& map) {
@@ -189,7 +197,7 @@ __device__ __forceinline__ Terms load_terms(const X& x, int line, int k, bool sp
 }
 
 // The same as two terms of bf16, which hold 16 bits.
-__device__ __forceinline__ Terms load_bf16_terms(const Operand<float>& x, int line, int k) {
+__device__ __forceinline__ Terms load_bf16_terms(const Slope& x, int line, int k) {
   const int lane = threadIdx.x % 32;
   Terms result;
 #pragma unroll
@@ -323,15 +331,21 @@ __device__ __forceinline__ void step(Accumulator<LINES, COLUMNS>& result, const 
   step_fp32(result, x, y, k, split, 1);
 }
 
-// A residual and a map of 16-bit elements.
+// A residual and a map.
 template <int LINES, int COLUMNS>
-__device__ __forceinline__ void step(Accumulator<LINES, COLUMNS>& result, const Operand<float>& x,
+__device__ __forceinline__ void step(Accumulator<LINES, COLUMNS>& result, const Slope& x,
+                                     const Operand<float>& y, int k, bool split) {
+  step_fp32(result, x, y, k, split, 1);
+}
+
+template <int LINES, int COLUMNS>
+__device__ __forceinline__ void step(Accumulator<LINES, COLUMNS>& result, const Slope& x,
                                      const Operand<__half>& y, int k, bool) {
   step_fp32(result, x, y, k, false, 1);
 }
 
 template <int LINES, int COLUMNS>
-__device__ __forceinline__ void step(Accumulator<LINES, COLUMNS>& result, const Operand<float>& x,
+__device__ __forceinline__ void step(Accumulator<LINES, COLUMNS>& result, const Slope& x,
                                      const Operand<__nv_bfloat16>& y, int k, bool) {
 #if FSP_AMPERE
   using Of = Share<LINES, COLUMNS>;
