@@ -42,7 +42,7 @@ import fsp_kernels as fsp
 from cuda_on_host.module import HOST_BUILDS, extension_is, host_cuda_module
 
 def call(dtype, positions):
-    student, teacher = ([tuple(torch.randn(2, 2, 7, positions).to(dtype))] for _ in range(2))
+    student, teacher = ([tuple(torch.randn(2, 2, 7, positions, 1).to(dtype))] for _ in range(2))
     teacher = [tuple(x.clone() for x in teacher[0])]
     fsp.fsp_loss(student, teacher, backend="cuda")
     print("clean", end=" ", flush=True)
