@@ -168,14 +168,17 @@ struct Sixteen<__nv_bfloat16> {
   }
 };
 
-// Finite numbers at the top of the range of fp32, which rounding to fewer bits would make infinite,
-// are cut off instead. What that leaves of them is finite, too.
-constexpr float TOP_OF_TF32 = 0x1.ffep127f, TOP_OF_BF16 = 0x1.ffp127f;  // infinite from here on
+// Rounding to fewer bits makes the largest finite numbers infinite. These are cut off instead, and
+// what that leaves of them is finite, too.
+__device__ __forceinline__ uint32_t finite_tf32(float x) {
+  const uint32_t rounded = to_tf32(x);
+  const bool infinite = rounded << 1 == 0xff000000u;  // without the sign
+  return infinite ? __float_as_uint(x) & 0xffffe000u : rounded;
+}
 
-template <bool BF16>
-__device__ __forceinline__ float cut_at_the_top(float x) {
-  const bool top = fabsf(x) >= (BF16 ? TOP_OF_BF16 : TOP_OF_TF32);  // NaN is not
-  return top ? __uint_as_float(__float_as_uint(x) & (BF16 ? 0xffff0000u : 0xffffe000u)) : x;
+__device__ __forceinline__ float below_top_of_bf16(float x) {
+  const bool top = fabsf(x) >= 0x1.ffp127f;  // NaN is not
+  return top ? __uint_as_float(__float_as_uint(x) & 0xffff0000u) : x;
 }
 
 // Elements of fp32 as TF32, and what that leaves of them.
@@ -190,7 +193,7 @@ __device__ __forceinline__ Terms load_terms(const X& x, int line, int k, bool sp
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float value = x.at(line + lane / 4 + i % 2 * 8, k + lane % 4 + i / 2 * 4);
-    result.high.r[i] = to_tf32(cut_at_the_top<false>(value));
+    result.high.r[i] = finite_tf32(value);
     result.low.r[i] = split ? to_tf32(value - __uint_as_float(result.high.r[i])) : 0;
   }
   return result;
@@ -204,7 +207,7 @@ __device__ __forceinline__ Terms load_bf16_terms(const Slope& x, int line, int k
   for (int i = 0; i < 4; ++i) {
     const int at_line = line + lane / 4 + i % 2 * 8, at = k + lane % 4 * 2 + i / 2 * 8;
     const float first = x.at(at_line, at), second = x.at(at_line, at + 1);
-    const uint32_t high = bf16_pair(cut_at_the_top<true>(first), cut_at_the_top<true>(second));
+    const uint32_t high = bf16_pair(below_top_of_bf16(first), below_top_of_bf16(second));
     result.high.r[i] = high;
     result.low.r[i] = bf16_pair(first - __uint_as_float(high << 16),
                                 second - __uint_as_float(high & 0xffff0000u));

@@ -230,9 +230,9 @@ def test_equal_networks_have_no_loss_and_no_gradient(norm):
 @pytest.mark.parametrize("size", [(1,), (6, 6), (14, 14)], ids=str)
 def test_a_ready_matrix_of_equal_maps_leaves_no_loss_and_no_gradient(size, layout, norm):
     a, b = (LAYOUTS[layout](x.detach()) for x in maps((5, 20, *size), (5, 24, *size)))
-    matrix = fsp.fsp_matrix(a, b)
+    matrix = fsp.fsp_matrix(a, b, channel_dim=1)
     a, b = (x[1:4].requires_grad_() for x in (a, b))  # a batch of another size
-    loss = fsp.fsp_loss([(a, b)], [matrix[1:4]], norm=norm)
+    loss = fsp.fsp_loss([(a, b)], [matrix[1:4]], norm=norm, channel_dim=1)
     assert loss == 0
     assert not any(g.any() for g in torch.autograd.grad(loss, (a, b)))
 

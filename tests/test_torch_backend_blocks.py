@@ -112,7 +112,7 @@ def test_gram_form_holds_what_the_plan_says(shape, wanted, dtype):
     maps = [torch.randn(batch, c, positions, dtype=dtype) for c in (channels, channels - 20) * 2]
     for x in maps[:wanted]:
         x.requires_grad_()
-    plan = fsp.explain([tuple(maps[:2])], [tuple(maps[2:])], backend="torch")
+    plan = fsp.explain([tuple(maps[:2])], [tuple(maps[2:])], backend="torch", channel_dim=1)
     assert plan.pairs[0].form == "gram"
     results = []
     with torch.no_grad():
