@@ -232,6 +232,7 @@ def _chunked_evaluations(
     """Those of the torch backend, which differ in the samples of a chunk."""
     batch, m, n, k = maps[0].shape[0], maps[0].shape[1], maps[1].shape[1], maps[0].positions
     difference = residual == "difference"
+    widens = form == "gram" and gram_dtype(device, compute_dtype) != compute_dtype
     blocks = m * n * compute_dtype.itemsize
     if form == "gram":
         blocks = _gram_workspace(k, maps, device, compute_dtype)
@@ -242,6 +243,8 @@ def _chunked_evaluations(
     per_sample = workspace + sum(p.bytes + p.gradient_bytes for p in maps) // batch
     kind = "cpu" if device == "cpu" else "cuda"
     fitting = CHUNK_BYTES[kind] // per_sample
+    if widens:  # so many channels as the block holds, and at least one
+        fitting = (CHUNK_BYTES[kind] - GRAM_BLOCK_BYTES) // (per_sample + 16 * k)
     passes = _passes(form, m, n, device, fits=fitting >= CHUNK_SAMPLES[kind])
     chosen = _equal_chunks(batch, max(CHUNK_SAMPLES[kind], fitting))
     nowhere = (
@@ -250,7 +253,7 @@ def _chunked_evaluations(
     column = (m + n) * compute_dtype.itemsize  # of both differences, for each sample
     for samples in dict.fromkeys((chosen, batch, min(batch, CHUNK_SAMPLES[kind]))):
         total = samples * workspace
-        if form == "gram" and gram_dtype(device, compute_dtype) != compute_dtype:
+        if widens:
             total += samples * _gram_widening(m, n, k, samples, blocks)
         if nowhere:
             total -= samples * column * (k - difference_block(device, k, samples * column))

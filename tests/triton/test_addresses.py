@@ -203,7 +203,8 @@ def test_entries_of_a_residual(memory, small, block_m, block_n, norm, wanted):
     with configurations.using(rows):
         small()
         maps = [
-            huge((1, c, 5), (5 * c, 5, 1), grad=i == wanted) for i, c in enumerate((m, n, m, n))
+            huge((1, c, 5, 1), (5 * c, 5, 1, 1), grad=i == wanted)
+            for i, c in enumerate((m, n, m, n))
         ]
         check(memory, compute(maps[:2], maps[2:], norm=norm))
     (workspace,) = [x for x in memory.tensors if x.numel() == m * n]
