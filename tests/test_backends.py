@@ -48,8 +48,7 @@ def _untouched_selection(monkeypatch) -> Iterator[None]:
     Plans remember the backend chosen for a signature, and no user changes the registry, so here
     they have to be forgotten.
     """
-    monkeypatch.setattr(fsp.use_backend, "_default", None)
-    monkeypatch.setattr(fsp.use_backend, "_lasting", [])
+    monkeypatch.setattr(backends, "_PROCESS", backends._Choices())
     monkeypatch.delenv("FSP_KERNELS_BACKEND", raising=False)
     functional._checked_plan.cache_clear()
     yield
@@ -282,6 +281,17 @@ def test_blocks_of_generators_may_end_in_any_order(named):  # noqa: ARG001
     assert next(first, "ended") == "ended"
     assert chosen() == "argument"
     assert next(second, "ended") == "ended"
+    assert chosen() == "best"
+
+
+def test_a_block_may_be_entered_again_inside_of_itself(named):  # noqa: ARG001
+    block, other = fsp.use_backend("default"), fsp.use_backend("argument")
+    with block:
+        with other:
+            with block:
+                assert chosen() == "default"
+            assert chosen() == "argument"
+        assert chosen() == "default"
     assert chosen() == "best"
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import fsp_kernels as fsp
+from fsp_kernels import backends
 
 
 @pytest.fixture(autouse=True, params=[True, False], ids=["grad", "no_grad"])
@@ -888,10 +889,10 @@ def test_a_refused_call_changes_no_input(options):
 
 
 def test_a_refused_use_backend_changes_no_default():
-    before = fsp.use_backend._default
+    before = backends._PROCESS.name
     with pytest.raises(ValueError, match="backend"):
         fsp.use_backend("none")
-    assert fsp.use_backend._default == before
+    assert backends._PROCESS.name == before
 
 
 # --- what is no error -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -117,20 +117,40 @@ def get_backend(name: str) -> Backend:
 
 
 class _Choice:
-    """What the innermost block of a thread chose; an empty name is the automatic choice."""
+    """One use of :class:`use_backend`; an empty name is the automatic choice."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+
+class _Choices:
+    """Choices in the order in which they were made, and the name of the last one, if any.
+
+    The compiler sees a change of ``name``, as it is an attribute of an object.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._made: list[_Choice] = []
+
+    def add(self, choice: _Choice) -> None:
+        self._made.append(choice)
+        self.name = choice.name
+
+    def remove(self, choice: _Choice) -> None:
+        for i in reversed(range(len(self._made))):  # a block may be entered twice
+            if self._made[i] is choice:
+                del self._made[i]
+                break
+        self.name = self._made[-1].name if self._made else None
 
 
 class _Thread(threading.local):
-    """Each thread's blocks, and their choice, in an object since the compiler takes no other."""
-
     def __init__(self) -> None:
-        self.choice = _Choice()
-        self.blocks: list[use_backend] = []
+        self.choices = _Choices()
 
 
+_PROCESS = _Choices()
 _THREAD = _Thread()
 _LOCK = threading.Lock()
 
@@ -149,25 +169,17 @@ class use_backend:  # noqa: N801  (reads as a function, like torch.no_grad)
     ``None`` restores the automatic choice. Raises as :func:`fsp_kernels.backends.get_backend`.
     """
 
-    _default: str | None = None
-    _lasting: ClassVar[list[use_backend]] = []  # chosen for good, the last one being in force
-
     def __init__(self, name: str | None):
         if name is not None:
             get_backend(name)
-        self._name = name
+        self._choice = _Choice(name or "")
         with _exclusive():
-            use_backend._lasting.append(self)
-            use_backend._default = name
+            _PROCESS.add(self._choice)
 
     def __enter__(self) -> None:
         with _exclusive():
-            if self in use_backend._lasting:
-                use_backend._lasting.remove(self)
-            lasting = use_backend._lasting
-            use_backend._default = lasting[-1]._name if lasting else None
-        _THREAD.blocks.append(self)
-        _THREAD.choice.name = self._name or ""
+            _PROCESS.remove(self._choice)
+        _THREAD.choices.add(self._choice)
 
     def __exit__(
         self,
@@ -175,9 +187,7 @@ class use_backend:  # noqa: N801  (reads as a function, like torch.no_grad)
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        blocks = _THREAD.blocks
-        blocks.remove(self)
-        _THREAD.choice.name = (blocks[-1]._name or "") if blocks else None
+        _THREAD.choices.remove(self._choice)
 
     def __repr__(self) -> str:
         return f"use_backend({_chosen()!r})"
@@ -190,8 +200,8 @@ def _exclusive() -> AbstractContextManager[Any]:
 
 def _chosen() -> str | None:
     """What :class:`use_backend` says in this thread, if anything."""
-    name = _THREAD.choice.name
-    return use_backend._default if name is None else name or None
+    name = _THREAD.choices.name
+    return (_PROCESS.name if name is None else name) or None
 
 
 def requested_backend(argument: str | None) -> str | None:
