@@ -89,12 +89,12 @@ def residual_tile(pointers, entry, sample, row, column, part):
             d = _tile(pointers, entry, 3, sample, column, k, K)
             target = multiply(c, tl.trans(d), target, entry.precision)
         result = result - target * (1.0 / K)
-    if entry.residual == "ready":
-        addresses, mask = matrix_addresses(
-            pointers[2], entry.layouts[2], entry, sample, row, column
-        )
-        target = tl.load(addresses, mask & (part == 0), other=0.0)
-        result = result - target.to(tl.float32)
+    if entry.residual == "ready":  # noqa: SIM102  (the first is decided by the compiler)
+        if part == 0:
+            addresses, mask = matrix_addresses(
+                pointers[2], entry.layouts[2], entry, sample, row, column
+            )
+            result -= tl.load(addresses, mask, other=0.0).to(tl.float32)
     return result
 
 
