@@ -43,4 +43,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time():
+    """Each test starts from the same random numbers and PyTorch's default precision of fp32."""
     torch.manual_seed(0)
+    yield
+    torch.set_float32_matmul_precision("highest")

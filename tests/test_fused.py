@@ -8,14 +8,6 @@ import torch
 from fsp_kernels.backends.fused import fp32_precision, raw_stream, why_no_gpu
 
 
-@pytest.fixture
-def _precision_restored():
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-@pytest.mark.usefixtures("_precision_restored")
 @pytest.mark.parametrize(
     ("precision", "wanted"), [("highest", "tf32x3"), ("high", "tf32"), ("medium", "tf32")]
 )
@@ -24,7 +16,6 @@ def test_fp32_products_follow_the_precision_that_was_set(precision, wanted):
     assert fp32_precision() == wanted
 
 
-@pytest.mark.usefixtures("_precision_restored")
 def test_fp32_products_follow_the_older_switch():
     torch.backends.cuda.matmul.allow_tf32 = True
     assert fp32_precision() == "tf32"
@@ -33,12 +24,8 @@ def test_fp32_products_follow_the_older_switch():
 
 
 def test_fp32_products_follow_the_newer_setting():
-    before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        assert fp32_precision() == "tf32"
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+    assert fp32_precision() == "tf32"
 
 
 def test_fp32_products_are_accurate_unless_told_otherwise():

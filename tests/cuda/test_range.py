@@ -30,10 +30,7 @@ def with_largest(first, second):
 
 @pytest.fixture(params=["highest", "high"])
 def _precision(request, chip_with_tf32):  # noqa: ARG001
-    before = torch.backends.cuda.matmul.fp32_precision
     torch.set_float32_matmul_precision(request.param)
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
 
 
 @pytest.mark.usefixtures("_precision")
