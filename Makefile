@@ -23,7 +23,8 @@ GPU_PARTS ?=
 help:
 	@echo "make demo           distil a student on real data; prints where its report is"
 	@echo "make test           run the tests"
-	@echo "make test-old       the same on the oldest versions that are supported, in .venv-2.11"
+	@echo "make test-old       the same on the oldest versions that are supported, in .venv-old"
+	@echo "make test-new       the same on the newest versions there are, in .venv-new"
 	@echo "make lint           ruff and mypy"
 	@echo "make bench          speed, memory and accuracy beside the naive ops here; BENCH=--quick for less"
 	@echo "make kernels        compile every kernel for all generations of GPUs; prints what it takes"
@@ -85,7 +86,7 @@ gpu-tune:
 	$(GPU_PYTHON) -m benchmarks.tune --jobs $(GPU_JOBS) $(TUNE)
 
 clean:
-	rm -rf .venv .venv-2.11 .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache build runs *.egg-info
+	rm -rf .venv .venv-old .venv-new .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache build runs *.egg-info
 	rm -f fsp_kernels/cuda_build.txt fsp_kernels/_cuda*.so
 
 # Without the CUDA extension, even where there is an nvcc: it takes minutes to compile and a GPU to
@@ -97,21 +98,21 @@ clean:
 		--constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# The oldest PyTorch and Triton that are supported. Everything else is as new as these allow, so
-# constraints.txt, which pins newer versions, has no part in it.
+# The tests on the oldest versions that are supported and on the newest there are, each in a virtual
+# environment of its own. constraints.txt has no part in either.
 OLD_PYTHON ?= python3.12
-OLD := .venv-2.11
-# The interpreter of Triton 3.6 makes integers of arrays of one element, which NumPy 2.4 refuses.
-OLD_VERSIONS := 'torch==2.11.*' 'triton==3.6.*' 'torchvision==0.26.*' 'numpy<2.4'
+# Triton 3.6's interpreter makes integers of arrays of one element, which NumPy 2.4 refuses.
+.venv-old/installed: VERSIONS := 'torch==2.11.*' 'triton==3.6.*' 'torchvision==0.26.*' 'numpy<2.4'
+.venv-old/installed: PYTHON := $(OLD_PYTHON)
+.venv-new/installed: VERSIONS := --upgrade --upgrade-strategy eager
 
-.PHONY: test-old
+.PHONY: test-old test-new
+test-old test-new: test-%: .venv-%/installed
+	.venv-$*/bin/python -m pytest -n auto --dist worksteal
 
-test-old: $(OLD)/installed
-	$(OLD)/bin/python -m pytest -n auto --dist worksteal
-
-$(OLD)/installed: export FSP_KERNELS_CUDA ?= 0
-$(OLD)/installed: pyproject.toml
-	test -x $(OLD)/bin/python || $(OLD_PYTHON) -m venv $(OLD)
-	$(OLD)/bin/python -m pip install --quiet --disable-pip-version-check \
-		$(OLD_VERSIONS) --editable '.[test]'
+.venv-old/installed .venv-new/installed: export FSP_KERNELS_CUDA ?= 0
+.venv-old/installed .venv-new/installed: .venv-%/installed: pyproject.toml
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check \
+		$(VERSIONS) --editable '.[test]'
 	touch $@
