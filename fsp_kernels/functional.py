@@ -113,11 +113,13 @@ def fsp_loss(
     Returns:
         A scalar, fp64 if any input is, else fp32; never negative.
 
-        With ``eps`` the rounding error and ``s = (||a - c|| ||b|| + ||c|| ||b - d||) / K`` for maps
-        ``a, b`` of the student and ``c, d`` of the teacher, the residual ``G^S - G^T`` is off by
-        about ``eps s``. That is little where the maps are near each other, but more than in the
-        naive op where the scale of a map differs between the networks and the matrices agree. On a
-        GPU, and for fp64 maps, the loss in Gram form is off by ``eps s^2``.
+        With ``eps`` the rounding error and ``s = (||a - c|| ||b|| + ||c|| ||b - d||) / K`` for
+        pooled maps ``a, b`` of the student and ``c, d`` of the teacher, the residual ``G^S - G^T``
+        is off by about ``eps s``. That is little where the maps are near each other, but more than
+        in the naive op where the scale of a map differs between the networks and the matrices
+        agree. Averages are rounded before they are subtracted, which adds
+        ``eps (||a|| ||b|| + ||c|| ||d||) / K``, as in the naive op. On a GPU, and for fp64 maps,
+        the loss in Gram form is off by ``eps s^2``.
 
         NaN or infinity in a map gives a loss that is NaN or infinite, whatever the weight. In the
         gradients it is wherever the formula has it, as NaN where that has infinity in some cases;

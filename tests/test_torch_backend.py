@@ -11,7 +11,14 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from layouts import LAYOUTS
-from tolerances import RESIDUAL_EPS, assert_close, flatten, oracle, residual_terms
+from tolerances import (
+    RESIDUAL_EPS,
+    TOLERANCES,
+    assert_close,
+    flatten,
+    oracle,
+    residual_terms,
+)
 
 import fsp_kernels as fsp
 import fsp_kernels.plan
@@ -374,6 +381,20 @@ def test_the_error_of_a_residual_has_the_bound_of_the_difference_form(form, rati
     else:
         error = eps * residual_terms(*call.student, *call.teacher)
         assert 0 <= loss <= error.square().mean()
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("noise", [1e-1, 1e-3, 1e-5])
+def test_a_residual_of_pooled_maps_has_its_bound(noise, pool):
+    sizes = ((6, 6), (3, 3))
+    _, _, c, d = one_pair(m=5, n=4, student=sizes, teacher=sizes, requires_grad=False)
+    a, b = (x + noise * torch.randn_like(x) for x in (c, d))
+    exact = oracle([(a, b)], [(c, d)], pool=pool).loss
+    error = RESIDUAL_EPS[torch.float32][0] * residual_terms((a, b), (c, d), pool).norm()
+    difference = (fsp.fsp_loss([(a, b)], [(c, d)], pool=pool) - exact).abs()
+    assert (
+        difference <= 2 * exact.sqrt() * error + error**2 + TOLERANCES[torch.float32].rtol * exact
+    )
 
 
 # --- chunks -------------------------------------------------------------------------------------

@@ -37,7 +37,8 @@ TOLERANCES = {
 # sample that is computed in difference form is off by `eps (||a - c|| ||b|| + ||c|| ||b - d||) / K`
 # at most, `eps` the rounding error below, whatever the two FSP matrices are. That is much smaller
 # than the naive op's error where the student's maps are near the teacher's. It is larger, by r,
-# where the maps of the two networks differ by r in scale and their matrices do not.
+# where the maps of the two networks differ by r in scale and their matrices do not. Averages of
+# pooling are rounded before they are subtracted, which adds `eps (||a|| ||b|| + ||c|| ||d||) / K`.
 RESIDUAL_EPS = {
     torch.float32: (2.0**-22, "unit roundoff 2^-24, or three TF32 products, 2^-22"),
     torch.float64: (2.0**-51, "unit roundoff 2^-53"),
@@ -54,14 +55,21 @@ GRAM_EPS = {
 }
 
 
-def residual_terms(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> Tensor:
-    """``(||a - c|| ||b|| + ||c|| ||b - d||) / K`` of each sample, in float64."""
-    a, b, c, d = (x.detach().double().flatten(2) for x in (*student, *teacher))
+def residual_terms(
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], pool: str = "max"
+) -> Tensor:
+    """What the bound above multiplies by ``eps``, of each sample, in float64."""
+    exact = [[x.detach().double() for x in pair] for pair in (student, teacher)]
+    pooled = [reference.match_spatial(*pair, pool) for pair in exact]
+    a, b, c, d = (x.flatten(2) for pair in pooled for x in pair)
 
     def size(x: Tensor) -> Tensor:
         return x.flatten(1).norm(dim=1)
 
-    return (size(a - c) * size(b) + size(c) * size(b - d)) / a.shape[2]
+    terms = size(a - c) * size(b) + size(c) * size(b - d)
+    if pool == "avg" and any(pair[0].shape[2:] != pair[1].shape[2:] for pair in exact):
+        terms += size(a) * size(b) + size(c) * size(d)
+    return terms / a.shape[2]
 
 
 class Fused(NamedTuple):
