@@ -1,6 +1,8 @@
 """What every test of the library shares."""
 
 import os
+import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -47,3 +49,11 @@ def _same_numbers_every_time():
     torch.manual_seed(0)
     yield
     torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture
+def heeding_ctrl_c() -> Iterator[None]:
+    """As a shell starts what is in the foreground; tests may run in the background, which isn't."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -133,6 +133,7 @@ def test_steps_that_there_is_no_time_for_say_so(python, folder):  # noqa: ARG001
     assert found[1].words == "NOT STARTED, no time left"
 
 
+@pytest.mark.usefixtures("heeding_ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_keeps_what_was_finished(python, folder, number):
     run = first.run

@@ -305,6 +305,7 @@ def test_a_row_whose_own_configuration_fails_stays_and_the_next_is_tried(gpu, ta
 # --- interruption ---------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("heeding_ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_the_best_known_so_far(gpu, table, number, capsys):
     _, fast, *_ = candidates(TF32)

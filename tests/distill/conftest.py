@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import io
 import os
-import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,14 +68,6 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("may not mount a file system")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
-
-
-@pytest.fixture
-def heeding_ctrl_c() -> Iterator[None]:
-    """As a shell starts what is in the foreground; tests may run in the background, which isn't."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
