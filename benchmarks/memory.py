@@ -6,8 +6,8 @@ PyTorch's CPU allocator keeps no statistics. On Linux the kernel's high-water ma
 memory is the true answer, since it also sees what never passes through that allocator, such as
 scratch of a BLAS or of a C++ extension. It is read in a fresh process that tells malloc to return
 freed blocks at once: by default malloc keeps them, and the second step looks as if it needed
-nothing. A first, unmeasured step compiles and starts threads. Pages count, so a result is good to
-about 0.1 MiB; on the naive op it agrees with the profiler to that.
+nothing. A first, unmeasured step compiles and starts threads. The kernel may count up to 64 pages
+of each thread late, so a result is good to 0.25 MiB a thread; mostly it is better.
 
 Elsewhere the profiler's allocation events are summed: exact, but only for torch's own allocator.
 """

@@ -161,7 +161,8 @@ def test_a_quick_run_prints_its_tables_and_writes_its_files(tmp_path: Path) -> N
     for entry in found.values():
         facts = entry["extra_info"]
         assert len(entry["stats"]["data"]) <= QUICK_ROUNDS["cpu"].most
-        assert facts["peak_extra_bytes"] >= 0.98 * facts["gradient_bytes"]
+        unsure = (1 << 18) * torch.get_num_threads()
+        assert facts["peak_extra_bytes"] >= facts["gradient_bytes"] - unsure
 
 
 @pytest.mark.slow
