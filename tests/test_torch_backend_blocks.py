@@ -105,8 +105,8 @@ def test_only_a_cpu_gains_by_it():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("wanted", [0, 1, 2, 4])
-@pytest.mark.parametrize("shape", [(2, 128, 4), (3, 300, 9), (4, 600, 49)], ids=str)
+@pytest.mark.parametrize("wanted", [0, 1, 4])
+@pytest.mark.parametrize("shape", [(3, 300, 9), (4, 600, 49)], ids=str)
 def test_gram_form_holds_what_the_plan_says(shape, wanted, dtype):
     batch, channels, positions = shape
     maps = [torch.randn(batch, c, positions, dtype=dtype) for c in (channels, channels - 20) * 2]

@@ -50,9 +50,8 @@ def test_a_kernel_that_spills_is_refused():
         "import torch\n"
         "from benchmarks.kernels import Case, compile_case, complaints\n"
         "from fsp_kernels.backends.triton.configurations import Configuration, Row, using\n"
-        "row = Row('sm_80', 'one_pass', 'tf32x3', 'odd', 64,\n"
-        "          Configuration(64, 64, 64, 1, 1), None)\n"
-        "case = Case(row, torch.float32)\n"
+        "row = Row('sm_80', 'one_pass', 'half', 'odd', 64, Configuration(64, 64, 32, 1, 1), None)\n"
+        "case = Case(row, torch.bfloat16)\n"
         "with using([row]):\n"
         "    print([c for u in compile_case(case) for c in complaints(case, u)])\n"
     )

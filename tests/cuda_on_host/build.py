@@ -23,7 +23,7 @@ SHIM_SOURCES = [
 ]
 CPP_SUFFIXES = {".cpp", ".cu", ".cuh", ".h"}
 
-FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 FLAGS += ["-Wno-unknown-pragmas"]  # "unroll"
 FLAGS += ['-DFSP_ARCHITECTURES="host"']
 FLAGS += ["-fno-strict-aliasing"]  # kernels look at the same memory as several types

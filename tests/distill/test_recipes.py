@@ -50,7 +50,7 @@ def test_a_recipe_on_cifar_runs(
     tmp_path: Path,
     write_cifar: WriteCifar,  # noqa: F811
 ) -> None:
-    root = write_cifar(dataset, images=200)
+    root = write_cifar(dataset, images=100)
     run(recipe, tmp_path, f"data.root={root}", "data.batch_size=8", "data.workers=0")
 
 
