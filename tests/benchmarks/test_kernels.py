@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from fsp_kernels.backends.triton.configurations import FAMILIES, Configuration, 
 
 pytest.importorskip("triton")
 
-from benchmarks.kernels import DTYPES, Case, Usage, complaints
+import triton
 
+from benchmarks.kernels import DTYPES, MOST_STACK, TABLE_TRITON, Case, Usage, complaints
+
+ROOT = Path(__file__).resolve().parents[2]
 ROW = Row("sm_89", "one_pass", "tf32x3", "aligned", 64, Configuration(64, 64, 32, 4, 1), None)
 
 
@@ -59,8 +63,15 @@ def test_a_kernel_that_spills_is_refused():
     assert "to the stack" in result.stdout, result.stderr
 
 
+def test_nothing_is_allowed_to_the_triton_that_is_pinned():
+    pinned = (ROOT / "constraints.txt").read_text()
+    assert f"triton=={TABLE_TRITON}." in pinned
+    assert MOST_STACK == 0 or f"triton=={triton.__version__}" not in pinned
+
+
 def test_a_stack_and_too_much_shared_memory_are_complaints():
     case = Case(ROW, torch.float32)
-    assert complaints(case, Usage("fsp_one_pass", 255, 0, 99 << 10)) == []
-    assert "spills 8 bytes" in complaints(case, Usage("fsp_one_pass", 255, 8, 0))[0]
+    assert complaints(case, Usage("fsp_one_pass", 255, MOST_STACK, 99 << 10)) == []
+    spills = MOST_STACK + 8
+    assert f"spills {spills} bytes" in complaints(case, Usage("fsp_one_pass", 255, spills, 0))[0]
     assert "shared memory" in complaints(case, Usage("fsp_one_pass", 32, 0, (99 << 10) + 1))[0]
