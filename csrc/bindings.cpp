@@ -25,7 +25,7 @@ int32_t size(const char* what, int64_t value) {
 }
 
 MapSpec map_spec(int slot, Scalar scalar, Strides strides, int64_t rows, int64_t columns,
-                 Window window, Pool pool, bool flat, bool channels_inner, bool wide) {
+                 Window window, Pool pool, bool flat, bool channels_inner, uint8_t unit) {
   Map map{};
   map.sample = strides[0];
   map.channel = strides[1];
@@ -39,7 +39,7 @@ MapSpec map_spec(int slot, Scalar scalar, Strides strides, int64_t rows, int64_t
   map.scalar = scalar;
   map.flat = flat;
   map.channels_inner = channels_inner;
-  map.wide = wide;
+  map.unit = unit;
   return {map, slot};
 }
 
@@ -122,7 +122,7 @@ PYBIND11_MODULE(_cuda, module) {
 
   py::class_<MapSpec>(module, "Map", py::module_local())
       .def(py::init(&map_spec), py::kw_only(), "slot"_a, "scalar"_a, "strides"_a, "rows"_a,
-           "columns"_a, "window"_a, "pool"_a, "flat"_a, "channels_inner"_a, "wide"_a);
+           "columns"_a, "window"_a, "pool"_a, "flat"_a, "channels_inner"_a, "unit"_a);
   py::class_<PairSpec>(module, "Pair", py::module_local())
       .def(py::init(&pair_spec), py::kw_only(), "maps"_a, "gradients"_a, "out"_a, "out_part"_a,
            "samples"_a, "first_sample"_a, "channels"_a, "positions"_a, "parts"_a, "own"_a,

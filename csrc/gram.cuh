@@ -147,10 +147,11 @@ struct Gram {
     pipeline(
         0, (count + channels - 1) / channels, stages,
         [&](int block, int stage) {
-          load_tile<Side>(tile(false, stage), student, sample, block * channels, 0, count,
-                          pair.positions[0]);
-          load_tile<Side>(tile(true, stage), teacher, sample, block * channels, 0, count,
-                          pair.positions[0]);
+#pragma unroll 1
+          for (int network = 0; network < 2; ++network) {
+            load_tile<Side>(tile(network, stage), pair.maps[side + 2 * network], sample,
+                            block * channels, 0, count, pair.positions[0]);
+          }
         },
         [&](int block, int stage) {
           const Operand<float> a = operand(false, stage), c = operand(true, stage);

@@ -175,34 +175,86 @@ __device__ __forceinline__ void for_batches(bool channels_inner, Read read, Stor
 
 // --- reading -------------------------------------------------------------------------------------
 
+// Neighbours that are read at a time.
+template <class T, int COUNT>
+struct alignas(COUNT * sizeof(T)) Unit {
+  T x[COUNT];
+};
+
 // Copies to shared memory are waited for by the whole block, in pipeline.cuh.
-template <class T>
-__device__ __forceinline__ void copy_16(T* shared, const T* global, int elements) {
+template <int BYTES, class T>
+__device__ __forceinline__ void copy(T* shared, const T* global, int elements) {
 #if FSP_AMPERE
-  cp_async_16(shared, global, elements * sizeof(T));
+  cp_async<BYTES>(shared, global, elements * sizeof(T));
 #else
-  constexpr int whole = 16 / sizeof(T);
+  constexpr int whole = BYTES / sizeof(T);
   if (elements == whole) {
-    *reinterpret_cast<uint4*>(shared) = *reinterpret_cast<const uint4*>(global);
+    using Whole = Unit<T, whole>;
+    *reinterpret_cast<Whole*>(shared) = *reinterpret_cast<const Whole*>(global);
   } else {
     for (int i = 0; i < whole; ++i) shared[i] = i < elements ? global[i] : narrow<T>(0.0f);
   }
 #endif
 }
 
-// 16 bytes at a time along `inner`, from `lines` lines of `size` elements.
-template <class T, int LINES, int INNER>
-__device__ __forceinline__ void load_lines(T* tile, int stride, const T* global, int64_t step,
+// Units of BYTES along `inner`, from `lines` lines of `size` elements.
+template <int BYTES, int LINES, int INNER, class T>
+__device__ __forceinline__ void load_units(T* tile, int stride, const T* global, int64_t step,
                                            int lines, int size) {
-  constexpr int vector = 16 / sizeof(T), vectors = INNER / vector;
+  constexpr int unit = BYTES / sizeof(T), units = INNER / unit;
+  const int inner = threadIdx.x % units * unit, left = size - inner;
+  const int inside = left < 0 ? 0 : left < unit ? left : unit;
 #pragma unroll 1  // nobody waits for a copy, and registers are scarce
-  for (int i = threadIdx.x; i < LINES * vectors; i += THREADS) {
-    const int line = i / vectors, inner = i % vectors * vector;
-    const int left = line < lines ? size - inner : 0;
-    const int elements = left < 0 ? 0 : left < vector ? left : vector;
+  for (int line = threadIdx.x / units; line < LINES; line += THREADS / units) {
+    const int elements = line < lines ? inside : 0;
     // Nothing is read where there are no elements, but the address has to be one.
     const T* source = elements ? global + line * step + inner : global;
-    copy_16(tile + line * stride + inner, source, elements);
+    copy<BYTES>(tile + line * stride + inner, source, elements);
+  }
+}
+
+// The same, of as many bytes as the map allows.
+template <int LINES, int INNER, class T>
+__device__ __forceinline__ void load_lines(T* tile, int stride, const Map& map, int64_t start,
+                                           int64_t step, int lines, int size) {
+  const T* global = static_cast<const T*>(map.data) + start;
+  if (map.unit == 16) {
+    load_units<16, LINES, INNER>(tile, stride, global, step, lines, size);
+  } else if (map.unit == 8) {
+    load_units<8, LINES, INNER>(tile, stride, global, step, lines, size);
+  } else {
+    load_units<4, LINES, INNER>(tile, stride, global, step, lines, size);
+  }
+}
+
+// Halves as fp32, four at a time. A thread reads all of a batch before it stores any.
+template <int LINES, int INNER, class Widen>
+__device__ __forceinline__ void load_widened(float* tile, int stride, const uint16_t* global,
+                                             int64_t step, int lines, int size, Widen widened) {
+  constexpr int units = INNER / 4, all = LINES * units / THREADS, batch = all < 4 ? all : 4;
+  static_assert(all % batch == 0);
+  const int inner = threadIdx.x % units * 4, left = size - inner;
+  const auto line_of = [](int i) {
+    return static_cast<int>(threadIdx.x / units) + i * (THREADS / units);
+  };
+  const auto read = [&](int line) {
+    const uint16_t* source = global + line * step + inner;
+    if (line >= lines || left <= 0) return make_uint2(0, 0);
+    if (left >= 4) return *reinterpret_cast<const uint2*>(source);
+    const uint32_t x = source[0], y = left > 1 ? source[1] : 0, z = left > 2 ? source[2] : 0;
+    return make_uint2(x | y << 16, z);
+  };
+#pragma unroll 1
+  for (int first = 0; first < all; first += batch) {
+    uint2 values[batch];
+#pragma unroll
+    for (int i = 0; i < batch; ++i) values[i] = read(line_of(first + i));
+#pragma unroll
+    for (int i = 0; i < batch; ++i) {
+      const uint2 x = values[i];
+      *reinterpret_cast<float4*>(tile + line_of(first + i) * stride + inner) =
+          make_float4(widened(x.x), widened(x.x >> 16), widened(x.y), widened(x.y >> 16));
+    }
   }
 }
 
@@ -214,12 +266,13 @@ __device__ void load_tile(T* tile, const Map& map, int sample, int channel, int 
   const int64_t start = sample * map.sample + channel * map.channel;
   channels -= channel;
   positions -= position;
-  if (map.wide) {
-    const T* data = static_cast<const T*>(map.data) + start + position * map.width;
+  const bool widens = sizeof(T) == 4 && map.scalar != Scalar::fp32;
+  if (map.unit >= 4 && !widens) {
+    const int64_t first = start + position * map.width;
     if (map.channels_inner) {
-      load_lines<T, K, C>(tile, Shape::channel_line, data, map.width, positions, channels);
+      load_lines<K, C>(tile, Shape::channel_line, map, first, map.width, positions, channels);
     } else {
-      load_lines<T, C, K>(tile, Shape::position_line, data, map.channel, channels, positions);
+      load_lines<C, K>(tile, Shape::position_line, map, first, map.channel, channels, positions);
     }
     return;
   }
@@ -245,18 +298,27 @@ __device__ void load_tile(T* tile, const Map& map, int sample, int channel, int 
   };
   if constexpr (sizeof(T) == 2) {
     load(static_cast<const T*>(map.data), [](T x) { return x; });  // multiplied as they are
-  } else if (map.scalar != Scalar::fp32) {
-    const bool fp16 = map.scalar == Scalar::fp16;
-    load(static_cast<const uint16_t*>(map.data), [fp16](uint16_t bits) {
+  } else if (widens) {
+    const uint16_t* data = static_cast<const uint16_t*>(map.data);
+    const auto widened = [fp16 = map.scalar == Scalar::fp16](uint16_t bits) {
       return fp16 ? widen(__ushort_as_half(bits)) : widen(__ushort_as_bfloat16(bits));
-    });
+    };
+    const uint16_t* first = data + start + position * map.width;
+    if (map.unit < 8) {
+      load(data, widened);
+    } else if (map.channels_inner) {
+      load_widened<K, C>(tile, Shape::channel_line, first, map.width, positions, channels, widened);
+    } else {
+      load_widened<C, K>(tile, Shape::position_line, first, map.channel, channels, positions,
+                         widened);
+    }
   } else {
     const T* data = static_cast<const T*>(map.data);
 #if FSP_AMPERE
     for_elements<C, K>(map.channels_inner, [&](int c, int k) {
       const bool copied = inside(c, k);
       const T* from = copied ? data + offset(c, k) : data;
-      cp_async_4(tile + c * line + k * step, from, copied ? 4 : 0);
+      cp_async<4>(tile + c * line + k * step, from, copied ? 4 : 0);
     });
 #else
     load(data, [](T x) { return x; });
@@ -280,7 +342,7 @@ __device__ __forceinline__ void write_4(const Map& map, int64_t offset, float4 x
     if (size > 2) write(map.data, map.scalar, offset + 2, x.z);
   } else if (map.scalar == Scalar::fp32) {
     *reinterpret_cast<float4*>(static_cast<float*>(map.data) + offset) = x;
-  } else {  // what is wide and not fp32 is bf16: gradients of fp16 wait in fp32
+  } else {  // bf16: gradients of fp16 wait in fp32
     *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(map.data) + offset) =
         make_uint2(bf16_pair(x.x, x.y), bf16_pair(x.z, x.w));
   }
@@ -312,7 +374,7 @@ __device__ void write_gradient(const float* tile, const Map& gradient, const Map
   const int64_t to = sample * gradient.sample + channel * gradient.channel;
   channels -= channel;
   positions -= position;
-  if (gradient.wide) {
+  if (gradient.unit >= (gradient.scalar == Scalar::fp32 ? 16 : 8)) {  // four elements
     const bool inner = gradient.channels_inner;
     const int step = inner ? line : 1;
     const auto four = [&](int c, int k, int left) {

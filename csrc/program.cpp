@@ -110,7 +110,8 @@ void place(Map& map, const OptionalMap& spec, const std::vector<uintptr_t>& addr
   if (!spec) return;
   const uintptr_t address = addresses.at(spec->slot);
   map.data = reinterpret_cast<void*>(address);
-  map.wide = spec->map.wide && address % 16 == 0;
+  map.unit = spec->map.unit;
+  while (address % map.unit != 0) map.unit /= 2;
 }
 
 void place(Pair& pair, const PairSpec& spec, const std::vector<uintptr_t>& addresses) {

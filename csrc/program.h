@@ -15,7 +15,7 @@ namespace fsp {
 
 // Places in the list of addresses that a call brings, of what the parameters of an entry point to.
 struct MapSpec {
-  Map map;   // but for its address, and `wide` only as far as strides tell
+  Map map;   // but for its address, and `unit` only as far as strides tell
   int slot;  // of the address
 };
 

@@ -97,19 +97,21 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
   return result;
 }
 
-// Copy 16 bytes to shared memory: the first `bytes` of them, zeros for the rest.
-__device__ __forceinline__ void cp_async_16(void* shared, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-               :
-               : "r"(shared_address(shared)), "l"(global), "r"(bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ void cp_async_4(void* shared, const void* global, int bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
-               :
-               : "r"(shared_address(shared)), "l"(global), "r"(bytes)
-               : "memory");
+// Copy SIZE bytes, 4, 8 or 16, to shared memory: the first `bytes` of them, zeros for the rest. What
+// is read 16 bytes at a time stays out of the L1 cache: nobody reads it again.
+template <int SIZE>
+__device__ __forceinline__ void cp_async(void* shared, const void* global, int bytes) {
+  if constexpr (SIZE == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"(shared_address(shared)), "l"(global), "r"(bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                 :
+                 : "r"(shared_address(shared)), "l"(global), "n"(SIZE), "r"(bytes)
+                 : "memory");
+  }
 }
 
 __device__ __forceinline__ void cp_async_commit() {

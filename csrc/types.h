@@ -28,7 +28,9 @@ struct Map {
   Scalar scalar;
   bool flat;            // positions lie `width` apart, whatever their axis
   bool channels_inner;  // neighbours in memory are channels, not positions
-  bool wide;            // these neighbours can be read 16 bytes at a time
+  // Bytes of these neighbours that can be read at a time, at most 16: every line begins at a multiple
+  // of as many. Below 4, elements are read one by one.
+  uint8_t unit;
 };
 
 // One pair of layers of both networks: maps a, b, c, d; a ready matrix is c.

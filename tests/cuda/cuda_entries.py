@@ -17,7 +17,7 @@ def flat_map(of: Any, slot: int, sample: int, channel: int, position: int, scala
         pool=of.Pool.none,
         flat=True,
         channels_inner=False,
-        wide=False,
+        unit=1,
     )
 
 

@@ -73,19 +73,31 @@ def pooled(pool: str, dtype: torch.dtype) -> None:
     check(student, teacher, Regime((20, 33), (2, 3), "one pass"), pool=pool)
 
 
-def padded() -> None:
-    """Lines that are read 16 bytes at a time end in the middle of these, and NaN follows."""
+def padded(line: int, channels: tuple[int, int], form: str = "matrix") -> None:
+    """Lines of `line` elements end in the middle of the bytes read at a time, and NaN follows."""
 
     def lines(channels: int) -> torch.Tensor:
-        x = torch.full((2, channels, 24), torch.nan, dtype=BF16)[..., :21]
+        x = torch.full((2, channels, line), torch.nan, dtype=BF16)[..., :21]
         return x.copy_(torch.randn(x.shape)).requires_grad_()
 
-    student, teacher = ([(lines(35), lines(40))] for _ in range(2))
-    check(student, teacher, Regime((35, 40), (21,), "one pass"))
+    student, teacher = ([tuple(map(lines, channels))] for _ in range(2))
+    check(student, teacher, Regime(channels, (21,), "one pass", form=form))
+
+
+def misaligned() -> None:
+    """Strides are multiples of 16 bytes, addresses are not."""
+
+    def shifted(channels: int) -> torch.Tensor:
+        x = torch.full((2 * channels * 8 + 4,), torch.nan, dtype=BF16)[4:].view(2, channels, 8)
+        return x.copy_(torch.randn(x.shape)).requires_grad_()
+
+    student, teacher = ([(shifted(35), shifted(40))] for _ in range(2))
+    check(student, teacher, Regime((35, 40), (8,), "one pass"))
 
 
 CALLS: dict[str, Callable[[], None]] = {
     "one pass": partial(maps, "one pass"),
+    "one pass, an element at a time": partial(maps, "one pass", layout="every second position"),
     "two samples": partial(maps, "one pass", batch=2),
     "one pass bf16": partial(maps, "one pass", BF16),
     "one pass bf16, to the bit": to_the_bit,
@@ -96,7 +108,11 @@ CALLS: dict[str, Callable[[], None]] = {
     "equal columns": equal_columns,
     "max pooled": partial(pooled, "max", BF16),
     "avg pooled": partial(pooled, "avg", FP32),
-    "padded bf16": padded,
+    "padded bf16": partial(padded, 24, (35, 40)),
+    "padded bf16, by 8 bytes": partial(padded, 28, (35, 40)),
+    "padded bf16, by 4 bytes": partial(padded, 22, (35, 40)),
+    "padded bf16, Gram form": partial(padded, 28, (140, 35), form="gram"),
+    "misaligned bf16": misaligned,
     "Gram form": partial(maps, "gram"),
     "tiles": partial(maps, "tiles", BF16),
     "tiles, column": partial(maps, "tiles", norm="column"),
@@ -290,7 +306,7 @@ MUTATIONS = [
     # Masks.
     Mutation(
         "positions beyond the end are read",
-        "one pass",
+        "one pass, an element at a time",
         "maps.cuh",
         "return c < channels && k < positions",
         "c < channels && k < positions",
@@ -298,7 +314,7 @@ MUTATIONS = [
     ),
     Mutation(
         "channels beyond the end are read",
-        "one pass",
+        "one pass, an element at a time",
         "maps.cuh",
         "copied = inside(c, k)",
         "inside(c, k)",
@@ -306,7 +322,7 @@ MUTATIONS = [
     ),
     instead(
         "zeros are not copied as such: an element at a time",
-        "one pass",
+        "one pass, an element at a time",
         "maps.cuh",
         "copied ? 4 : 0",
         "4",
@@ -316,21 +332,57 @@ MUTATIONS = [
         "padded bf16",
         "maps.cuh",
         "elements * sizeof(T)",
-        "16",
+        "BYTES",
     ),
     instead(
         "the last 16 bytes of a line are read as a whole",
         "padded bf16",
         "maps.cuh",
-        "left < vector ? left : vector",
-        "vector",
+        "left < unit ? left : unit",
+        "unit",
     ),
     instead(
         "lines beyond the last are read",
         "padded bf16",
         "maps.cuh",
-        "line < lines ? size - inner : 0",
-        "size - inner",
+        "line < lines ? inside : 0",
+        "inside",
+    ),
+    instead(
+        "the last 8 bytes of a line are read as 16",
+        "padded bf16, by 8 bytes",
+        "maps.cuh",
+        "load_units<8, LINES, INNER>(tile, stride, global, step, lines, size);",
+        "load_units<16, LINES, INNER>(tile, stride, global, step, lines, size);",
+    ),
+    instead(
+        "the last 4 bytes of a line are read as 8",
+        "padded bf16, by 4 bytes",
+        "maps.cuh",
+        "load_units<4, LINES, INNER>(tile, stride, global, step, lines, size);",
+        "load_units<8, LINES, INNER>(tile, stride, global, step, lines, size);",
+    ),
+    instead(
+        "the last halves of a line are read as a whole",
+        "padded bf16, Gram form",
+        "maps.cuh",
+        "left > 2 ? source[2] : 0",
+        "source[2]",
+    ),
+    instead(
+        "lines of halves beyond the last are read",
+        "padded bf16, Gram form",
+        "maps.cuh",
+        "line >= lines || left <= 0",
+        "left <= 0",
+    ),
+    Mutation(
+        "an address is taken for a multiple of what strides are",
+        "misaligned bf16",
+        "program.cpp",
+        "while (address % map.unit != 0) map.unit /= 2;",
+        "address % map.unit != 0",
+        "false",
     ),
     # Fragments.
     instead(

@@ -39,13 +39,11 @@ inline std::uint32_t to_tf32(float x) {
   return (bits + 0x1000U) & ~0x1FFFU;
 }
 
-// Copies the first `bytes` and sets the rest of the 16 or 4 to zero, both seen after the wait.
-inline void cp_async_16(void* shared, const void* global, int bytes, Site site = Site::here()) {
-  on_host::start_copy("cp_async_16", shared, global, bytes, 16, site);
-}
-inline void cp_async_4(void* shared, const void* global, int bytes, Site site = Site::here()) {
-  if (bytes != 0 && bytes != 4) on_host::fail("cp_async_4", "copies 0 or 4 bytes", site);
-  on_host::start_copy("cp_async_4", shared, global, bytes, 4, site);
+// Copies the first `bytes` and sets the rest of the 4, 8 or 16 to zero, both seen after the wait.
+template <int SIZE>
+inline void cp_async(void* shared, const void* global, int bytes, Site site = Site::here()) {
+  static_assert(SIZE == 4 || SIZE == 8 || SIZE == 16);
+  on_host::start_copy("cp_async", shared, global, bytes, SIZE, site);
 }
 inline void cp_async_commit() { on_host::commit_copies(); }
 template <int N>

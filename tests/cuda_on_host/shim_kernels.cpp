@@ -150,7 +150,7 @@ __global__ void copy_two_groups(const __grid_constant__ Params params) {
   float4* slots = shared<float4>() + 2 * threadIdx.x;
   const float4* source = params.in<float4>() + 2 * threadIdx.x;
   for (int i = 0; i < 2; ++i) {
-    fsp::cp_async_16(slots + i, source + i, params.n);
+    fsp::cp_async<16>(slots + i, source + i, params.n);
     fsp::cp_async_commit();
   }
   fsp::cp_async_wait<kLeftOpen>();
@@ -161,23 +161,23 @@ __global__ void copy_two_groups(const __grid_constant__ Params params) {
 
 __global__ void copy_words(const __grid_constant__ Params params) {
   float* slot = shared<float>() + threadIdx.x;
-  fsp::cp_async_4(slot, params.in<float>() + threadIdx.x, threadIdx.x % 2 == 0 ? 4 : 0);
+  fsp::cp_async<4>(slot, params.in<float>() + threadIdx.x, threadIdx.x % 2 == 0 ? 4 : 0);
   fsp::cp_async_commit();
   fsp::cp_async_wait<0>();
   params.out<float>()[threadIdx.x] = *slot;
 }
 
 __global__ void copy_never_waited_for(const __grid_constant__ Params params) {
-  fsp::cp_async_16(shared<float4>() + threadIdx.x, params.in<float4>() + threadIdx.x, 16);
+  fsp::cp_async<16>(shared<float4>() + threadIdx.x, params.in<float4>() + threadIdx.x, 16);
   fsp::cp_async_commit();
 }
 
 __global__ void copy_misaligned(const __grid_constant__ Params params) {
-  fsp::cp_async_16(shared<float4>(), params.in<float>() + 1, 16);
+  fsp::cp_async<16>(shared<float4>(), params.in<float>() + 1, 16);
 }
 
 __global__ void copy_beyond_the_end(const __grid_constant__ Params params) {
-  fsp::cp_async_16(shared<float4>() + params.n, params.in<float4>(), 16);
+  fsp::cp_async<16>(shared<float4>() + params.n, params.in<float4>(), 16);
 }
 
 #endif

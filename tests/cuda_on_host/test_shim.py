@@ -275,9 +275,9 @@ def test_copies_of_words(kernels, rng):
         ("shared_overrun", 1000, "beyond the end of shared memory"),
         ("matrix_misaligned", 0, "at ldmatrix_x4 .*: an address is not aligned"),
         ("matrix_beyond_the_end", 1024, "at ldmatrix_x4 .*: an address is not within shared"),
-        ("copy_misaligned", 0, "at cp_async_16 .*: an address is not aligned"),
-        ("copy_beyond_the_end", 64, "at cp_async_16 .*: an address is not within shared"),
-        ("copy_beyond_the_end", -1, "at cp_async_16 .*: an address is not within shared"),
+        ("copy_misaligned", 0, "at cp_async .*: an address is not aligned"),
+        ("copy_beyond_the_end", 64, "at cp_async .*: an address is not within shared"),
+        ("copy_beyond_the_end", -1, "at cp_async .*: an address is not within shared"),
         ("copy_never_waited_for", 0, "never waited for"),
     ],
 )
@@ -354,7 +354,7 @@ def test_bfloat16(kernels, rng):
 # ---- the architecture, the sanitizers
 
 
-@pytest.mark.parametrize("call", ["mma_bf16", "mma_tf32", "cp_async_16", "to_tf32"])
+@pytest.mark.parametrize("call", ["mma_bf16", "mma_tf32", "cp_async<16>", "to_tf32"])
 def test_turing_lacks_what_ampere_brought(call):
     source = f"#include <ptx_on_host.h>\nauto* function = &fsp::{call};\n"
     compiler = os.environ.get("CXX", "g++")

@@ -46,9 +46,8 @@ class Pair:
             return None
         if self._ready and i % 4 == 2:
             return matrix_spec(self._slot(i), x)
-        # A gradient is as large as its map, and written in its own dtype.
-        dtype = self.operand if i < 4 else x.dtype
-        return map_spec(self._slot(i), x, dtype, plan.read.pooled_size, plan.read.pool)
+        # A gradient is as large as its map.
+        return map_spec(self._slot(i), x, plan.read.pooled_size, plan.read.pool)
 
     @property
     def stored_elements(self) -> int:

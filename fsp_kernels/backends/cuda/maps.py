@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,17 +17,16 @@ from fsp_kernels.plan import HALF
 def map_spec(
     slot: int,
     x: Tensor,
-    operand: torch.dtype,
     size: Sequence[int] | None = None,
     pool: str = "none",
 ) -> Any:
-    """A map or gradient ``(B, C, *spatial)`` that is read, or written, as ``operand``."""
+    """A map or gradient ``(B, C, *spatial)`` that is read, or written, as it lies."""
     strides = x.stride()
     axes = axes_of(x.shape, strides, size)
     channel, position = strides[1], axes.strides[2]
     channels_inner = channel < position
     inner, outer = (channel, position) if channels_inner else (position, channel)
-    whole = all(t * x.element_size() % 16 == 0 for t in (strides[0], outer))
+    line_bytes = [t * x.element_size() for t in (strides[0], outer)]
     return module().Map(
         slot=slot,
         scalar=scalar_of(x.dtype),
@@ -37,13 +37,13 @@ def map_spec(
         pool=getattr(module().Pool, "none" if axes.windows == (1, 1, 1) else pool),
         flat=axes.flat,
         channels_inner=channels_inner,
-        wide=axes.flat and x.dtype == operand and inner == 1 and whole,
+        unit=math.gcd(16, *line_bytes) if axes.flat and inner == 1 else 1,
     )
 
 
 def matrix_spec(slot: int, x: Tensor) -> Any:
     """A matrix ``(B, m, n)`` as a map of m channels and n positions."""
-    return map_spec(slot, x, x.dtype)
+    return map_spec(slot, x)
 
 
 def operand_of(dtypes: Sequence[torch.dtype]) -> torch.dtype:

@@ -62,7 +62,7 @@ def _product_program(
     else:
         out = meta((batch, m, columns), out_strides, torch.promote_types(x_dtype, y_dtype))
     pair = module().Pair(
-        maps=[map_spec(0, x, operand), map_spec(1, y, operand), None, None],
+        maps=[map_spec(0, x), map_spec(1, y), None, None],
         gradients=[None] * 4,
         out=matrix_spec(2, out),
         out_part=batch * m * columns,
