@@ -27,7 +27,7 @@ help:
 	@echo "make test-new       the same on the newest versions there are, in .venv-new"
 	@echo "make lint           ruff and mypy"
 	@echo "make bench          speed, memory and accuracy beside the naive ops here; BENCH=--quick for less"
-	@echo "make kernels        compile every kernel for all generations of GPUs; prints what it takes"
+	@echo "make kernels        compile every kernel for all generations of GPUs; what it takes, and predicted times"
 	@echo "make clean          remove .venv, caches, builds and runs/"
 	@echo "On a machine with an NVIDIA GPU (parts can be split further where a command must end in 10 minutes):"
 	@echo "make gpu-first      install, smoke test, memcheck and a few times, all within 8 minutes"
@@ -55,6 +55,8 @@ bench: .venv/installed
 kernels: .venv/installed
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.extension
+	$(BIN)/python -m benchmarks.kernels --workload all --family sm_80
+	$(BIN)/python -m benchmarks.kernels --workload all --family sm_90
 
 # All parts run, whatever becomes of an earlier one; the whole fails if any does.
 gpu: $(if $(INSTALL),gpu-install)

@@ -1,6 +1,7 @@
 """What each Triton kernel takes of a chip: registers, stack and shared memory. Needs no GPU.
 
     python -m benchmarks.kernels [--family sm_90] [--kernel gram]
+    python -m benchmarks.kernels --workload tokens-vit-b    # see kernel_model.py
 
 compiles every kernel in every configuration of the table, for maps whose rows are multiples of 16
 bytes, for 7 x 7 ones and for pooled ones, and prints a row for each. It fails where one spills
@@ -29,6 +30,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from benchmarks import workloads
 from benchmarks.measure import float32_products
 from benchmarks.workloads import Layer, Workload
 from fsp_kernels.backends import registered_backends
@@ -106,17 +108,18 @@ def compile_case(case: Case) -> list[Usage]:
     compiled = compile_call(
         lambda: call_of(case, batch=8, device="meta")(), case.row.family, case.row.kind
     )
-    return [_usage(x) for x in compiled if x.metadata.name == "fsp_" + case.row.kernel]
+    return [usage_of(x) for x in compiled if x.metadata.name == "fsp_" + case.row.kernel]
 
 
 def compile_call(call: Callable[[], object], family: str, kind: str) -> list[Any]:
     """What would be launched on a chip of that family, compiled only."""
+    return instead_of_launches(compiled, call, family, kind)
 
-    def compiled(launch: Launch, tensors: tuple[Any, ...], *scalars: Any) -> Any:
-        arguments = (*tensors, *launch.constants, *scalars)
-        return launch.kernel.warmup(*arguments, grid=launch.grid, num_warps=launch.warps)
 
-    return _instead_of_launches(compiled, call, family, kind)
+def compiled(launch: Launch, tensors: tuple[Any, ...], *scalars: Any) -> Any:
+    """The kernel of a launch."""
+    arguments = (*tensors, *launch.constants, *scalars)
+    return launch.kernel.warmup(*arguments, grid=launch.grid, num_warps=launch.warps)
 
 
 def launches_of(call: Callable[[], object], family: str, kind: str) -> list[str]:
@@ -125,10 +128,10 @@ def launches_of(call: Callable[[], object], family: str, kind: str) -> list[str]
     def described(launch: Launch, *_: Any) -> str:
         return f"{launch.kernel.__name__} {launch.grid} {launch.warps} {launch.constants}"
 
-    return _instead_of_launches(described, call, family, kind)
+    return instead_of_launches(described, call, family, kind)
 
 
-def _instead_of_launches(
+def instead_of_launches(
     do: Callable[..., Any], call: Callable[[], object], family: str, kind: str
 ) -> list[Any]:
     """What ``do`` makes of each launch of a call."""
@@ -175,18 +178,17 @@ def maps_of(case: Case, batch: int, device: str) -> list[Tensor]:
     channels, size, odd = {
         "one_pass": (limit, (32, 32), (7, 7)),
         "gram": (2048, (4, limit // 4), {16: (3, 3), 32: (5, 5), 64: (7, 7)}.get(limit)),
-        "recompute": (1024, (16, 16), (15, 15)),
     }.get(kernel, (256, (32, 32), (21, 21)))
     shape = (batch, channels, *(odd if case.row.access == "odd" else size))
     offset = 1 if case.row.access == "odd" else 0  # which begins beside a multiple of 16 bytes
     if kernel == "product":
         maps = [_map(shape, case.dtype, device, offset) for _ in range(2)]
         return [*maps, _map((batch, channels, channels), case.dtype, device)]
+    if case.row.access == "odd" and case.dtype == torch.float32:  # whose 4 bytes are a unit
+        apart = (*shape[:2], 2 * math.prod(shape[2:]))
+        return [_map(apart, case.dtype, device)[..., ::2] for _ in range(4)]
     if case.row.access != "scattered":
         return [_map(shape, case.dtype, device, offset) for _ in range(4)]
-    if kernel == "recompute":  # which takes no pooled maps: cropped ones
-        larger = (*shape[:2], shape[2] + 2, shape[3] + 2)
-        return [_map(larger, case.dtype, device)[..., 1:-1, 1:-1] for _ in range(4)]
     # Pooled, as in a pair across a network's stages.
     larger = (*shape[:2], 2 * shape[2], 2 * shape[3])
     return [_map(s, case.dtype, device) for s in (larger, shape) * 2]
@@ -274,7 +276,7 @@ def _map(shape: tuple[int, ...], dtype: torch.dtype, device: str, offset: int = 
     return flat[offset:].view(shape)
 
 
-def _usage(compiled: Any) -> Usage:
+def usage_of(compiled: Any) -> Usage:
     """Ask the disassembler that Triton brings along."""
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -332,18 +334,19 @@ VARIANTS = (
     Variant("apart", _FP32, (_square(64, 32),) * 2 + (_square(64, 16),) * 2),
     Variant("ready", _BF16, (_square(64, 32),) * 2 + ((8, 64, 64),), _READY),
     Variant("ready, tiles", _FP32, (_square(256, 32),) * 2 + ((8, 256, 256),), _READY),
-    Variant("ready, recomputed", _FP16, (_square(1024, 14),) * 2 + ((8, 1024, 1024),), _READY),
     Variant("columns", _FP32, (_square(64, 32),) * 4, norm="column"),
     Variant("columns, tiles", _BF16, (_square(256, 32),) * 4, norm="column"),
     Variant("parts", _FP32, (_square(256, 64, batch=1),) * 4),
     Variant("teacher", _FP32, (_square(64, 32),) * 4, _ALL),
     Variant("teacher, Gram", _BF16, (_square(512, 7),) * 4, _ALL),
     Variant("teacher, tiles", _BF16, (_square(256, 32),) * 4, _ALL),
-    Variant("teacher, recomputed", _BF16, (_square(1024, 14),) * 4, _ALL),
     Variant("no gradients", _FP32, (_square(64, 32),) * 4, _NONE),
     Variant("no gradients, Gram", _FP32, (_square(512, 7),) * 4, _NONE),
     Variant("no gradients, tiles", _BF16, (_square(256, 32),) * 4, _NONE),
     Variant("cropped", _FP32, (_square(64, 34),) * 4, cropped=True),
+    Variant("rows of 4 bytes", _BF16, ((8, 64, 7, 14),) * 4),
+    Variant("rows of 4 bytes, tiles", _BF16, ((8, 256, 7, 14),) * 4),
+    Variant("rows of 4 bytes, Gram", _FP32, (_square(512, 7),) * 4),
     Variant("one element", _FP16, ((1, 1, 1),) * 4),
     Variant("64-bit offsets", _BF16, (_square(16, 20000, batch=1),) * 4),
 )
@@ -363,7 +366,7 @@ def compile_variant(variant: Variant, family: str) -> list[Usage]:
         for in_place in (True, False):
             scale([x.float() for x in maps], [x.dtype for x in maps], factor, in_place)
 
-    return [_usage(x) for x in compile_call(call, family, "tf32x3")]
+    return [usage_of(x) for x in compile_call(call, family, "tf32x3")]
 
 
 def _report(case: Case) -> tuple[Case, list[Usage]]:
@@ -378,7 +381,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--family", choices=tuple(FAMILIES), help="one family of chips only")
     parser.add_argument("--kernel", choices=configurations.KERNELS, help="one kernel only")
     parser.add_argument("--jobs", type=int, default=None, help="processes; default one a core")
+    names = ("all", *workloads.BY_NAME)
+    parser.add_argument("--workload", choices=names, help="what its launches do, and a prediction")
+    parser.add_argument("--dtype", choices=tuple(workloads.DTYPES), help="of a workload's maps")
+    parser.add_argument("--json", help="a file for what is told of a workload, - for stdout")
     chosen = parser.parse_args(arguments)
+    if chosen.workload is not None:
+        from benchmarks import kernel_model  # which needs what is above
+
+        family = chosen.family or "sm_90"
+        if family not in kernel_model.CHIPS:
+            known = ", ".join(kernel_model.CHIPS)
+            parser.error(f"--family {family}: a workload's time is predicted for {known} alone")
+        return kernel_model.report(chosen.workload, chosen.dtype, family, chosen.json)
     print(_LINE.format(*_HEADER))
     failures = 0
     with ProcessPoolExecutor(chosen.jobs) as pool:
