@@ -30,7 +30,7 @@ ASYNCHRONOUS = 80  # the first chip on which a second stage is loaded while one 
 OPERANDS = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 WIDE_TILE = 128  # of the one-pass kernel that has only one
 # Pairs that these have no room for go by stored tiles.
-REPLACEABLE = ("fsp_one_pass", "fsp_gram", "fsp_recompute")
+REPLACEABLE = ("fsp_one_pass", "fsp_gram")
 
 
 class Usage(NamedTuple):

@@ -45,7 +45,7 @@ MapSpec map_spec(int slot, Scalar scalar, Strides strides, int64_t rows, int64_t
 
 PairSpec pair_spec(std::array<OptionalMap, 4> maps, std::array<OptionalMap, 4> gradients,
                    OptionalMap out, int64_t out_part, int64_t samples, int64_t first_sample,
-                   Sizes channels, Sizes positions, int parts, int own, Residual residual, Norm norm, bool split, bool finishes, int weight, float factor) {
+                   Sizes channels, Sizes positions, int parts, Residual residual, Norm norm, bool split, bool finishes, int weight, float factor) {
   Pair pair{};
   pair.out_part = out_part;
   pair.samples = size("samples", samples);
@@ -54,7 +54,6 @@ PairSpec pair_spec(std::array<OptionalMap, 4> maps, std::array<OptionalMap, 4> g
   pair.n = size("channels", channels[1]);
   for (int i = 0; i < 2; ++i) pair.positions[i] = size("positions", positions[i]);
   pair.parts = parts;
-  pair.own = own;
   pair.residual = residual;
   pair.norm = norm;
   pair.split = split;
@@ -125,7 +124,7 @@ PYBIND11_MODULE(_cuda, module) {
            "columns"_a, "window"_a, "pool"_a, "flat"_a, "channels_inner"_a, "unit"_a);
   py::class_<PairSpec>(module, "Pair", py::module_local())
       .def(py::init(&pair_spec), py::kw_only(), "maps"_a, "gradients"_a, "out"_a, "out_part"_a,
-           "samples"_a, "first_sample"_a, "channels"_a, "positions"_a, "parts"_a, "own"_a,
+           "samples"_a, "first_sample"_a, "channels"_a, "positions"_a, "parts"_a,
            "residual"_a, "norm"_a, "split"_a, "finishes"_a, "weight"_a, "factor"_a);
   py::class_<ProductSpec>(module, "Product", py::module_local())
       .def(py::init(&product_spec), py::kw_only(), "own"_a, "gradient"_a, "other"_a, "slope"_a,
@@ -135,7 +134,6 @@ PYBIND11_MODULE(_cuda, module) {
       .def(py::init<int, std::string>(), "device"_a, "what"_a)
       .def("add_one_pass", &Program::add_one_pass, "operand"_a, "pairs"_a)
       .def("add_gram", &Program::add_gram, "pairs"_a)
-      .def("add_recompute", &Program::add_recompute, "operand"_a, "pairs"_a)
       .def("add_residual", &Program::add_residual, "operand"_a, "pairs"_a)
       .def("add_combine", &Program::add_combine, "pairs"_a)
       .def("add_gradients", &Program::add_gradients, "operand"_a, "products"_a)
@@ -154,7 +152,6 @@ PYBIND11_MODULE(_cuda, module) {
              "Channels of the smallest tile for one pass; 0 if there is none.");
   module.def("residual_tile", &residual_tile, "operand"_a, "Channels of a stored tile.");
   module.def("gram_fits", &gram_fits, "device"_a, "positions"_a);
-  module.def("recompute_fits", &recompute_fits, "device"_a, "operand"_a, "positions"_a);
   module.def("scale", &scale_tuples, "device"_a, "stream"_a, "tensors"_a, "factor"_a,
              "in_place"_a, WithoutGil());
 }

@@ -4,7 +4,6 @@
 #include "gram.cuh"
 #include "kernels.h"
 #include "one_pass.cuh"
-#include "recompute.cuh"
 #include "tiles.cuh"
 
 namespace fsp {
@@ -44,16 +43,12 @@ template <class T>
 Kernels kernels_of_type() {
   static_assert(GradientTiles<T>::own == GRADIENT_CHANNELS);
   static_assert(GradientTiles<T>::positions == GRADIENT_POSITIONS);
-  static_assert(Recompute<T>::channels == RECOMPUTE_CHANNELS);
-  static_assert(Recompute<T>::chunk * Recompute<T>::most_chunks == RECOMPUTE_POSITIONS);
   Kernels result{};
   result.one_pass =
       kernel_of<Pairs, fsp_one_pass<T, false>>("fsp_one_pass", one_pass_shared_bytes<T>);
   if constexpr (sizeof(T) == 2) {
     result.wide_one_pass = kernel_of<Pairs, fsp_one_pass<T, true>>(
         "fsp_one_pass", shared_bytes_of<OnePass<T, WIDE_ONE_PASS_TILE>>);
-    result.recompute =
-        kernel_of<Pairs, fsp_recompute<T>>("fsp_recompute", shared_bytes_of<Recompute<T>>);
   }
   result.residual =
       kernel_of<Pairs, fsp_residual<T>>("fsp_residual", shared_bytes_of<ResidualTiles<T>>);

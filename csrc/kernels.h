@@ -23,7 +23,6 @@ struct Kernels {
   Kernel one_pass;  // with tiles of 32 or 64 channels
   // Nothing for fp32: what they keep in registers does not fit there.
   Kernel wide_one_pass;  // with tiles of 128 channels
-  Kernel recompute;
   Kernel residual, gradients;
   int residual_channels;  // of a tile
 };
@@ -45,7 +44,6 @@ Kernel scale_kernel();
 constexpr int ONE_PASS_TILES[] = {32, 64};
 constexpr int WIDE_ONE_PASS_TILE = 128;
 constexpr int GRADIENT_CHANNELS = 128, GRADIENT_POSITIONS = 64;
-constexpr int RECOMPUTE_CHANNELS = 64, RECOMPUTE_POSITIONS = 256;
 constexpr int GRAM_POSITIONS = 64;
 constexpr int COMBINED_COLUMNS = 32;
 constexpr int SCALED_AT_A_TIME = 4 * THREADS;

@@ -52,7 +52,6 @@ void for_every_kernel(Visit visit) {
     }
     visit(kernels.residual, name, 0);
     visit(kernels.gradients, name, 0);
-    if (kernels.recompute.launch != nullptr) visit(kernels.recompute, name, 0);
   }
   visit(gram_kernel_32(), "", 32);
   visit(gram_kernel_64(), "", 64);
@@ -257,9 +256,6 @@ bool gram_fits(int device, int positions) {
   return positions <= GRAM_POSITIONS && fits(device, gram_kernel_64(), 0);
 }
 
-bool recompute_fits(int device, Scalar operand, int positions) {
-  return positions <= RECOMPUTE_POSITIONS && fits(device, kernels_of(operand).recompute, 0);
-}
 
 Program::Program(int device, std::string what) : device_(device), what_(std::move(what)) {
   attribute(device_, cudaDevAttrComputeCapabilityMajor, what_);  // there is such a device
@@ -294,12 +290,6 @@ void Program::add_gram(std::vector<PairSpec> pairs) {
   const bool small = std::all_of(pairs.begin(), pairs.end(),
                                  [](const PairSpec& x) { return x.pair.positions[0] <= 32; });
   add(small ? gram_kernel_32() : gram_kernel_64(), 0, std::move(pairs), samples_of);
-}
-
-void Program::add_recompute(Scalar operand, std::vector<PairSpec> pairs) {
-  add(kernels_of(operand).recompute, 0, std::move(pairs), [](const Pair& pair) {
-    return pair.samples * divide_up(pair.m, RECOMPUTE_CHANNELS);
-  });
 }
 
 void Program::add_residual(Scalar operand, std::vector<PairSpec> pairs) {

@@ -54,7 +54,6 @@ std::vector<SharedBytes> shared_bytes();
 int one_pass_tile(int device, Scalar operand, int channels);
 int residual_tile(Scalar operand);
 bool gram_fits(int device, int positions);
-bool recompute_fits(int device, Scalar operand, int positions);
 
 // One launch.
 class Step {
@@ -72,7 +71,6 @@ class Program {
 
   void add_one_pass(Scalar operand, std::vector<PairSpec> pairs);
   void add_gram(std::vector<PairSpec> pairs);
-  void add_recompute(Scalar operand, std::vector<PairSpec> pairs);
   void add_residual(Scalar operand, std::vector<PairSpec> pairs);
   void add_combine(std::vector<PairSpec> pairs);
   void add_gradients(Scalar operand, std::vector<ProductSpec> products);

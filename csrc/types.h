@@ -46,7 +46,6 @@ struct Pair {
   int32_t parts;         // into how many the positions are split
   int32_t tile;          // one_pass.cuh: channels of a tile, of either side
   int32_t programs;      // blocks that work for this pair
-  int32_t own;           // recompute.cuh: 0, to write the gradient of a, or 2, of c
   float factor;          // weight / (B or B m n)
   Residual residual;
   Norm norm;

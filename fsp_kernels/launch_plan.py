@@ -54,12 +54,6 @@ def _launches(pairs: Sequence[PairPlan], limits: Limits) -> tuple[str, ...]:
     maps = [m for p in pairs for m in (p.maps if len(p.teacher) == 2 else p.student)]
     ready = [p for p in pairs if len(p.teacher) == 1 and p.teacher[0].gradient_dtype is not None]
     products = sum(m.gradient_dtype is not None for m in maps)
-    if evaluation == "recomputed tiles":
-        if limits.recompute_by_side:
-            return ("recompute",)
-        # The gradient of a ready matrix is written beside that of the first map, wanted or not.
-        entries = products + sum(p.student[0].gradient_dtype is None for p in ready)
-        return ("recompute",) * math.ceil(entries / limits.launch_pairs)
     combines = any(not p.finishes for p in pairs)
     return (
         "residual",

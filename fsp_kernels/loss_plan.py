@@ -18,7 +18,7 @@ from torch import Tensor
 # summed together or, where their positions differ, apart; or from a product and a ready matrix.
 Residual = Literal["difference", "direct", "apart", "ready"]
 Form = Literal["matrix", "gram"]
-Evaluation = Literal["chunks", "one pass", "tiles", "recomputed tiles"]
+Evaluation = Literal["chunks", "one pass", "tiles"]
 Pool = Literal["none", "max", "avg"]
 
 HALF = (torch.float16, torch.bfloat16)
@@ -115,28 +115,27 @@ class Limits(NamedTuple):
     """What a backend can do for one pair on one device, as far as planning depends on it.
 
     ``evaluations`` are those that it has. The other fields bound them: ``one_pass`` are the most
-    channels of the residuals that its kernels keep on chip, ascending, one for each kernel; the
-    positions are the most that the Gram form and recomputed tiles can have, ``None`` for any.
+    channels of the residuals that its kernels keep on chip, ascending, one for each kernel;
+    ``gram_positions`` are the most that the Gram form can have, ``None`` for any.
     ``gram_flop_cost`` is the time of a flop of a Gram block over that of any other, and
     ``gram_in_memory`` says that the blocks of all samples wait in device memory.
 
     ``exact_halves`` says that products of half-precision maps are exact, while their differences
-    would be rounded. Pairs share a launch where ``kernels`` are equal: at most ``launch_pairs`` of
-    them, ``launch_products`` gradients. ``recompute_by_side`` says that a launch
-    recomputes tiles for whole pairs, not for as many maps as it takes pairs.
+    would be rounded; ``bf16_slopes`` that tiles beside maps of bf16 are stored in it. Pairs share
+    a launch where ``kernels`` are equal: at most ``launch_pairs`` of them, ``launch_products``
+    gradients.
     """
 
     evaluations: tuple[Evaluation, ...] = ("chunks",)
     one_pass: tuple[int, ...] = ()
     gram_positions: int | None = None
-    recompute_positions: int = 0
     gram_flop_cost: float = 1.0
     gram_in_memory: bool = False
     exact_halves: bool = False
+    bf16_slopes: bool = False
     kernels: Hashable = None
     launch_pairs: int = 1
     launch_products: int = 1
-    recompute_by_side: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,10 +145,9 @@ class PairPlan:
     ``teacher`` holds two maps, or one when it is a ready matrix. ``evaluation`` is ``"chunks"``
     for backends that take a chunk of samples at a time. Fused kernels hold a sample's residual or
     Gram blocks in one program (``"one pass"``), or store it by tiles (``"tiles"``), ``parts``
-    programs to a tile, or compute each tile where it is needed (``"recomputed tiles"``). Work
-    proceeds ``samples`` at a time. ``passes`` is 1 when these are still at hand for the second
-    sweep and 2 when the maps come from memory twice. ``scratch_bytes`` are held during the pair's
-    step alone, ``pooled_bytes`` for the whole call.
+    programs to a tile. Work proceeds ``samples`` at a time. ``passes`` is 1 when these are still at
+    hand for the second sweep and 2 when the maps come from memory twice. ``scratch_bytes`` are held
+    during the pair's step alone, ``pooled_bytes`` for the whole call.
     """
 
     batch: int
@@ -166,6 +164,7 @@ class PairPlan:
     flops: int
     scratch_bytes: int
     pooled_bytes: int = 0
+    slope_dtype: torch.dtype | None = None  # of stored tiles, if gradients are wanted
 
     @property
     def maps(self) -> tuple[MapPlan, ...]:

@@ -60,11 +60,10 @@ DIFFERENCES_WHOLE, DIFFERENCES_BLOCK = 16 << 20, 4 << 20
 # products small. And the bytes of the maps that are widened to fp64 at a time: they stay in cache.
 GRAM_FLOP_COST = 2.6
 GRAM_BLOCK_BYTES = 1 << 20
-# On a GPU: channels of a tile of a residual; and the most positions for which Gram blocks, or a
-# gradient beside a recomputed tile, stay on chip.
+# On a GPU: channels of a tile of a residual; and the most positions for which Gram blocks stay on
+# chip.
 GPU_TILE_CHANNELS = 128
 GPU_GRAM_POSITIONS = 64
-GPU_RECOMPUTE_POSITIONS = 256
 # Programs that fill a large GPU (two for each of about 130 multiprocessors): with fewer tiles the
 # positions are split. A constant, not the device's, so that results do not depend on the device.
 GPU_PROGRAMS = 256
@@ -172,7 +171,7 @@ def _pair_plans(
         if "chunks" in limits.evaluations:
             evaluations = _chunked_evaluations(maps, form, residual, device.type, compute_dtype)
         else:
-            evaluations = _fused_evaluations(m, n, maps, norm, form, halves, limits)
+            evaluations = _fused_evaluations(m, n, maps, norm, form, limits)
         for how in evaluations:
             plan = PairPlan(
                 batch=batch,
@@ -184,9 +183,10 @@ def _pair_plans(
                 form=form,
                 evaluation=how.evaluation,
                 parts=how.parts,
+                slope_dtype=how.slope_dtype,
                 passes=how.passes,
                 samples=how.samples,
-                flops=batch * (flops[form] + how.extra_flops),
+                flops=batch * flops[form],
                 scratch_bytes=how.scratch_bytes,
                 pooled_bytes=how.pooled_bytes,
             )
@@ -219,7 +219,7 @@ class _Evaluation(NamedTuple):
     scratch_bytes: int
     pooled_bytes: int = 0
     parts: int = 1
-    extra_flops: int = 0  # for each sample
+    slope_dtype: torch.dtype | None = None
 
 
 def _chunked_evaluations(
@@ -307,7 +307,6 @@ def _fused_evaluations(
     maps: Sequence[MapPlan],
     norm: str,
     form: Form,
-    halves: bool,
     limits: Limits,
 ) -> Iterator[_Evaluation]:
     """Those of fused kernels that the limits leave, best first."""
@@ -324,19 +323,19 @@ def _fused_evaluations(
     gradients = any(plan.gradient_dtype for plan in maps)
     tiles = batch * math.ceil(m / GPU_TILE_CHANNELS) * math.ceil(n / GPU_TILE_CHANNELS)
     parts = parts_of(tiles, k)
-    stores = gradients or parts > 1 or norm == "column"
-    stored = FP32_BYTES * m * n * parts if stores else 0
+    slope_dtype = _slope_dtype(maps, limits) if gradients else None
+    stored = 0 if slope_dtype is None else slope_dtype.itemsize * m * n
+    if parts > 1 or norm == "column":  # the slopes replace the first part where they can
+        stored = FP32_BYTES * m * n * parts + (stored if slope_dtype == torch.bfloat16 else 0)
     samples = _equal_chunks(batch, max(1, CHUNK_BYTES["cuda"] // max(1, stored)))
-    by_tiles = [_Evaluation("tiles", samples, 2, samples * stored, pooled, parts)]
-    # In fp32 a tile is an operand of two terms: beside it the gradient does not fit, and to compute
-    # it twice costs more than the bytes. What is pooled would be pooled twice, too.
-    read_as_is = halves and not any(plan.pooled_size for plan in maps)
-    if gradients and norm != "column" and k <= limits.recompute_positions and read_as_is:
-        products = 2 * m * n * sum(plan.positions for plan in networks)
-        recomputed = _Evaluation("recomputed tiles", batch, 2, 0, pooled, extra_flops=products)
-        # Storing writes and reads m n for each sample, recomputing reads (m + n) K once more.
-        by_tiles.insert(0 if m * n > (m + n) * k else 1, recomputed)
-    yield from by_tiles
+    yield _Evaluation("tiles", samples, 2, samples * stored, pooled, parts, slope_dtype)
+
+
+def _slope_dtype(maps: Sequence[MapPlan], limits: Limits) -> torch.dtype:
+    """What tiles are stored in for the gradients: what they are multiplied in, if it is bf16."""
+    rounds = limits.bf16_slopes and len(maps) == 4
+    rounds = rounds and all(plan.multiplied_dtype == torch.bfloat16 for plan in maps)
+    return torch.bfloat16 if rounds else torch.float32
 
 
 def parts_of(tiles: int, positions: int) -> int:

@@ -21,9 +21,8 @@ DTYPES = (FP32, FP16, BF16)
 NORMS = ("frobenius", "mse", "column")
 POOLS = ("max", "avg")
 
-ROADS = ("one pass", "gram", "tiles", "tiles in parts", "recomputed tiles")
+ROADS = ("one pass", "gram", "tiles", "tiles in parts")
 MATRIX_ROADS = tuple(road for road in ROADS if road != "gram")
-FP32_ROADS = tuple(road for road in ROADS if road != "recomputed tiles")
 
 
 class Regime(NamedTuple):
@@ -38,15 +37,11 @@ class Regime(NamedTuple):
     form: str = "matrix"
     parts: int = 1
     dtype: torch.dtype = FP32  # one in which it is evaluated so
-    one_dtype: bool = False  # whether it is recomputed for maps of one dtype only
 
-    def of(self, *dtypes: torch.dtype, norm: str = "frobenius") -> Regime:
-        """How these shapes are evaluated for maps of such dtypes, and by a norm."""
+    def of(self, norm: str) -> Regime:
+        """How these shapes are evaluated by a norm."""
         if norm == "column" and self.form == "gram":  # it needs the columns of the residual
             return self._replace(evaluation="tiles", form="matrix")
-        mixed = self.one_dtype and len(set(dtypes)) > 1
-        if self.evaluation == "recomputed tiles" and (norm == "column" or FP32 in dtypes or mixed):
-            return self._replace(evaluation="tiles")
         return self
 
 
@@ -62,7 +57,6 @@ class Sizes(NamedTuple):
 
     tile: Tile
     regimes: dict[str, Regime]
-    long: Regime  # recomputed, and positions do not fit a tile
     limits: dict[str, int]  # of the planner, for small maps to take every road
 
 
@@ -75,16 +69,14 @@ SIZES = {
             "gram": Regime((20, 17), (1, 3), "one pass", form="gram"),
             "tiles": Regime((17, 20), (6, 3), "tiles"),
             "tiles in parts": Regime((20, 15), (5, 9), "tiles", parts=2),
-            "recomputed tiles": Regime((20, 17), (3, 3), "recomputed tiles", dtype=BF16),
         },
-        long=Regime((40, 37), (3, 6), "recomputed tiles", dtype=BF16),
         limits={
             "GPU_TILE_CHANNELS": 16,
             "GPU_PART_POSITIONS": 20,
         },
     ),
     # Those of CUDA C++ are what csrc/ says: residuals of 64 or 128 channels by 32 positions,
-    # gradients of 128 by 64, recomputed ones of 64 by 64, Gram forms of 32 channels.
+    # gradients of 128 by 64, Gram forms of 32 channels.
     "cuda": Sizes(
         tile=Tile(64, 32),
         regimes={
@@ -92,11 +84,7 @@ SIZES = {
             "gram": Regime((140, 35), (3, 5), "one pass", form="gram"),
             "tiles": Regime((131, 140), (6, 12), "tiles"),
             "tiles in parts": Regime((131, 15), (9, 9), "tiles", parts=2),
-            "recomputed tiles": Regime(
-                (140, 131), (6, 11), "recomputed tiles", dtype=BF16, one_dtype=True
-            ),
         },
-        long=Regime((140, 131), (6, 11), "recomputed tiles", dtype=BF16),
         limits={"GPU_PART_POSITIONS": 40},
     ),
 }

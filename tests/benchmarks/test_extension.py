@@ -59,10 +59,6 @@ def test_too_much_shared_memory_is_a_complaint_unless_tiles_stand_in():
     [
         ("_ZN3fsp12fsp_residualIfEEvNS_5GroupINS_4PairELi6EEE", ("fsp_residual", "fp32", 0)),
         (
-            "_ZN3fsp13fsp_recomputeI13__nv_bfloat16EEvNS_5GroupINS_4PairELi6EEE",
-            ("fsp_recompute", "bf16", 0),
-        ),
-        (
             "_ZN3fsp12fsp_one_passI6__halfLb1EEEvNS_5GroupINS_4PairELi6EEE",
             ("fsp_one_pass", "fp16", 128),
         ),

@@ -33,7 +33,6 @@ def plain_product(of: Any, **changes: Any) -> Any:
         "channels": (1, 1),
         "positions": (1, 1),
         "parts": 1,
-        "own": 0,
         "residual": of.Residual.plain,
         "norm": of.Norm.squares,
         "split": False,

@@ -36,7 +36,7 @@ REGIMES = SIZES["cuda"].regimes
 def maps(road: str, dtype: torch.dtype = FP32, norm: str = "frobenius", **options) -> None:
     regime = REGIMES[road]
     student, teacher = four_of(regime, dtypes=(dtype, dtype), **options)
-    check(student, teacher, regime.of(dtype, norm=norm), norm=norm)
+    check(student, teacher, regime.of(norm), norm=norm)
 
 
 def to_the_bit() -> None:
@@ -50,7 +50,7 @@ def to_the_bit() -> None:
 def ready(road: str, dtype: torch.dtype = FP32) -> None:
     regime = REGIMES[road]
     student = [pair_of(regime, dtypes=(dtype, dtype), batch=2)]
-    check(student, [tensor(2, *regime.channels, dtype=dtype)], regime.of(dtype))
+    check(student, [tensor(2, *regime.channels, dtype=dtype)], regime)
 
 
 def apart() -> None:
@@ -118,9 +118,6 @@ CALLS: dict[str, Callable[[], None]] = {
     "tiles, column": partial(maps, "tiles", norm="column"),
     "parts": partial(maps, "tiles in parts"),
     "parts, ready": partial(ready, "tiles in parts"),
-    "recomputed": partial(maps, "recomputed tiles", BF16),
-    "recomputed, aligned": partial(maps, "recomputed tiles", BF16, size=(8, 8)),
-    "recomputed, ready": partial(ready, "recomputed tiles", BF16),
 }
 
 # --- bugs -----------------------------------------------------------------------------------------
@@ -217,30 +214,6 @@ MUTATIONS = [
         "result.store(own, Of::Own::position_line);\n  __syncthreads();",
     ),
     no_barrier(
-        "a gradient is written before it is there: recomputed",
-        "recomputed",
-        "recompute.cuh",
-        "Of::Own::position_line); });\n    __syncthreads();",
-    ),
-    no_barrier(
-        "a gradient's tile is replaced while it is written",
-        "recomputed",
-        "recompute.cuh",
-        "pair.m, count);\n    __syncthreads();",
-    ),
-    no_barrier(
-        "a matrix gets its gradient before the slope is there",
-        "recomputed, ready",
-        "recompute.cuh",
-        "tile.store(slope, Of::line);\n    }\n    __syncthreads();",
-    ),
-    no_barrier(
-        "a map's tile is replaced while it is multiplied",
-        "recomputed",
-        "recompute.cuh",
-        "Of::channels, pair.split);\n      });\n      __syncthreads();",
-    ),
-    no_barrier(
         "a block is added to before others have set it",
         "Gram form",
         "gram.cuh",
@@ -276,15 +249,6 @@ MUTATIONS = [
         )
     ),
     race(without("copies are not committed", "one pass", "pipeline.cuh", "commit_copies();")),
-    race(
-        without(
-            "copies outside of a pipeline are not awaited",
-            "recomputed, aligned",
-            "recompute.cuh",
-            "wait_for_copies<0>();",
-        )
-    ),
-    # Blocks.
     race(
         instead(
             "two blocks write one partial loss",
@@ -460,13 +424,6 @@ MUTATIONS = [
         "gradient(3, -1);",
         "-1",
         "1",
-    ),
-    instead(
-        "the teacher's sign in its gradient: recomputed",
-        "recomputed",
-        "recompute.cuh",
-        "network == 0 ? 2 : -2",
-        "2",
     ),
     instead(
         "an inner product counted once", "Gram form", "gram.cuh", "2 * of(first.yx)", "of(first.yx)"

@@ -22,7 +22,6 @@ SHAPES = {
     "gram": (512, 384, (7, 7)),
     "tiles": (256, 192, (20, 20)),
     "tiles in parts": (256, 192, (64, 64)),
-    "recomputed tiles": (512, 384, (10, 10)),
 }
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 ONE_PASS = {name: SHAPES[name] for name in ("one pass", "gram")}

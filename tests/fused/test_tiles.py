@@ -143,7 +143,7 @@ def test_without_gradients_or_parts_nothing_is_stored(tiles):
 
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
 def test_the_shipped_tiles_are_right(limits, dtype):
-    limits(gram_positions=0, recompute_positions=0)
+    limits(gram_positions=0)
     regime = Regime((130, 70), (3, 3), "tiles")
     student, teacher = four_of(regime, dtypes=(dtype, dtype))
     for x in flatten(student, teacher)[2:]:

@@ -24,7 +24,7 @@ def _products(x, y, out, SIZE: tl.constexpr, COMPUTED: tl.constexpr, PRECISION: 
     result = tl.zeros((SIZE, SIZE), tl.float32)
     if COMPUTED:
         result = arithmetic.multiply_computed(
-            tl.load(x + index), tl.load(y + index), result, PRECISION
+            tl.load(x + index), tl.load(y + index), result, y.dtype.element_ty, PRECISION
         )
     else:
         result = arithmetic.multiply(tl.load(x + index), tl.load(y + index), result, PRECISION)
@@ -67,7 +67,7 @@ CUT = 2**-10
 @pytest.mark.parametrize("value", [*TOP, -LARGEST])
 def test_a_finite_number_at_the_top_of_fp32_is_multiplied_as_one(value, dtype, precision):
     found = product(value, 2**-10, dtype, precision)
-    assert abs(found / (value * 2**-10) - 1) <= (2**-16 if dtype == BF16 else CUT)
+    assert abs(found / (value * 2**-10) - 1) <= (2**-8 if dtype == BF16 else CUT)
 
 
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3"])

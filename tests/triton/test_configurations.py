@@ -32,13 +32,13 @@ def limit_of(kernel: str, kind: str) -> int:
     return plan.GPU_GRAM_POSITIONS if kernel == "gram" else 0
 
 
-# Tiles are recomputed of half-precision maps alone; a product has no windows, and one stride.
+# A product has no windows, and one stride.
 SENT = [
     (kernel, kind, access)
     for kernel in KERNELS
     for kind in KINDS
     for access in ACCESSES
-    if (kernel != "recompute" or kind == "half") and (kernel != "product" or access != "scattered")
+    if kernel != "product" or access != "scattered"
 ]
 
 

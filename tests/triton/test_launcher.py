@@ -20,7 +20,6 @@ HERE = Path(__file__).parent
 KERNELS = (
     "fsp_one_pass",
     "fsp_gram",
-    "fsp_recompute",
     "fsp_residual",
     "fsp_combine",
     "fsp_gradients",

@@ -6,7 +6,9 @@ import pytest
 import torch
 from layouts import LAYOUTS
 
-from fsp_kernels.backends.triton.maps import access_of, layout_of
+from fsp_kernels.backends.triton.limits import access_of
+from fsp_kernels.backends.triton.maps import layout_of
+from fsp_kernels.loss_plan import MapPlan
 
 
 def layout(x: torch.Tensor, size=None, pool="max"):
@@ -112,28 +114,55 @@ def test_strides_count_not_elements():
     assert not layout(torch.empty(1, 1, 1, device="meta").expand(1, 1 << 20, 1 << 20)).wide.value
 
 
-# --- aligned rows ---------------------------------------------------------------------------------
+# --- units of rows --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "unit"),
+    [
+        ((2, 3, 8, 8), "contiguous", 16),
+        ((2, 3, 14, 14), "contiguous", 4),
+        ((2, 3, 2, 7), "contiguous", 2),
+        ((2, 3, 7, 7), "contiguous", 1),
+        ((2, 8, 7, 7), "channels last", 8),
+        ((2, 6, 7, 7), "channels last", 2),
+        ((2, 8, 8, 8), "every second channel", 16),
+        ((2, 3, 8, 8), "cropped", 1),
+    ],
+    ids=str,
+)
+def test_rows_are_read_by_the_largest_unit_that_always_lies_together(shape, kind, unit):
+    assert layout(empty(*shape, kind=kind)).unit.value == unit
+
+
+def test_of_positions_that_are_apart_none_lie_together():
+    assert layout(torch.empty(2, 8, 16)[..., ::4]).unit.value == 1
+
+
+def test_a_row_ends_where_a_unit_does():
+    """The last unit of a row must not reach into the next channel's."""
+    x = torch.empty(160).as_strided((2, 5, 6), (80, 16, 1))
+    assert layout(x).unit.value == 2
 
 
 def access(x: torch.Tensor, size=None) -> str:
-    return access_of(layout(x, size), x.element_size())
+    plan = MapPlan(tuple(x.shape), x.stride(), x.dtype, size, "max" if size else "none", None)
+    return access_of((plan, plan), (plan, plan))
 
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "kind", "wanted"),
     [
         ((2, 3, 8, 8), torch.float32, "contiguous", "aligned"),
-        ((2, 3, 2, 2), torch.float32, "contiguous", "aligned"),
-        ((2, 3, 2, 2), torch.float16, "contiguous", "odd"),
-        ((2, 3, 7, 7), torch.float32, "contiguous", "odd"),
-        ((2, 8, 7, 7), torch.float32, "channels last", "aligned"),
-        ((2, 6, 7, 7), torch.float32, "channels last", "odd"),
-        ((2, 8, 8, 8), torch.float32, "every second channel", "aligned"),
+        ((2, 3, 7, 7), torch.float32, "contiguous", "aligned"),
+        ((2, 3, 14, 14), torch.float16, "contiguous", "aligned"),
+        ((2, 3, 7, 7), torch.float16, "contiguous", "odd"),
+        ((2, 6, 7, 7), torch.float16, "channels last", "aligned"),
         ((2, 3, 8, 8), torch.float32, "cropped", "scattered"),
     ],
     ids=str,
 )
-def test_rows_of_whole_16_bytes_are_aligned(shape, dtype, kind, wanted):
+def test_rows_of_whole_4_bytes_are_aligned(shape, dtype, kind, wanted):
     assert access(empty(*shape, dtype=dtype, kind=kind)) == wanted
 
 

@@ -33,10 +33,6 @@ class Pair:
         self._maps = [
             self._map(i, x, m) for i, (x, m) in enumerate(zip(slots, planned * 2, strict=True))
         ]
-        ready = slots[2]
-        self._transposed = (
-            matrix_spec(self._slot(2), ready.mT) if self._ready and ready is not None else None
-        )
 
     def _slot(self, i: int) -> int:
         return SLOTS * self._index + i
@@ -61,16 +57,6 @@ class Pair:
 
     def one_pass_entry(self) -> Any:
         return self._entry()
-
-    def recompute_entries(self) -> list[Any]:
-        """One for each map that wants a gradient; the first tells the loss.
-
-        Sides are swapped for second maps. A ready matrix gets its gradient beside the first map.
-        """
-        owners = [own for own in range(2 if self._ready else 4) if self._has_gradient(own)]
-        if self._ready and self._has_gradient(2) and 0 not in owners:
-            owners.insert(0, 0)
-        return [self._entry(own=own, finishes=own == owners[0]) for own in owners]
 
     def residual_entry(self, chunk: int) -> Any:
         return self._entry(finishes=self.plan.finishes, chunk=chunk, out=self._stored(chunk))
@@ -143,22 +129,14 @@ class Pair:
         x = torch.empty(samples, *self.plan.channels, device="meta")
         return matrix_spec(self._slot(_STORED), x.mT if transposed else x)
 
-    def _entry(
-        self, own: int = 0, finishes: bool = True, chunk: int | None = None, out: Any = None
-    ) -> Any:
-        """Of a chunk of samples or of all; sides are swapped if ``own`` is a second map."""
+    def _entry(self, finishes: bool = True, chunk: int | None = None, out: Any = None) -> Any:
+        """Of a chunk of samples or of all."""
         first, samples = (0, self.plan.batch) if chunk is None else self._samples_of(chunk)
-        maps, gradients, (m, n) = self._maps[:4], self._maps[4:], self.plan.channels
-        if own % 2 == 1:
-            a, b, c, d = maps
-            ga, gb, gc, gd = gradients
-            maps, gradients, (m, n) = [b, a, d, c], [gb, ga, gd, gc], (n, m)
-            if self._ready:
-                maps[2:], gradients[2:] = [self._transposed, None], [None, None]
+        m, n = self.plan.channels
         positions = self.plan.positions
         return module().Pair(
-            maps=maps,
-            gradients=gradients,
+            maps=self._maps[:4],
+            gradients=self._maps[4:],
             out=out,
             out_part=samples * m * n,
             samples=samples,
@@ -166,7 +144,6 @@ class Pair:
             channels=(m, n),
             positions=(positions, positions if self._ready else self.plan.teacher[0].positions),
             parts=self.plan.parts,
-            own=own - own % 2,
             residual=getattr(module().Residual, self.plan.residual),
             norm=module().Norm.column if self.plan.norm == "column" else module().Norm.squares,
             split=self._split,

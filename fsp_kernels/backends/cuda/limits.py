@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fsp_kernels.backends.cuda.extension import module, scalar_of
 from fsp_kernels.backends.cuda.maps import operand_of
 from fsp_kernels.loss_plan import Limits, MapPlan, multiplied_dtypes
-from fsp_kernels.plan import GPU_GRAM_POSITIONS, GPU_RECOMPUTE_POSITIONS
+from fsp_kernels.plan import GPU_GRAM_POSITIONS
 
 
 def limits_of(student: Sequence[MapPlan], teacher: Sequence[MapPlan], device: int) -> Limits:
@@ -18,12 +18,10 @@ def limits_of(student: Sequence[MapPlan], teacher: Sequence[MapPlan], device: in
     fitting = [t for t in (32, 64, 128) if kernels.one_pass_tile(device, scalar, t) == t]
     one_pass = tuple(t for t in fitting if t != 32 or 64 not in fitting)
     gram = kernels.gram_fits(device, GPU_GRAM_POSITIONS)
-    recompute = kernels.recompute_fits(device, scalar, GPU_RECOMPUTE_POSITIONS)
     return Limits(
-        evaluations=("one pass", "tiles", "recomputed tiles"),
+        evaluations=("one pass", "tiles"),
         one_pass=one_pass,
         gram_positions=GPU_GRAM_POSITIONS if gram else 0,
-        recompute_positions=GPU_RECOMPUTE_POSITIONS if recompute else 0,
         exact_halves=True,
         kernels=operand,
         launch_pairs=kernels.most_pairs,

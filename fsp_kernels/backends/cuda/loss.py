@@ -1,7 +1,7 @@
 """The loss: what is launched for a plan, prepared once and then only launched.
 
-A call is a few launches at most, each over all pairs it serves: one pass in either form, tiles
-recomputed, tiles stored (residual, gradients); and the sum of what the blocks left.
+A call is a few launches at most, each over all pairs it serves: one pass in either form, or by
+tiles (residual, gradients); and the sum of what the blocks left.
 """
 
 from __future__ import annotations
@@ -69,10 +69,6 @@ class Program:
         scalar, launches = scalar_of(pairs[0].operand), self._launches
         if step.evaluation == "tiles":
             self._add_tiles(scalar, pairs, step.chunk)
-        elif step.evaluation == "recomputed tiles":
-            entries = [entry for p in pairs for entry in p.recompute_entries()]
-            for some in _at_a_time(entries, module().most_pairs):
-                launches.add_recompute(scalar, some)
         elif step.form == "gram":
             launches.add_gram([p.one_pass_entry() for p in pairs])
         else:

@@ -71,7 +71,6 @@ def _product_program(
         channels=(m, columns),
         positions=(r, r),
         parts=parts,
-        own=0,
         residual=module().Residual.plain,
         norm=module().Norm.squares,
         split=splits([x_dtype, y_dtype], precision),

@@ -5,7 +5,6 @@
     residual.py     the residual and its norms
     one_pass.py     the loss, one program for each sample: matrix form
     gram.py         the same, Gram form
-    recompute.py    the loss without ever storing a residual
     tiles.py        the loss with the residual stored by tiles
     product.py      FSP matrices and their derivatives
     elementwise.py  the sum of the partial losses; backward's scaling

@@ -2,8 +2,8 @@
 
 Half-precision maps are multiplied as they are, exactly, into fp32. fp32 maps are multiplied as
 ``PRECISION`` says: ``"tf32x3"`` (three products, fp32-accurate) or ``"tf32"`` (one, 11 bits). What
-a kernel computed itself, residuals and differences, is fp32; beside a half-precision map it is
-split in two bf16 terms, or rounded to TF32, into which such a map fits exactly.
+a kernel computed itself, a residual, is fp32. Beside half-precision maps it is rounded once: to
+bf16 for a gradient of bf16, else to TF32, which holds such maps exactly and has the range of fp32.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def multiply(x, y, accumulator, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def multiply_computed(x, y, accumulator, PRECISION: tl.constexpr):
-    """``accumulator + x @ y`` for an fp32 ``x`` that was computed and a tile ``y`` of a map."""
-    if y.dtype == tl.bfloat16:
-        # A finite x beyond the range of bf16 must not become Inf: its low term would be -Inf, and
-        # the sum NaN. Inf itself reaches the product in the low term.
-        high = cast(tl.clamp(x, -LARGEST_BF16, LARGEST_BF16), tl.bfloat16)
-        low = cast(x - high.to(tl.float32), tl.bfloat16)
-        accumulator = multiply(low, y, accumulator, PRECISION)
-        result = multiply(high, y, accumulator, PRECISION)
-    elif y.dtype == tl.float16:  # whose range a residual may exceed
+def multiply_computed(x, y, accumulator, OWN: tl.constexpr, PRECISION: tl.constexpr):
+    """``accumulator + x @ y`` for an ``x`` that was computed and a tile ``y`` of a map.
+
+    ``OWN`` is the dtype of the result, once it is accumulated: the gradient's.
+    """
+    if x.dtype == y.dtype and x.dtype != tl.float32:  # already rounded
+        result = multiply(x, y, accumulator, PRECISION)
+    elif y.dtype == tl.bfloat16 and tl.bfloat16 == OWN:
+        result = multiply(cast_finite(x), y, accumulator, PRECISION)
+    elif y.dtype != tl.float32:
         result = tl.dot(round_to_tf32(x), y.to(tl.float32), accumulator, input_precision="tf32")
     else:
         if PRECISION == "tf32":
@@ -63,14 +63,6 @@ def _operand(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def negate(x):
-    """``-x``, as an operand of :func:`multiply`."""
-    if INTERPRETED:
-        x = x.to(tl.float32)
-    return -x
-
-
-@triton.jit
 def cast(x, dtype: tl.constexpr):
     """fp32 ``x`` to the nearest of ``dtype``."""
     if INTERPRETED and dtype == tl.bfloat16:
@@ -78,6 +70,14 @@ def cast(x, dtype: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return x.to(dtype)
+
+
+@triton.jit
+def cast_finite(x):
+    """fp32 ``x`` to the nearest of bf16 that is finite if ``x`` is."""
+    top = tl.where(x < 0, -LARGEST_BF16, LARGEST_BF16)
+    beyond = (tl.abs(x) > LARGEST_BF16) & (tl.abs(x) < float("inf"))
+    return cast(tl.where(beyond, top, x), tl.bfloat16)
 
 
 @triton.jit

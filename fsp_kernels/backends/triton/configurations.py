@@ -19,7 +19,7 @@ TABLE = Path(__file__).with_name("configurations.json")
 # Families of chips, by the oldest compute capability of each. What sets them apart is shared memory
 # (163 KB on sm_80, 99 on sm_86, 89 and 120, 227 on sm_90 and 100) and the tensor core instructions.
 FAMILIES = {"sm_80": 80, "sm_89": 86, "sm_90": 90, "sm_100": 100, "sm_120": 120}
-KERNELS = ("one_pass", "gram", "residual", "gradients", "recompute", "product")
+KERNELS = ("one_pass", "gram", "residual", "gradients", "product")
 # What is multiplied: half-precision maps, fp32 in one TF32 product, fp32 in three.
 KINDS = ("half", "tf32", "tf32x3")
 # How maps are read: in rows of whole 16 bytes; in rows that are not, of 49 elements, say, one by

@@ -17,6 +17,8 @@ from fsp_kernels.backends.triton.tiles import GradientEntry
 from fsp_kernels.loss_plan import MapPlan, PairPlan
 from fsp_kernels.plan import gram_block, gram_blocks
 
+COMBINED = 32  # rows and columns of the tile that a program of fsp_combine takes at a time
+
 
 class Pair:
     """A pair of a plan and the strides of its maps, from which entries are made."""
@@ -49,11 +51,6 @@ class Pair:
     def wants_matrix_gradient(self) -> bool:
         return self._ready and self._gradients[2] is not None
 
-    def sides_with_gradients(self) -> list[bool]:
-        """Whether to swap, for each side of recompute.py that there is work for."""
-        wanted = [g is not None for g in self._gradients]
-        return [swapped for swapped in (False, True) if wanted[swapped] or wanted[2 + swapped]]
-
     def one_pass_entry(self) -> tuple[Entry, int]:
         m, n = self.plan.channels
         c = self._configuration("one_pass", max(m, n))
@@ -70,21 +67,13 @@ class Pair:
         samples = min(self.plan.samples, self.plan.batch - start)
         return self._entry(c, samples, start, self.plan.parts, self.plan.finishes), c.warps
 
-    def recompute_entry(self, swapped: bool) -> tuple[Entry, int]:
-        c = self._configuration("recompute")
-        wanted = [self._gradients[swapped], self._gradients[2 + swapped]]
-        if self._ready:
-            wanted[1] = None
-        chunks = tuple(
-            0 if g is None else triton.cdiv(m.positions, c.block_k)
-            for g, m in zip(wanted, self.plan.maps[::2], strict=True)
-        )
-        finishes = swapped == self.sides_with_gradients()[0]
-        entry = self._entry(c, finishes=finishes, chunks=chunks)
-        return (_swap_entry(entry) if swapped else entry), c.warps
+    def combine_entry(self, residual: Entry) -> Entry:
+        """Tiles of its own: small ones, since nothing is multiplied and many fill a device."""
+        block = tl.constexpr(COMBINED)
+        return residual._replace(block_m=block, block_n=block)
 
-    def gradient_entries(self, residual: Entry) -> list[tuple[int, float, GradientEntry, int]]:
-        """Of each map that wants one: its number, the scale, the entry, warps."""
+    def gradient_entries(self, residual: Entry) -> list[tuple[int, GradientEntry, int]]:
+        """Of each map that wants one: its number, the entry, warps."""
         c = self._configuration("gradients")
         m, n = self.plan.channels
         found = []
@@ -103,14 +92,14 @@ class Pair:
                 own_channels=tl.constexpr(n if second else m),
                 other_channels=tl.constexpr(m if second else n),
                 positions=positions,
+                ratio=-self.plan.positions / positions if teacher else 1.0,
                 precision=residual.precision,
                 block_own=tl.constexpr(c.block_m),
                 block_other=tl.constexpr(c.block_n),
                 block_k=tl.constexpr(c.block_k),
                 stages=tl.constexpr(c.stages),
             )
-            sign = -1 if teacher else 1
-            found.append((own, sign * self.plan.slope_scale / positions, entry, c.warps))
+            found.append((own, entry, c.warps))
         return found
 
     def _configuration(self, kernel: str, size: int = 0) -> Configuration:
@@ -125,7 +114,6 @@ class Pair:
         first_sample: int = 0,
         parts: int = 1,
         finishes: bool = True,
-        chunks: tuple[int, ...] = (0, 0),
         kept: int = 0,
     ) -> Entry:
         plan = self.plan
@@ -148,31 +136,8 @@ class Pair:
             stages=tl.constexpr(c.stages),
             parts=tl.constexpr(parts),
             finishes=tl.constexpr(finishes),
-            chunks=tuple(tl.constexpr(x) for x in chunks),
             kept=tl.constexpr(kept),
         )
-
-
-def swap(slots: Slots) -> Slots:
-    """The sides of a pair swapped: b, a, d, c and their gradients; a ready matrix stays."""
-    a, b, c, d, *gradients = slots
-    ga, gb, gc, gd = gradients
-    return (b, a, d, c, gb, ga, gd, gc) if d is not None else (b, a, c, d, gb, ga, None, None)
-
-
-def _swap_entry(entry: Entry) -> Entry:
-    """The entry for :func:`swap`; a ready matrix is then read transposed."""
-    a, b, c, d = entry.layouts
-    ga, gb, gc, gd = entry.gradients
-    if isinstance(c, MatrixLayout):
-        c, d = d, c._replace(row=c.column, column=c.row)
-        gc = gd = None
-    return entry._replace(
-        layouts=(b, a, d, c),
-        gradients=(gb, ga, gd, gc),
-        m=entry.n,
-        n=entry.m,
-    )
 
 
 def _power(size: int) -> int:

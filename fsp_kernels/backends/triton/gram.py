@@ -149,7 +149,7 @@ def _load_sides(pointers, entry, SIDE: tl.constexpr, C: tl.constexpr, sample, ch
     """The tiles ``x, y (block_m, block_k)`` from ``channel`` on."""
     student = _load(pointers, entry, SIDE, C, sample, channel)
     teacher = _load(pointers, entry, SIDE + 2, C, sample, channel)
-    apart = difference(student.to(tl.float32), teacher.to(tl.float32), entry.precision)
+    apart = difference(student, teacher, tl.float32, entry.precision)
     if SIDE == 0:
         x, y = apart, teacher
     else:

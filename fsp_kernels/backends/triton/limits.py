@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fsp_kernels.backends.fused import axes_of
-from fsp_kernels.backends.triton.configurations import ACCESSES, largest_size
+from fsp_kernels.backends.triton.configurations import ACCESSES, configuration_of, largest_size
+from fsp_kernels.backends.triton.maps import unit_of
 from fsp_kernels.loss_plan import Limits, MapPlan, multiplied_dtypes
-from fsp_kernels.plan import GPU_RECOMPUTE_POSITIONS, HALF
+from fsp_kernels.plan import HALF
 
+SMALLEST_COPY = 4  # bytes that a GPU copies to shared memory while it computes
 # Of one launch: a kernel has code for each of its pairs, and takes as long to compile.
 MOST_PAIRS = 8
 
@@ -19,16 +21,17 @@ def limits_of(
     """See :meth:`fsp_kernels.backends.Backend.limits`, for chips of a family."""
     row = kind_of(student, teacher, precision), family, access_of(student, teacher)
     channels = largest_size("one_pass", *row)
+    one_pass = configuration_of("one_pass", *row, max(m.shape[1] for m in student))
     return Limits(
-        evaluations=("one pass", "tiles", "recomputed tiles"),
+        evaluations=("one pass", "tiles"),
         one_pass=(channels,) if channels else (),
         gram_positions=largest_size("gram", *row),
-        recompute_positions=GPU_RECOMPUTE_POSITIONS,
+        # Pairs share a launch if they take equally many warps: more would slow the others down.
+        kernels=one_pass and one_pass.warps,
+        bf16_slopes=True,
         gram_in_memory=True,  # the compiler cannot keep the blocks on chip
-        exact_halves=True,
         launch_pairs=MOST_PAIRS,
         launch_products=4 * MOST_PAIRS,
-        recompute_by_side=True,
     )
 
 
@@ -48,6 +51,6 @@ def _access_of_map(plan: MapPlan) -> str:
     axes = axes_of(plan.shape, plan.strides, plan.pooled_size)
     if not axes.flat:
         return "scattered"
-    strides = (*plan.strides[:2], axes.strides[2])
-    aligned = 1 in strides and all(t * plan.dtype.itemsize % 16 == 0 for t in strides if t != 1)
-    return "aligned" if aligned else "odd"
+    neighbours = 1 in (*plan.strides[:2], axes.strides[2])
+    copied = unit_of(plan.strides, axes) * plan.dtype.itemsize >= SMALLEST_COPY
+    return "aligned" if neighbours and copied else "odd"

@@ -1,7 +1,7 @@
 """The loss by fused kernels: what is launched for a plan, prepared once and then only launched.
 
-A call is a few launches at most, each over all pairs it serves: one pass in either form, tiles
-recomputed, tiles stored (residual, gradients); and the sum of what the programs left.
+A call is a few launches at most, each over all pairs it serves: one pass in either form, or by
+tiles (residual, gradients); and the sum of what the programs left.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from torch import Tensor
 
 from fsp_kernels.backends.fused import Programs, Slots, partner_of, raw_stream, slots_of
 from fsp_kernels.backends.triton.elementwise import BLOCK, fsp_finish
-from fsp_kernels.backends.triton.entries import Pair, swap
+from fsp_kernels.backends.triton.entries import Pair
 from fsp_kernels.backends.triton.gram import fsp_gram
 from fsp_kernels.backends.triton.launch import Launch, device_family
 from fsp_kernels.backends.triton.one_pass import fsp_one_pass
-from fsp_kernels.backends.triton.recompute import fsp_recompute
 from fsp_kernels.backends.triton.residual import Entry
 from fsp_kernels.backends.triton.tiles import (
     GradientEntry,
@@ -73,14 +72,12 @@ class Program:
     def _prepare(self, step: Step, pairs: Sequence[Pair]) -> Run:
         if step.evaluation == "tiles":
             return _Tiles(pairs, step.chunk, self._take_partials)
-        if step.evaluation == "recomputed tiles":
-            return self._recompute(pairs)
         if step.form == "gram":
             configured = [p.gram_entry() for p in pairs]
             launch = self._launch(fsp_gram, configured)
             return _Gram(launch, pairs, [entry for entry, _ in configured])
         launch = self._launch(fsp_one_pass, [p.one_pass_entry() for p in pairs])
-        return _OnSlots(launch, [(p.index, False) for p in pairs])
+        return _OnePass(launch, pairs)
 
     def _launch(self, kernel: Any, configured: Sequence[tuple[Entry, int]]) -> Launch:
         """Of a kernel with one program for each sample."""
@@ -89,37 +86,23 @@ class Program:
         grid = sum(entry.samples for entry in entries)
         return Launch(kernel, grid, warps, entries, self._take_partials(grid), len(entries))
 
-    def _recompute(self, pairs: Sequence[Pair]) -> Run:
-        # One side of each pair tells the loss: these come first, so that their partial losses are
-        # those of the first programs.
-        sides = [(p, p.sides_with_gradients()[0]) for p in pairs]
-        sides += [(p, swapped) for p in pairs for swapped in p.sides_with_gradients()[1:]]
-        configured = [p.recompute_entry(swapped) for p, swapped in sides]
-        entries = tuple(entry for entry, _ in configured)
-        warps = max(warps for _, warps in configured)
-        programs = [e.samples * triton.cdiv(e.m.value, e.block_m.value) for e in entries]
-        grid = sum(programs)
-        first = self._take_partials(sum(programs[: len(pairs)]))
-        launch = Launch(fsp_recompute, grid, warps, entries, first, len(entries))
-        return _OnSlots(launch, [(p.index, swapped) for p, swapped in sides])
-
 
 _PROGRAMS = Programs(Program)
 loss = _PROGRAMS.loss
 
 
-class _OnSlots:
-    """One launch on the maps and gradients of some pairs, some with their sides swapped."""
+class _OnePass:
+    """One launch of one_pass.py."""
 
-    def __init__(self, launch: Launch, pairs: Sequence[tuple[int, bool]]):
+    def __init__(self, launch: Launch, pairs: Sequence[Pair]):
         self._launch = launch
-        self._pairs = pairs
+        self._indices = [p.index for p in pairs]
 
     def __call__(
         self, stream: int, slots: Sequence[Slots], factors: Sequence[float], partials: Tensor
     ) -> None:
-        chosen = tuple([swap(slots[i]) if swapped else slots[i] for i, swapped in self._pairs])
-        self._launch(stream, (chosen, partials), tuple([factors[i] for i, _ in self._pairs]))
+        chosen = tuple([slots[i] for i in self._indices])
+        self._launch(stream, (chosen, partials), tuple([factors[i] for i in self._indices]))
 
 
 class _Gram:
@@ -145,7 +128,6 @@ class _Tiles:
     def __init__(self, pairs: Sequence[Pair], chunk: int, take_partials: Callable[[int], int]):
         # Those whose loss the first launch tells come first, and with them their partial losses.
         self._indices = [p.index for p in pairs]
-        self._slope_scales = [p.plan.slope_scale for p in pairs]
         configured = [p.residual_entry(chunk) for p in pairs]
         entries = tuple(entry for entry, _ in configured)
         warps = max(warps for _, warps in configured)
@@ -155,23 +137,25 @@ class _Tiles:
         first = take_partials(sum(told))
         self._residual = Launch(fsp_residual, grid, warps, entries, first, len(entries))
 
-        self._workspaces = [
-            (e.parts.value * e.samples, e.m.value, e.n.value) if p.plan.stores else None
+        self._slopes = [
+            ((e.samples, e.m.value, e.n.value), p.plan.slope_dtype)
             for p, e in zip(pairs, entries, strict=True)
+        ]
+        self._parts = [
+            None if p.plan.finishes else (e.parts.value, *shape)
+            for p, e, (shape, _) in zip(pairs, entries, self._slopes, strict=True)
         ]
         self._combined = [i for i, p in enumerate(pairs) if not p.plan.finishes]
         if self._combined:
-            chosen = tuple(entries[i] for i in self._combined)
-            grid = sum(e.samples * triton.cdiv(e.n.value, e.block_n.value) for e in chosen)
+            chosen = tuple(pairs[i].combine_entry(entries[i]) for i in self._combined)
+            grid = sum(_combined_tiles(e) for e in chosen)
             first = take_partials(grid)
-            self._combine = Launch(fsp_combine, grid, warps, chosen, first, len(chosen))
+            self._combine = Launch(fsp_combine, grid, 4, chosen, first, len(chosen))
 
         products = [p.gradient_entries(e) for p, e in zip(pairs, entries, strict=True)]
-        self._products = [
-            (i, own, scale) for i, found in enumerate(products) for own, scale, _, _ in found
-        ]
+        self._products = [(i, own) for i, found in enumerate(products) for own, _, _ in found]
         if self._products:
-            gradients = tuple(entry for found in products for _, _, entry, _ in found)
+            gradients = tuple(entry for found in products for _, entry, _ in found)
             warps = max(warps for found in products for *_, warps in found)
             grid = sum(_gradient_tiles(e) for e in gradients)
             self._gradients = Launch(fsp_gradients, grid, warps, gradients, len(gradients))
@@ -186,31 +170,43 @@ class _Tiles:
     ) -> None:
         mine = tuple([slots[i] for i in self._indices])
         weights = tuple([factors[i] for i in self._indices])
-        workspaces = tuple(
-            [None if shape is None else partials.new_empty(shape) for shape in self._workspaces]
-        )
-        self._residual(stream, (mine, workspaces, partials), weights)
+        parts = [None if shape is None else partials.new_empty(shape) for shape in self._parts]
+        slopes = [self._slope(i, whole, partials) for i, whole in enumerate(parts)]
+        written = tuple([s if p is None else p for s, p in zip(slopes, parts, strict=True)])
+        self._residual(stream, (mine, written, partials), weights)
         if self._combined:
-            chosen = tuple([workspaces[i] for i in self._combined])
+            chosen = tuple([(parts[i], slopes[i]) for i in self._combined])
             self._combine(stream, (chosen, partials), tuple([weights[i] for i in self._combined]))
         if self._products:
             pointers = tuple(
                 [
-                    (mine[i][own], mine[i][4 + own], mine[i][partner_of(own)], workspaces[i])
-                    for i, own, _ in self._products
+                    (mine[i][own], mine[i][4 + own], mine[i][partner_of(own)], slopes[i])
+                    for i, own in self._products
                 ]
             )
-            scales = tuple([scale * weights[i] for i, _, scale in self._products])
-            self._gradients(stream, (pointers,), scales)
+            self._gradients(stream, (pointers,))
         if self._matrices:
-            matrices = tuple([(mine[i], workspaces[i]) for i in self._matrices])
-            scales = tuple([self._slope_scales[i] * weights[i] for i in self._matrices])
-            self._matrix_gradients(stream, (matrices,), scales)
+            self._matrix_gradients(stream, (tuple([(mine[i], slopes[i]) for i in self._matrices]),))
+
+    def _slope(self, index: int, parts: Tensor | None, partials: Tensor) -> Tensor | None:
+        """Where slopes go: over the first part, if that has their dtype."""
+        shape, dtype = self._slopes[index]
+        if dtype is None:
+            return None
+        if parts is not None and parts.dtype == dtype:
+            return parts[0]
+        return partials.new_empty(shape, dtype=dtype)
 
 
 def _tiles(entry: Entry) -> int:
     rows = triton.cdiv(entry.m.value, entry.block_m.value)
     return rows * triton.cdiv(entry.n.value, entry.block_n.value)
+
+
+def _combined_tiles(entry: Entry) -> int:
+    """What programs of fsp_combine take: tiles, or blocks of columns."""
+    columns = triton.cdiv(entry.n.value, entry.block_n.value)
+    return entry.samples * (columns if entry.norm.value == "column" else _tiles(entry))
 
 
 def _gradient_tiles(entry: GradientEntry) -> int:

@@ -79,7 +79,9 @@ def _sweep(slope, ratio, pointers, entry, OTHER: tl.constexpr, OWN: tl.constexpr
             BLOCK_K,
         )
         gradient = tl.zeros((OWN_BLOCK, BLOCK_K), tl.float32)
-        gradient = multiply_computed(slope, other, gradient, entry.precision)
+        gradient = multiply_computed(
+            slope, other, gradient, pointers[OWN].dtype.element_ty, entry.precision
+        )
         write_gradient(
             gradient * ratio,
             pointers[OWN],

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fsp_kernels.backends.triton.arithmetic import cast, multiply, negate, round_to_tf32
+from fsp_kernels.backends.triton.arithmetic import cast, multiply, round_to_tf32
 from fsp_kernels.backends.triton.maps import MapLayout, load_tile
 
 
@@ -46,7 +46,6 @@ class Entry(NamedTuple):
     stages: Any
     parts: Any  # into how many the positions are split
     finishes: Any  # whether the kernel that sees a tile may tell its loss
-    chunks: tuple[Any, Any]  # recompute.py: blocks of positions of the gradients of a and of c
     kept: Any  # gram.py: blocks in memory for each sample
 
 
@@ -57,23 +56,22 @@ def residual_tile(pointers, entry, sample, row, column, part):
     K = entry.student_positions
     begin, end = _range_of(part, entry.parts, K, entry.block_k)
     if entry.residual == "difference":
-        for k in tl.range(begin, end, entry.block_k, num_stages=entry.stages):
-            a = _tile(pointers, entry, 0, sample, row, k, K).to(tl.float32)
-            c = _tile(pointers, entry, 2, sample, row, k, K).to(tl.float32)
-            b = _tile(pointers, entry, 1, sample, column, k, K).to(tl.float32)
-            d = _tile(pointers, entry, 3, sample, column, k, K).to(tl.float32)
-            p, q = difference(a, c, entry.precision), difference(b, d, entry.precision)
-            result = multiply(p, tl.trans(b), result, entry.precision)
-            result = multiply(c, tl.trans(q), result, entry.precision)
-    elif entry.residual == "direct":
+        transposed = tl.zeros((entry.block_n, entry.block_m), tl.float32)
         for k in tl.range(begin, end, entry.block_k, num_stages=entry.stages):
             a = _tile(pointers, entry, 0, sample, row, k, K)
-            b = _tile(pointers, entry, 1, sample, column, k, K)
             c = _tile(pointers, entry, 2, sample, row, k, K)
+            b = _tile(pointers, entry, 1, sample, column, k, K)
             d = _tile(pointers, entry, 3, sample, column, k, K)
-            # Turn by turn, so that the sum stays as small as the residual.
-            result = multiply(a, tl.trans(b), result, entry.precision)
-            result = multiply(negate(c), tl.trans(d), result, entry.precision)
+            p = difference(a, c, b.dtype, entry.precision)
+            q = difference(b, d, c.dtype, entry.precision)
+            result = multiply(p, tl.trans(b), result, entry.precision)
+            if q.dtype == tl.float32:
+                result = multiply(c, tl.trans(q), result, entry.precision)
+            else:
+                # Tensor cores take the left operand from registers, where q is. In fp32 there
+                # are none left for a second sum.
+                transposed = multiply(q, tl.trans(c), transposed, entry.precision)
+        result += tl.trans(transposed)
     else:
         for k in tl.range(begin, end, entry.block_k, num_stages=entry.stages):
             a = _tile(pointers, entry, 0, sample, row, k, K)
@@ -99,10 +97,16 @@ def residual_tile(pointers, entry, sample, row, column, part):
 
 
 @triton.jit
-def difference(x, y, PRECISION: tl.constexpr):
-    """``x - y`` as an operand of a product."""
-    result = x - y
-    if PRECISION == "tf32":
+def difference(x, y, OTHER: tl.constexpr, PRECISION: tl.constexpr):
+    """``x - y`` as an operand of a product with a tile of dtype ``OTHER``.
+
+    Where all are of one half-precision dtype it is rounded to that, once; of two maps that are
+    near each other it is exact.
+    """
+    result = x.to(tl.float32) - y.to(tl.float32)
+    if x.dtype == y.dtype and x.dtype == OTHER and tl.float32 != OTHER:
+        result = cast(result, OTHER)
+    elif PRECISION == "tf32":
         result = round_to_tf32(result)
     return result
 

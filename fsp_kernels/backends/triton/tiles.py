@@ -1,8 +1,9 @@
 """The loss for maps whose residual no single program can hold: tile by tile, then the gradients.
 
-The first launch writes the residual to a workspace; where the tiles would not fill the device,
-several programs share one, each with a part of the positions. Then, or where the norm needs whole
-columns, a second launch adds the parts and takes the norm. The last writes the gradients.
+The first launch writes slopes to a workspace, the loss's derivatives by ``a b^T``: beside maps of
+bf16 in bf16, else in fp32. Where the tiles would not fill the device, several programs share one,
+each with a part of the positions. Then, or where the norm needs whole columns, it writes residuals,
+and a second launch adds the parts and takes the norm. The last launch writes the gradients.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fsp_kernels.backends.triton.arithmetic import multiply_computed
+from fsp_kernels.backends.triton.arithmetic import cast_finite, multiply_computed
 from fsp_kernels.backends.triton.maps import INT32_LIMIT, MapLayout, load_tile, write_gradient
 from fsp_kernels.backends.triton.residual import (
     MatrixLayout,
@@ -37,6 +38,7 @@ class GradientEntry(NamedTuple):
     own_channels: Any  # constant, as all below but the positions
     other_channels: Any
     positions: int
+    ratio: float  # of the gradient to the product
     precision: Any
     block_own: Any
     block_other: Any
@@ -46,9 +48,10 @@ class GradientEntry(NamedTuple):
 
 @triton.jit
 def fsp_residual(pointers, workspaces, partials, entries, first, COUNT: tl.constexpr, factors):
-    """``D / K`` to the workspaces, ``(parts, samples, m, n)`` each, and the losses of the tiles.
+    """The losses of tiles, and slopes to the workspaces, ``(samples, m, n)``.
 
-    Without a workspace, the loss alone; without ``finishes``, the residual alone.
+    Without a workspace, the loss alone. Without ``finishes``, no loss, and ``D / K`` in place of
+    the slopes, ``(parts, samples, m, n)``.
     """
     program = tl.program_id(0)
     start = 0
@@ -65,59 +68,86 @@ def fsp_residual(pointers, workspaces, partials, entries, first, COUNT: tl.const
             sample = index // (columns * rows * entries[i].parts)
             map_sample = sample + entries[i].first_sample
             tile = residual_tile(pointers[i], entries[i], map_sample, row, column, part)
-            if workspaces[i] is not None:
-                slot = part * entries[i].samples + sample
-                addresses, mask = _workspace_tile(workspaces[i], entries[i], slot, row, column)
-                tl.store(addresses, tile, mask)
+            slot = part * entries[i].samples + sample
             if entries[i].finishes:
-                loss, _ = loss_and_slope(tile, entries[i].norm)
+                loss, slope = loss_and_slope(tile, entries[i].norm)
                 tl.store(partials + first + program, loss * factors[i])
+                tile = scaled_slope(slope, 2 * factors[i], entries[i])
+            if workspaces[i] is not None:
+                _store_tile(tile, workspaces[i], entries[i], slot, row, column)
         start = stop
 
 
 @triton.jit
 def fsp_combine(workspaces, partials, entries, first, COUNT: tl.constexpr, factors):
-    """Add the parts of a block of columns and take its norm; the slope replaces the first part."""
+    """Add the parts of a tile, or of a block of columns, and take its norm; write its slopes.
+
+    ``workspaces``: of each pair that of the parts and that of the slopes, which may be one.
+    """
     program = tl.program_id(0)
     start = 0
     for i in tl.static_range(COUNT):
+        rows = tl.cdiv(entries[i].m, entries[i].block_m) if entries[i].norm != "column" else 1
         columns = tl.cdiv(entries[i].n, entries[i].block_n)
-        stop = start + entries[i].samples * columns
+        stop = start + entries[i].samples * rows * columns
         if (program >= start) & (program < stop):
             index = program - start
+            row = index // columns % rows * entries[i].block_m
             column = index % columns * entries[i].block_n
-            loss = _combine(workspaces[i], entries[i], index // columns, column)
+            sample = index // (columns * rows)
+            if entries[i].norm == "column":
+                loss = _combine_columns(workspaces[i], entries[i], factors[i], sample, column)
+            else:
+                loss = _combine_tile(workspaces[i], entries[i], factors[i], sample, row, column)
             tl.store(partials + first + program, loss * factors[i])
         start = stop
 
 
 @triton.jit
-def _combine(workspace, entry, sample, column):
+def _combine_tile(workspace, entry, factor, sample, row, column):
+    parts, slopes = workspace
+    loss, slope = loss_and_slope(_total(parts, entry, sample, row, column), entry.norm)
+    if slopes is not None:
+        slope = scaled_slope(slope, 2 * factor, entry)
+        _store_tile(slope, slopes, entry, sample, row, column)
+    return loss
+
+
+@triton.jit
+def _combine_columns(workspace, entry, factor, sample, column):
+    parts, slopes = workspace
     squares = tl.zeros((entry.block_n,), tl.float32)
     for row in range(0, entry.m, entry.block_m):
-        total = tl.zeros((entry.block_m, entry.block_n), tl.float32)
-        for part in range(entry.parts):
-            slot = part * entry.samples + sample
-            addresses, mask = _workspace_tile(workspace, entry, slot, row, column)
-            total += tl.load(addresses, mask, other=0.0)
+        total = _total(parts, entry, sample, row, column)
         squares += tl.sum(total * total, axis=0)
-        addresses, mask = _workspace_tile(workspace, entry, sample, row, column)
-        tl.store(addresses, total, mask)
-    if entry.norm == "column":
-        lengths = tl.sqrt_rn(squares)
+        if slopes is not None:
+            _store_tile(total, parts, entry, sample, row, column)
+    lengths = tl.sqrt_rn(squares)
+    if slopes is not None:
         # The subgradient of a zero column is zero, as PyTorch has it.
         inverse = tl.where(lengths == 0, 0.0, 1.0 / lengths)
         tl.debug_barrier()  # the tiles are read again, perhaps by other threads
         for row in range(0, entry.m, entry.block_m):
-            addresses, mask = _workspace_tile(workspace, entry, sample, row, column)
-            tl.store(addresses, tl.load(addresses, mask, other=0.0) * inverse[None, :], mask)
-        squares = lengths
-    return tl.sum(squares)
+            addresses, mask = _workspace_tile(parts, entry, sample, row, column)
+            slope = tl.load(addresses, mask, other=0.0) * inverse[None, :]
+            _store_tile(scaled_slope(slope, factor, entry), slopes, entry, sample, row, column)
+    return tl.sum(lengths)
 
 
 @triton.jit
-def fsp_gradients(pointers, entries, COUNT: tl.constexpr, factors):
-    """``(factor * slope) @ other`` for every gradient; a tile of channels and positions each."""
+def _total(parts, entry, sample, row, column):
+    """The sum of the parts of a tile."""
+    total = tl.zeros((entry.block_m, entry.block_n), tl.float32)
+    for part in range(entry.parts):
+        slot = part * entry.samples + sample
+        addresses, mask = _workspace_tile(parts, entry, slot, row, column)
+        total += tl.load(addresses, mask, other=0.0)
+    return total
+
+
+@triton.jit
+def fsp_gradients(pointers, entries, COUNT: tl.constexpr):
+    """``ratio * slope @ other`` for every gradient; a tile of channels and positions each."""
     program = tl.program_id(0)
     start = 0
     for i in tl.static_range(COUNT):
@@ -129,12 +159,12 @@ def fsp_gradients(pointers, entries, COUNT: tl.constexpr, factors):
             row = index % rows * entries[i].block_own
             column = index // rows % columns * entries[i].block_k
             sample = index // (rows * columns)
-            _gradient_tile(pointers[i], entries[i], factors[i], sample, row, column)
+            _gradient_tile(pointers[i], entries[i], sample, row, column)
         start = stop
 
 
 @triton.jit
-def _gradient_tile(pointers, entry, factor, sample, row, column):
+def _gradient_tile(pointers, entry, sample, row, column):
     own, gradient, other, slope = pointers
     map_sample = sample + entry.first_sample
     result = tl.zeros((entry.block_own, entry.block_k), tl.float32)
@@ -149,7 +179,7 @@ def _gradient_tile(pointers, entry, factor, sample, row, column):
             columns = columns.to(tl.int64)
         mask = (rows < entry.own_channels)[:, None] & (columns < entry.other_channels)[None, :]
         offsets = rows[:, None] * entry.slope.row + columns[None, :] * entry.slope.column
-        x = tl.load(slope + offsets, mask, other=0.0) * factor
+        x = tl.load(slope + offsets, mask, other=0.0)
         y = load_tile(
             other,
             entry.other,
@@ -161,9 +191,9 @@ def _gradient_tile(pointers, entry, factor, sample, row, column):
             entry.block_other,
             entry.block_k,
         )
-        result = multiply_computed(x, y, result, entry.precision)
+        result = multiply_computed(x, y, result, own.dtype.element_ty, entry.precision)
     write_gradient(
-        result,
+        result * entry.ratio,
         own,
         entry.own,
         gradient,
@@ -179,8 +209,8 @@ def _gradient_tile(pointers, entry, factor, sample, row, column):
 
 
 @triton.jit
-def fsp_matrix_gradients(pointers, entries, COUNT: tl.constexpr, factors):
-    """``-factor * slope`` to the gradient of every ready matrix; a tile each."""
+def fsp_matrix_gradients(pointers, entries, COUNT: tl.constexpr):
+    """The gradient of every ready matrix, from its slope; a tile each."""
     program = tl.program_id(0)
     start = 0
     for i in tl.static_range(COUNT):
@@ -194,7 +224,7 @@ def fsp_matrix_gradients(pointers, entries, COUNT: tl.constexpr, factors):
             sample = index // (columns * rows)
             maps, workspace = pointers[i]
             addresses, mask = _workspace_tile(workspace, entries[i], sample, row, column)
-            slope = scaled_slope(tl.load(addresses, mask, other=0.0), factors[i], entries[i])
+            slope = tl.load(addresses, mask, other=0.0)
             map_sample = sample + entries[i].first_sample
             write_matrix_gradient(slope, maps, entries[i], map_sample, row, column)
         start = stop
@@ -209,3 +239,13 @@ def _workspace_tile(workspace, entry, slot, row, column):
         rows = rows.to(tl.int64)
     start = workspace + slot.to(tl.int64) * (entry.m * entry.n)
     return start + rows * entry.n + columns, (rows < entry.m) & (columns < entry.n)
+
+
+@triton.jit
+def _store_tile(tile, workspace, entry, slot, row, column):
+    """Write an fp32 tile to the matrix number ``slot``, in the workspace's dtype."""
+    addresses, mask = _workspace_tile(workspace, entry, slot, row, column)
+    if workspace.dtype.element_ty == tl.bfloat16:
+        tl.store(addresses, cast_finite(tile), mask)
+    else:
+        tl.store(addresses, tile, mask)
