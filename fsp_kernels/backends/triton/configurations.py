@@ -154,18 +154,16 @@ def configuration_of(
 
     A chip has no row for what would not fit its registers.
     """
+    fitting = (r for r in rows_of(kernel, kind, family, access) if r.limit >= size)
+    row = next(fitting, None)
+    return None if row is None else row.configuration
+
+
+def rows_of(kernel: str, kind: str, family: str, access: str) -> list[Row]:
+    """The rows that :func:`configuration_of` chooses among, by ascending limit."""
     wanted = (family, kernel, kind, access)
     found = [r for r in rows() if (r.family, r.kernel, r.kind, r.access) == wanted]
-    fitting = [r for r in found if r.limit >= size]
-    return min(fitting, key=lambda r: r.limit).configuration if fitting else None
-
-
-def largest_size(kernel: str, kind: str, family: str, access: str) -> int:
-    """The largest size that :func:`configuration_of` has a row for; 0 if there is none."""
-    wanted = (family, kernel, kind, access)
-    return max(
-        (r.limit for r in rows() if (r.family, r.kernel, r.kind, r.access) == wanted), default=0
-    )
+    return sorted(found, key=lambda row: row.limit)
 
 
 def family_of(capability: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fsp_kernels.backends.fused import axes_of
-from fsp_kernels.backends.triton.configurations import ACCESSES, configuration_of, largest_size
+from fsp_kernels.backends.triton.configurations import ACCESSES, rows_of
 from fsp_kernels.backends.triton.maps import unit_of
 from fsp_kernels.loss_plan import Limits, MapPlan, multiplied_dtypes
 from fsp_kernels.plan import HALF
@@ -20,19 +20,23 @@ def limits_of(
 ) -> Limits:
     """See :meth:`fsp_kernels.backends.Backend.limits`, for chips of a family."""
     row = kind_of(student, teacher, precision), family, access_of(student, teacher)
-    channels = largest_size("one_pass", *row)
-    one_pass = configuration_of("one_pass", *row, max(m.shape[1] for m in student))
     return Limits(
         evaluations=("one pass", "tiles"),
-        one_pass=(channels,) if channels else (),
-        gram_positions=largest_size("gram", *row),
-        # Pairs share a launch if they take equally many warps: more would slow the others down.
-        kernels=one_pass and one_pass.warps,
+        one_pass=_one_pass_sizes(*row),
+        gram_positions=max((r.limit for r in rows_of("gram", *row)), default=0),
         bf16_slopes=True,
         gram_in_memory=True,  # the compiler cannot keep the blocks on chip
         launch_pairs=MOST_PAIRS,
         launch_products=4 * MOST_PAIRS,
     )
+
+
+def _one_pass_sizes(kind: str, family: str, access: str) -> tuple[int, ...]:
+    """The most channels of each launch: pairs share one if they take equally many warps."""
+    by_warps = {
+        row.configuration.warps: row.limit for row in rows_of("one_pass", kind, family, access)
+    }
+    return tuple(sorted(by_warps.values()))
 
 
 def kind_of(student: Sequence[MapPlan], teacher: Sequence[MapPlan], precision: str) -> str:
