@@ -139,6 +139,10 @@ def test_of_positions_that_are_apart_none_lie_together():
     assert layout(torch.empty(2, 8, 16)[..., ::4]).unit.value == 1
 
 
+def test_samples_may_be_neighbours_in_memory():
+    assert layout(torch.empty(2, 8, 4).as_strided((2, 8, 4), (1, 2, 16))).unit.value == 1
+
+
 def test_a_row_ends_where_a_unit_does():
     """The last unit of a row must not reach into the next channel's."""
     x = torch.empty(160).as_strided((2, 5, 6), (80, 16, 1))

@@ -55,6 +55,6 @@ def _access_of_map(plan: MapPlan) -> str:
     axes = axes_of(plan.shape, plan.strides, plan.pooled_size)
     if not axes.flat:
         return "scattered"
-    neighbours = 1 in (*plan.strides[:2], axes.strides[2])
+    neighbours = 1 in (plan.strides[1], axes.strides[2])
     copied = unit_of(plan.strides, axes) * plan.dtype.itemsize >= SMALLEST_COPY
     return "aligned" if neighbours and copied else "odd"

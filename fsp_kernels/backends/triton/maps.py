@@ -69,17 +69,17 @@ def layout_of(
 def unit_of(strides: Sequence[int], axes: Axes) -> int:
     """The largest power of two, at most 16, of elements that always lie together in a row.
 
-    Rows begin at multiples of it, and end there: all strides but the 1 are divisible by it, and
-    the positions if it is these that are neighbours. A compiler that knows it reads 14 x 14 maps of
-    bf16 by 8 bytes; Triton by itself looks for multiples of 16 elements, and reads them by 2.
+    Rows begin at multiples of it, and end there: all strides but that of a row are divisible by it,
+    and the positions if it is these that are neighbours. A compiler that knows it reads 14 x 14
+    maps of bf16 by 8 bytes; Triton by itself looks for multiples of 16 elements, and reads them
+    by 2.
     """
+    sample, channel, position = *strides[:2], axes.strides[2]
     if not axes.flat:
         return 1
-    steps = (*strides[:2], axes.strides[2])
-    lengths = [t for t in steps if t != 1]
-    if axes.strides[2] == 1:
-        lengths.append(math.prod(axes.sizes))
-    return math.gcd(16, *lengths) if 1 in steps else 1
+    if position == 1:
+        return math.gcd(16, sample, channel, math.prod(axes.sizes))
+    return math.gcd(16, sample, position) if channel == 1 else 1
 
 
 @triton.jit
