@@ -112,7 +112,10 @@ FUSED_TF32 = Fused(5e-3, 5e-3, "each operand of each product rounded or cut to T
 def fused_bounds(pair: PairPlan, own: torch.dtype) -> Fused:
     """The row for a gradient of dtype ``own``, and for the loss, of one pair."""
     dtypes = {plan.dtype for plan in pair.maps}
-    loss = max(FUSED[pair.form, dtype].loss for dtype in dtypes)
+    # Products of maps are exact; only differences of half-precision maps are rounded.
+    exact = pair.form == "matrix" and not (pair.residual == "difference" and pair.halves)
+    kinds = {torch.float32} if exact else dtypes
+    loss = max(FUSED[pair.form, dtype].loss for dtype in kinds)
     # A residual beside half-precision maps is rounded to TF32 for their sake, as it is for fp16.
     gradient = FUSED[pair.form, own].gradient
     if dtypes.intersection(HALF):

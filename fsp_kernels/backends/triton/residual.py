@@ -37,7 +37,7 @@ class Entry(NamedTuple):
     n: Any  # constant
     student_positions: int
     teacher_positions: int
-    residual: Any  # constant: "difference", "direct" (in one loop), "apart" or "ready"
+    residual: Any  # constant: "difference", "apart" or "ready"
     norm: Any  # constant
     precision: Any  # constant, of fp32 products
     block_m: Any  # constant, as all below
