@@ -36,6 +36,7 @@ from benchmarks.machine_code import Loop, loops_of, product_of
 from benchmarks.tables import plain_table
 from benchmarks.workloads import BY_NAME, DTYPES, Workload
 from fsp_kernels.backends.triton.elementwise import BLOCK
+from fsp_kernels.backends.triton.gram import COMBINED_ROWS
 from fsp_kernels.backends.triton.launch import Launch
 from fsp_kernels.loss_plan import MapSpec
 from fsp_kernels.plan import fewest_flops
@@ -81,13 +82,19 @@ def _residual_steps(e: Any) -> int:
     return _cdiv(_cdiv(e.student_positions, e.block_k.value), e.parts.value)
 
 
+def _gram_steps(e: Any) -> int:
+    return _cdiv(_cdiv(max(e.m.value, e.n.value), e.block_m.value), e.parts.value)
+
+
 _cdiv = triton.cdiv
 # How many steps the loop of a function has for an entry of a launch.
 STEPS = {
     "residual.residual_tile": _residual_steps,
     "one_pass._sweep": lambda e: _cdiv(e.student_positions, e.block_k.value),
-    "gram._blocks": lambda e: _cdiv(e.m.value, e.block_m.value),
-    "gram._sweep": lambda e: _cdiv(e.m.value, e.block_m.value),
+    "gram._write_blocks": _gram_steps,
+    "gram._total": lambda e: e.parts.value,
+    "gram._total_of_columns": lambda e: e.parts.value,
+    "gram._sweep": _gram_steps,
     "tiles._total": lambda e: e.parts.value,
     "tiles._combine_columns": lambda e: _cdiv(e.m.value, e.block_m.value),
     "tiles._gradient_tile": lambda e: _cdiv(e.other_channels.value, e.block_other.value),
@@ -104,8 +111,12 @@ def programs_of(kernel: str, entry: Any) -> int:
     """Programs of a launch that serve an entry."""
     if kernel == "fsp_finish":
         return 1
-    if kernel in ("fsp_one_pass", "fsp_gram"):
+    if kernel == "fsp_one_pass":
         return entry.samples
+    if kernel in ("fsp_gram", "fsp_gram_gradients"):
+        return entry.samples * entry.parts.value * branches_of(kernel, entry)
+    if kernel == "fsp_gram_combine":
+        return entry.samples * entry.block_k.value // COMBINED_ROWS.value
     if kernel == "fsp_gradients":
         rows = _cdiv(entry.own_channels.value, entry.block_own.value)
         return entry.samples * rows * _cdiv(entry.positions, entry.block_k.value)
@@ -118,6 +129,12 @@ def programs_of(kernel: str, entry: Any) -> int:
     }[kernel]
 
 
+def branches_of(kernel: str, entry: Any) -> int:
+    """Ways through a kernel for an entry, each with code of its own; a program takes one."""
+    wanted = sum(x is not None for x in getattr(entry, "gradients", ()))
+    return {"fsp_gram": 2, "fsp_gram_gradients": wanted}.get(kernel, 1)
+
+
 def touched_by(kernel: str, tensors: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
     """What a launch reads and what it writes."""
     pointers = tensors[0]
@@ -125,12 +142,14 @@ def touched_by(kernel: str, tensors: Sequence[Any]) -> tuple[list[Tensor], list[
         return [pointers], [tensors[1]]
     if kernel == "fsp_gradients":
         return [x for p in pointers for x in p[2:]], [p[1] for p in pointers]
-    if kernel == "fsp_combine":
+    if kernel in ("fsp_combine", "fsp_gram_combine"):
         return [parts for parts, _ in pointers], [x for _, x in pointers if x is not None]
     reads = [x for p in pointers for x in p[:4]]
     writes = [x for p in pointers for x in p[4:]]
+    if kernel == "fsp_gram_gradients":
+        reads += tensors[1]
     if kernel in ("fsp_residual", "fsp_gram"):
-        writes += tensors[1]
+        writes = [*tensors[1]]
     return [x for x in reads if x is not None], [x for x in writes if x is not None]
 
 
@@ -211,10 +230,12 @@ def facts_of(
     longest = l2 = 0.0
     for entry, own in zip(entries, loops_by_entry(loops, entries), strict=True):
         programs, program = programs_of(kernel, entry), 2.0 * MEMORY  # to begin and to end
+        branches = branches_of(kernel, entry)
         stages = entry.stages.value if hasattr(entry, "stages") else 1
         for loop, steps in [*steps_of(entry, own), (once, 1)]:
             step = step_cycles(loop, warps, stages, beside, chip)
             binds = max(step, key=lambda name: step[name])
+            steps /= branches
             program += steps * step[binds]
             cycles[binds] += steps * step[binds] * programs / (chip.sms * beside)
             l2 += steps * programs * warps * LANES * bytes_of(loop, "LDG", "STG")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 from fsp_kernels.loss_plan import Limits, PairPlan, Step
 
@@ -35,10 +35,10 @@ def steps_of(chosen: Sequence[Chosen]) -> Iterator[Step]:
 def _steps_of(members: Sequence[int], chosen: Sequence[Chosen]) -> Iterator[Step]:
     """The chunks of samples of some pairs that share their launches."""
     pair, limits = chosen[members[0]]
-    by_tiles = pair.evaluation == "tiles"
+    stores = pair.evaluation in ("tiles", "blocks")
     scratch = sum(chosen[i][0].scratch_bytes for i in members)
     chunks = max(math.ceil(chosen[i][0].batch / chosen[i][0].samples) for i in members)
-    for chunk in range(chunks if by_tiles else 1):
+    for chunk in range(chunks if stores else 1):
         here = tuple(i for i in members if chunk * chosen[i][0].samples < chosen[i][0].batch)
         launches = _launches([chosen[i][0] for i in here], limits)
         yield Step(pair.evaluation, pair.form, here, chunk, launches, scratch)
@@ -51,13 +51,22 @@ def _launches(pairs: Sequence[PairPlan], limits: Limits) -> tuple[str, ...]:
         return ()
     if evaluation == "one pass":
         return ("gram",) if form == "gram" else ("one_pass",)
-    maps = [m for p in pairs for m in (p.maps if len(p.teacher) == 2 else p.student)]
+    if evaluation == "blocks":
+        gradients = any(p.wants_gradients for p in pairs)
+        return ("gram", "gram_combine", *(("gram_gradients",) if gradients else ()))
     ready = [p for p in pairs if len(p.teacher) == 1 and p.teacher[0].gradient_dtype is not None]
-    products = sum(m.gradient_dtype is not None for m in maps)
+    products = _wanted(p for p in pairs if not p.blas_gradients)
     combines = any(not p.finishes for p in pairs)
     return (
         "residual",
         *(("combine",) if combines else ()),
         *("gradients",) * math.ceil(products / limits.launch_products),
+        *("bmm",) * _wanted(p for p in pairs if p.blas_gradients),
         *("matrix_gradients",) * math.ceil(len(ready) / limits.launch_products),
     )
+
+
+def _wanted(pairs: Iterable[PairPlan]) -> int:
+    """The gradients of maps that pairs want."""
+    maps = [m for p in pairs for m in (p.maps if len(p.teacher) == 2 else p.student)]
+    return sum(m.gradient_dtype is not None for m in maps)

@@ -18,7 +18,7 @@ from torch import Tensor
 # summed together or, where their positions differ, apart; or from a product and a ready matrix.
 Residual = Literal["difference", "direct", "apart", "ready"]
 Form = Literal["matrix", "gram"]
-Evaluation = Literal["chunks", "one pass", "tiles"]
+Evaluation = Literal["chunks", "one pass", "tiles", "blocks"]
 Pool = Literal["none", "max", "avg"]
 
 HALF = (torch.float16, torch.bfloat16)
@@ -117,22 +117,22 @@ class Limits(NamedTuple):
     ``evaluations`` are those that it has. The other fields bound them: ``one_pass`` are the most
     channels of the residuals that its kernels keep on chip, ascending, one for each kernel;
     ``gram_positions`` are the most that the Gram form can have, ``None`` for any.
-    ``gram_flop_cost`` is the time of a flop of a Gram block over that of any other, and
-    ``gram_in_memory`` says that the blocks of all samples wait in device memory.
+    ``gram_flop_cost`` is the time of a flop of a Gram block over that of any other.
 
     ``exact_halves`` says that products of half-precision maps are exact, while their differences
-    would be rounded; ``bf16_slopes`` that tiles beside maps of bf16 are stored in it. Pairs share
-    a launch where ``kernels`` are equal: at most ``launch_pairs`` of them, ``launch_products``
-    gradients.
+    would be rounded; ``bf16_slopes`` that tiles beside maps of bf16 are stored in it;
+    ``blas_gradients`` that BLAS has fast kernels for the products of such tiles and these maps.
+    Pairs share a launch where ``kernels`` are equal: at most ``launch_pairs`` of them,
+    ``launch_products`` gradients.
     """
 
     evaluations: tuple[Evaluation, ...] = ("chunks",)
     one_pass: tuple[int, ...] = ()
     gram_positions: int | None = None
     gram_flop_cost: float = 1.0
-    gram_in_memory: bool = False
     exact_halves: bool = False
     bf16_slopes: bool = False
+    blas_gradients: bool = False
     kernels: Hashable = None
     launch_pairs: int = 1
     launch_products: int = 1
@@ -144,10 +144,12 @@ class PairPlan:
 
     ``teacher`` holds two maps, or one when it is a ready matrix. ``evaluation`` is ``"chunks"``
     for backends that take a chunk of samples at a time. Fused kernels hold a sample's residual or
-    Gram blocks in one program (``"one pass"``), or store it by tiles (``"tiles"``), ``parts``
-    programs to a tile. Work proceeds ``samples`` at a time. ``passes`` is 1 when these are still at
-    hand for the second sweep and 2 when the maps come from memory twice. ``scratch_bytes`` are held
-    during the pair's step alone, ``pooled_bytes`` for the whole call.
+    Gram blocks in one program (``"one pass"``), or store tiles of the residual (``"tiles"``) or
+    Gram blocks (``"blocks"``), ``parts`` programs to each. Work proceeds ``samples`` at a time.
+    ``passes`` is 1 when these are still at hand for the second sweep and 2 when the maps come from
+    memory twice. With ``blas_gradients`` PyTorch's batched product computes the gradients from the
+    tiles that kernels stored. ``scratch_bytes`` are held during the pair's step alone,
+    ``pooled_bytes`` for the whole call.
     """
 
     batch: int
@@ -165,6 +167,7 @@ class PairPlan:
     scratch_bytes: int
     pooled_bytes: int = 0
     slope_dtype: torch.dtype | None = None  # of stored tiles, if gradients are wanted
+    blas_gradients: bool = False
 
     @property
     def maps(self) -> tuple[MapPlan, ...]:
@@ -303,7 +306,8 @@ class LossPlan:
     def launches(self) -> tuple[str, ...]:
         """The kernels that are launched for value and gradients, in order; of fused backends.
 
-        Where windows of pooling are no whole numbers, PyTorch's pooling comes before and after.
+        ``bmm`` is a batched product of PyTorch, by BLAS. Where windows of pooling are no whole
+        numbers, PyTorch's pooling comes before and after.
         """
         names = [name for step in self.steps for name in step.launches]
         return (*names, "finish") if names else ()
@@ -365,7 +369,8 @@ def _row(index: int, pair: PairPlan) -> tuple[str, ...]:
 def _how(pair: PairPlan) -> str:
     if pair.evaluation == "chunks":
         return "one pass" if pair.passes == 1 else "two passes"
-    return pair.evaluation if pair.parts == 1 else f"{pair.evaluation} in {pair.parts} parts"
+    parts = "" if pair.parts == 1 else f" in {pair.parts} parts"
+    return pair.evaluation + parts + (", gradients by BLAS" if pair.blas_gradients else "")
 
 
 def _amounts(flops: int, bytes_moved: int, extra_bytes: int) -> tuple[str, str, str]:

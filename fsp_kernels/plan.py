@@ -68,6 +68,11 @@ GPU_GRAM_POSITIONS = 64
 # positions are split. A constant, not the device's, so that results do not depend on the device.
 GPU_PROGRAMS = 256
 GPU_PART_POSITIONS = 512  # and no part is shorter than this
+GPU_PART_CHANNELS = 128  # the same, of a sum over channels
+# The flops for each byte of a gradient's product from which BLAS is faster than our own kernel, by
+# what the machine code of that says: below, memory binds both.
+GPU_BLAS_INTENSITY = 128
+GRAM_BLOCKS = 6  # of each sample
 FP32_BYTES = torch.float32.itemsize
 
 
@@ -184,6 +189,7 @@ def _pair_plans(
                 evaluation=how.evaluation,
                 parts=how.parts,
                 slope_dtype=how.slope_dtype,
+                blas_gradients=how.blas_gradients,
                 passes=how.passes,
                 samples=how.samples,
                 flops=batch * flops[form],
@@ -220,6 +226,7 @@ class _Evaluation(NamedTuple):
     pooled_bytes: int = 0
     parts: int = 1
     slope_dtype: torch.dtype | None = None
+    blas_gradients: bool = False
 
 
 def _chunked_evaluations(
@@ -314,21 +321,37 @@ def _fused_evaluations(
     networks = maps[::2] if len(maps) == 4 else maps[:1]  # the first map of each there is
     pooled = batch * sum(_pooled_workspace(plan) for plan in maps)
     if form == "gram":
-        kept = batch * gram_blocks(maps) * gram_block(maps[0].positions) ** 2 * FP32_BYTES
-        yield _Evaluation("one pass", batch, 1, kept if limits.gram_in_memory else 0, pooled)
+        if "blocks" not in limits.evaluations:
+            yield _Evaluation("one pass", batch, 1, 0, pooled)
+            return
+        # As many programs as there are samples, for each side, would not fill a device.
+        parts = max(1, min(GPU_PROGRAMS // (2 * batch), max(m, n) // GPU_PART_CHANNELS))
+        block = gram_block(maps[0].positions) ** 2 * FP32_BYTES
+        stored = (GRAM_BLOCKS * parts + gram_operands(maps)) * block
+        samples = _chunk_of_stored(batch, stored)
+        yield _Evaluation("blocks", samples, 2, samples * stored, pooled, parts)
         return
     if max(m, n) <= max(limits.one_pass, default=0):
         yield _Evaluation("one pass", batch, 1, 0, pooled)
     k = max(plan.positions for plan in networks)
     gradients = any(plan.gradient_dtype for plan in maps)
-    tiles = batch * math.ceil(m / GPU_TILE_CHANNELS) * math.ceil(n / GPU_TILE_CHANNELS)
-    parts = parts_of(tiles, k)
+    programs = batch * math.ceil(m / GPU_TILE_CHANNELS) * math.ceil(n / GPU_TILE_CHANNELS)
+    parts = parts_of(programs, k)
     slope_dtype = _slope_dtype(maps, limits) if gradients else None
     stored = 0 if slope_dtype is None else slope_dtype.itemsize * m * n
     if parts > 1 or norm == "column":  # the slopes replace the first part where they can
         stored = FP32_BYTES * m * n * parts + (stored if slope_dtype == torch.bfloat16 else 0)
-    samples = _equal_chunks(batch, max(1, CHUNK_BYTES["cuda"] // max(1, stored)))
-    yield _Evaluation("tiles", samples, 2, samples * stored, pooled, parts, slope_dtype)
+    samples = _chunk_of_stored(batch, stored)
+    tiles = _Evaluation("tiles", samples, 2, samples * stored, pooled, parts, slope_dtype)
+    suits_blas = limits.blas_gradients and slope_dtype == torch.bfloat16
+    yield from _with_blas(tiles, m, n, k) if suits_blas else [tiles]
+
+
+def _with_blas(tiles: _Evaluation, m: int, n: int, k: int) -> list[_Evaluation]:
+    """Stored tiles of bf16 whose gradients our kernel or BLAS may compute, the faster first."""
+    elements = m * n + (m + n) * k  # read and written, of one gradient
+    by_blas = 2 * m * n * k > GPU_BLAS_INTENSITY * elements * torch.bfloat16.itemsize
+    return [tiles._replace(blas_gradients=x) for x in (by_blas, not by_blas)]
 
 
 def _slope_dtype(maps: Sequence[MapPlan], limits: Limits) -> torch.dtype:
@@ -343,18 +366,23 @@ def parts_of(tiles: int, positions: int) -> int:
     return max(1, min(GPU_PROGRAMS // tiles, positions // GPU_PART_POSITIONS))
 
 
-def gram_blocks(maps: Sequence[MapPlan]) -> int:
-    """Blocks that wait in memory for each sample of a Gram form, where they do.
+def gram_operands(maps: Sequence[MapPlan]) -> int:
+    """Blocks of each sample that the gradients of a Gram form are products with.
 
-    Three, and two for each gradient, with places for the teacher's if any of these is wanted.
+    Two for each gradient, with places for the teacher's if any of these is wanted.
     """
     wanted = [plan.gradient_dtype is not None for plan in maps]
-    return 3 + (8 if any(wanted[2:]) else 4 if any(wanted) else 0)
+    return 8 if any(wanted[2:]) else 4 if any(wanted) else 0
 
 
 def gram_block(positions: int) -> int:
     """The side of such a block: a power of two."""
     return max(16, 1 << (positions - 1).bit_length())
+
+
+def _chunk_of_stored(batch: int, stored: int) -> int:
+    """Samples at a time where so many bytes of each are stored."""
+    return _equal_chunks(batch, max(1, CHUNK_BYTES["cuda"] // max(1, stored)))
 
 
 def _equal_chunks(batch: int, most: int) -> int:

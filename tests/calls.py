@@ -41,7 +41,7 @@ class Regime(NamedTuple):
     def of(self, norm: str) -> Regime:
         """How these shapes are evaluated by a norm."""
         if norm == "column" and self.form == "gram":  # it needs the columns of the residual
-            return self._replace(evaluation="tiles", form="matrix")
+            return self._replace(evaluation="tiles", form="matrix", parts=1)
         return self
 
 
@@ -66,13 +66,14 @@ SIZES = {
         tile=Tile(16, 16),
         regimes={
             "one pass": Regime((7, 13), (6, 3), "one pass"),
-            "gram": Regime((20, 17), (1, 3), "one pass", form="gram"),
+            "gram": Regime((20, 17), (1, 3), "blocks", form="gram", parts=2),
             "tiles": Regime((17, 20), (6, 3), "tiles"),
             "tiles in parts": Regime((20, 15), (5, 9), "tiles", parts=2),
         },
         limits={
             "GPU_TILE_CHANNELS": 16,
             "GPU_PART_POSITIONS": 20,
+            "GPU_PART_CHANNELS": 10,
         },
     ),
     # Those of CUDA C++ are what csrc/ says: residuals of 64 or 128 channels by 32 positions,

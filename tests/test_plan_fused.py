@@ -59,8 +59,8 @@ TABLE = [
     (64, 64, 56, "one pass", "one pass"),
     (128, 64, 16, "one pass", "tiles"),
     (128, 128, 28, "one pass", "tiles"),
-    (512, 512, 7, "one pass", "one pass"),  # Gram form
-    (2048, 2048, 7, "one pass", "one pass"),
+    (512, 512, 7, "blocks", "blocks"),
+    (2048, 2048, 7, "blocks", "blocks"),
     (256, 256, 14, "tiles", "tiles"),
     (512, 512, 14, "tiles", "tiles"),
     (1024, 1024, 14, "tiles", "tiles"),
@@ -114,6 +114,56 @@ def test_averages_are_no_longer_half_precision():
     assert not pair_of(64, 64, 16, second_size=8, pool="avg").halves
 
 
+# --- gradients by BLAS ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "by_blas"),
+    [
+        ((512, 512, 28), True),
+        ((1024, 1024, 16), True),
+        ((768, 768, (196,)), False),  # rows of 392 bytes, no multiple of 16; as tokens they are
+        ((1024, 1024, 14), False),
+        ((256, 256, 56), False),  # memory binds
+        ((512, 516, 28), False),  # the tiles' rows are 1032 bytes
+    ],
+)
+def test_blas_computes_the_gradients_of_large_products_of_whole_16_bytes(shape, by_blas):
+    assert pair_of(*shape).blas_gradients == by_blas
+    assert ("gradients by BLAS" in str(plan(*shape))) == by_blas
+    assert plan(*shape).launches.count("bmm") == (2 if by_blas else 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": FP16},  # whose slopes would be too small
+        {"dtype": FP32},
+        {"teacher_dtype": FP32},
+        {"second_size": 56},
+        {"ready": True},
+        {"gradients": False},
+        {"backend": "torch"},
+    ],
+    ids=str,
+)
+def test_blas_computes_no_gradients_of_other_than_plain_maps_of_bf16(options):
+    assert pair_of(512, 512, 28).blas_gradients
+    assert not pair_of(512, 512, 28, **options).blas_gradients
+
+
+def test_blas_takes_the_maps_of_transformers():
+    tokens = MapSpec(
+        (64, 768, 196), BF16, torch.device("cuda"), torch.strided, True, (768 * 196, 1, 768)
+    )
+    maps = ((tokens, tokens),)
+    assert (
+        plan_loss(maps, maps, "max", "frobenius", BACKENDS["triton"], "tf32x3")
+        .pairs[0]
+        .blas_gradients
+    )
+
+
 # --- parts and samples ----------------------------------------------------------------------------
 
 
@@ -165,11 +215,23 @@ def test_no_matrix_is_held_unless_tiles_are_stored(m, n, size, halves, _fp32):
         assert plan(m, n, size, batch=1024, gradients=False).workspace_bytes == 0
 
 
-@pytest.mark.parametrize(("gradients", "blocks"), [(False, 3), (True, 3 + 2 * 2)])
-def test_gram_form_holds_its_blocks(gradients, blocks):
-    # Each a power of two wide, 64 for 49 positions.
+@pytest.mark.parametrize(("gradients", "operands"), [(False, 0), (True, 2 * 2)])
+def test_gram_form_holds_its_blocks(gradients, operands):
+    # Each a power of two wide, 64 for 49 positions; and what the gradients are products with.
     got = plan(512, 256, 7, gradients=gradients)
-    assert got.workspace_bytes == 32 * blocks * 64 * 64 * 4
+    parts = got.pairs[0].parts
+    assert got.workspace_bytes == 32 * (parts * 6 + operands) * 64 * 64 * 4
+
+
+def test_channels_are_split_where_samples_would_not_fill_a_device():
+    assert [pair_of(512, 512, 7, batch=n).parts for n in (1, 32, 64, 128)] == [4, 4, 2, 1]
+    assert pair_of(2048, 2048, 7, batch=1).parts == 16  # no part is shorter than 128 channels
+
+
+def test_gram_blocks_stay_within_the_budget_of_a_workspace():
+    got = pair_of(512, 512, 7, batch=2048)
+    assert got.samples < 2048
+    assert got.workspace_bytes <= planning.CHUNK_BYTES["cuda"]
 
 
 def test_pairs_in_one_launch_hold_their_workspaces_together():
@@ -209,7 +271,7 @@ def test_what_is_pooled_before_takes_memory():
     ("arguments", "text"),
     [
         ((64, 64, 16), "difference, matrix form, one pass"),
-        ((512, 512, 7), "difference, gram form, one pass"),
+        ((512, 512, 7), "difference, gram form, blocks in 4 parts"),
         ((256, 256, 14), "difference, matrix form, tiles"),
     ],
 )

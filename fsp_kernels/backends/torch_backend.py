@@ -224,13 +224,13 @@ def _residual(chunks: Sequence[_Chunk], pair: PairPlan) -> Tensor:
         nowhere = chunks[0].reachable is None and chunks[1].reachable is None
         if nowhere and (block := _difference_block(a, b)) < a.shape[2]:
             return _difference_by_blocks(out, (a, b), (teacher[0], teacher[1]), scale, block)
-        _bmm(out, chunks[0].minus(chunks[2]), b.mT, scale)
-        return _bmm(out, teacher[0], chunks[1].minus(chunks[3]).mT, scale, keep=True)
-    _bmm(out, a, b.mT, scale)
+        bmm_into(out, chunks[0].minus(chunks[2]), b.mT, scale)
+        return bmm_into(out, teacher[0], chunks[1].minus(chunks[3]).mT, scale, keep=True)
+    bmm_into(out, a, b.mT, scale)
     if len(teacher) == 1:
         return out.sub_(teacher[0])
     c, d = teacher
-    return _bmm(out, c, d.mT, -1 / c.shape[2], keep=True)
+    return bmm_into(out, c, d.mT, -1 / c.shape[2], keep=True)
 
 
 def _difference_block(a: Tensor, b: Tensor) -> int:
@@ -254,8 +254,8 @@ def _difference_by_blocks(
         width = min(block, positions - start)
         torch.sub(a[..., here], c[..., here], out=p[..., :width])
         torch.sub(b[..., here], d[..., here], out=q[..., :width])
-        _bmm(out, p[..., :width], b[..., here].mT, scale, keep=start > 0)
-        _bmm(out, c[..., here], q[..., :width].mT, scale, keep=True)
+        bmm_into(out, p[..., :width], b[..., here].mT, scale, keep=start > 0)
+        bmm_into(out, c[..., here], q[..., :width].mT, scale, keep=True)
     return out
 
 
@@ -312,7 +312,7 @@ def _gram_blocks(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
                 for to, part in zip(wide, (u, v), strict=True)
             )
         for out, left, right in ((xx, u, u), (yx, v, u), (yy, v, v)):
-            _bmm(out, left.mT, right, 1, keep=start > 0)
+            bmm_into(out, left.mT, right, 1, keep=start > 0)
     return xx, yx, yy
 
 
@@ -321,10 +321,10 @@ def _accumulate(out: Tensor, terms: Sequence[Term]) -> None:
         if y is None:
             torch.mul(x, alpha, out=out)
         else:
-            _bmm(out, x, y, alpha, keep=i > 0)
+            bmm_into(out, x, y, alpha, keep=i > 0)
 
 
-def _bmm(out: Tensor, x: Tensor, y: Tensor, alpha: float, keep: bool = False) -> Tensor:
+def bmm_into(out: Tensor, x: Tensor, y: Tensor, alpha: float, keep: bool = False) -> Tensor:
     """``out = alpha * x @ y``, added to what ``out`` holds if ``keep``; one BLAS call per batch.
 
     A channels-last ``out`` is a transposed one: BLAS then computes ``y^T x^T`` into ``out^T``.

@@ -76,6 +76,13 @@ def launched(backend, programs, monkeypatch):
             call(self, *arguments)
 
     monkeypatch.setattr(launch.Launch, "__call__", record)
+    multiply = triton_loss.bmm_into
+
+    def record_product(*arguments):
+        kernels.append("bmm")
+        return multiply(*arguments)
+
+    monkeypatch.setattr(triton_loss, "bmm_into", record_product)
 
     def of(plan, maps, runs=True):
         record.runs = runs
@@ -116,6 +123,15 @@ def test_each_evaluation_launches_what_its_plan_tells(launched, regime, norm):
     check(launched, student, teacher, norm=norm)
     ready = [tensor(1, *regime.channels, dtype=regime.dtype)]
     check(launched, student, ready, norm=norm)
+
+
+def test_products_by_blas_are_told_of(launched, backend, small):
+    if backend == "cuda":
+        pytest.skip("its gradients are all its own kernels'")
+    small(GPU_BLAS_INTENSITY=0)
+    maps = [tensor(2, c, 4, 8, dtype=torch.bfloat16) for c in (32, 24) * 2]
+    plan = check(launched, [tuple(maps[:2])], [tuple(maps[2:])])
+    assert plan.launches == ("residual", *("bmm",) * 4, "finish")
 
 
 @pytest.mark.usefixtures("small")

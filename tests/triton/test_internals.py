@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calls import BF16, DEVICE, DTYPES, FP32, ROADS, check, four_of, tensor
+from calls import BF16, DEVICE, DTYPES, FP32, ROADS, Regime, check, four_of, tensor
 from tolerances import assert_near
 
 import fsp_kernels as fsp
@@ -15,6 +15,23 @@ from fsp_kernels.backends.triton import configurations, elementwise, maps, produ
 from fsp_kernels.backends.triton.launch import Launch
 
 every_regime = pytest.mark.parametrize("regime", ROADS, indirect=True)
+
+
+# --- gradients by BLAS ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", [(0, 1), (0, 1, 2, 3), (1,), (2,)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("norm", ["frobenius", "column"])
+def test_blas_writes_the_same_gradients(small, layout, norm, wanted):
+    regime = Regime((32, 24), (4, 8), "tiles", dtype=BF16)
+    small(GPU_BLAS_INTENSITY=0, CHUNK_BYTES={"cuda": 1 << 12})
+    student, teacher = four_of(regime, batch=3, layout=layout, grad=False)
+    for i in wanted:
+        (*student[0], *teacher[0])[i].requires_grad_()
+    plan = check(student, teacher, regime, norm=norm)
+    assert len(plan.steps) > 1  # chunks of samples
+    assert plan.launches.count("bmm") == len(plan.steps) * len(wanted)
 
 
 # --- offsets of 64 bits ---------------------------------------------------------------------------

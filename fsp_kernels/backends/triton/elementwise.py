@@ -19,12 +19,17 @@ BLOCK = 1024  # fp32 elements: 16 bytes for each thread of 8 warps
 
 @triton.jit
 def fsp_finish(partials, out, count, BLOCK: tl.constexpr):
-    """The sum of ``partials (count,)`` in a fixed order, by one program."""
+    """The sum of ``partials (count,)`` in a fixed order, by one program; not below zero.
+
+    Those of a Gram form may be, for rounding errors that are larger than the loss. What overflows
+    there becomes NaN, not zero.
+    """
     total = tl.zeros((BLOCK,), tl.float32)
     index = tl.arange(0, BLOCK)
     for start in range(0, count, BLOCK):
         total += tl.load(partials + start + index, start + index < count, other=0.0)
-    tl.store(out, tl.sum(total))
+    loss = tl.sum(total)
+    tl.store(out, tl.where(loss < 0, 0 * loss, loss))
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from fsp_kernels.backends.triton.maps import MapLayout, layout_of
 from fsp_kernels.backends.triton.residual import Entry, MatrixLayout
 from fsp_kernels.backends.triton.tiles import GradientEntry
 from fsp_kernels.loss_plan import MapPlan, PairPlan
-from fsp_kernels.plan import gram_block, gram_blocks
+from fsp_kernels.plan import GPU_PROGRAMS, gram_block, gram_operands
 
 COMBINED = 32  # rows and columns of the tile that a program of fsp_combine takes at a time
 
@@ -56,15 +56,25 @@ class Pair:
         c = self._configuration("one_pass", max(m, n))
         return self._entry(c._replace(block_m=_power(m), block_n=_power(n))), c.warps
 
-    def gram_entry(self) -> tuple[Entry, int]:
+    def gram_entry(self, chunk: int) -> tuple[Entry, int]:
         c = self._configuration("gram", self.plan.positions)
         c = c._replace(block_k=gram_block(self.plan.positions))
-        return self._entry(c, kept=gram_blocks(self.plan.maps)), c.warps
+        samples, start = self._samples_of(chunk)
+        kept = gram_operands(self.plan.maps)
+        return self._entry(c, samples, start, self.plan.parts, kept=kept), c.warps
+
+    def _samples_of(self, chunk: int) -> tuple[int, int]:
+        """How many a chunk has, and the first."""
+        start = chunk * self.plan.samples
+        return min(self.plan.samples, self.plan.batch - start), start
 
     def residual_entry(self, chunk: int) -> tuple[Entry, int]:
         c = self._configuration("residual")
-        start = chunk * self.plan.samples
-        samples = min(self.plan.samples, self.plan.batch - start)
+        samples, start = self._samples_of(chunk)
+        m, n = self.plan.channels
+        tiles = triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n)
+        if c.block_n > c.block_m and samples * self.plan.parts * tiles < GPU_PROGRAMS:
+            c = c._replace(block_n=c.block_m)  # more programs, to fill a device
         return self._entry(c, samples, start, self.plan.parts, self.plan.finishes), c.warps
 
     def combine_entry(self, residual: Entry) -> Entry:

@@ -1,4 +1,4 @@
-"""The loss in one pass, Gram form: few positions, many channels; one program for each sample.
+"""The loss in Gram form: few positions, many channels.
 
 With the differences ``p = a - c`` and ``q = b - d`` of residual.py, and ``pp`` for ``p^T p``,
 
@@ -8,9 +8,11 @@ With the differences ``p = a - c`` and ``q = b - d`` of residual.py, and ``pp`` 
     D d   = p (bb - qb^T) + c (qb - qq)     D^T c = b cp^T + q cc
 
 so only six ``K x K`` blocks are accumulated, and no ``m x n`` object exists. Below, ``x, y`` stand
-for ``p, c`` on the side of the first maps and for ``b, q`` on that of the second. Blocks that are
-not being worked on wait in memory, 16 KB each that stay in cache: they would take more registers
-than there are.
+for ``p, c`` on the side of the first maps and for ``b, q`` on that of the second.
+
+The first launch writes the blocks of parts of the channels, since the samples alone would not fill
+the device. The second adds the parts; it writes the loss, and what the gradients are products with.
+The third writes the gradients.
 """
 
 from __future__ import annotations
@@ -20,111 +22,169 @@ import triton.language as tl
 
 from fsp_kernels.backends.triton.arithmetic import multiply, round_to_tf32
 from fsp_kernels.backends.triton.maps import load_tile, write_gradient
-from fsp_kernels.backends.triton.residual import difference
+from fsp_kernels.backends.triton.residual import difference, range_of
+from fsp_kernels.plan import GRAM_BLOCKS
+
+BLOCKS = tl.constexpr(GRAM_BLOCKS)  # in this order: pp, cp, cc, bb, qb, qq
+# Rows of all blocks that a program of the second launch adds: several programs serve a sample.
+COMBINED_ROWS = tl.constexpr(16)
 
 
 @triton.jit
-def fsp_gram(pointers, scratches, partials, entries, first, COUNT: tl.constexpr, factors):
-    """Weighted losses, one for each program, into ``partials``, and all gradients asked for.
+def fsp_gram(pointers, workspaces, entries, COUNT: tl.constexpr):
+    """Write the blocks of parts of the channels, ``(parts, samples, BLOCKS, block_k, block_k)``.
 
-    ``scratches`` hold ``kept`` blocks ``(block_k, block_k)`` for each sample: three of the first
-    side, and the two of each gradient.
+    A program has one part of one side.
     """
     program = tl.program_id(0)
     start = 0
     for i in tl.static_range(COUNT):
-        stop = start + entries[i].samples
+        stop = start + 2 * entries[i].parts * entries[i].samples
         if (program >= start) & (program < stop):
-            loss = _sample(pointers[i], scratches[i], entries[i], factors[i], program - start)
-            tl.store(partials + first + program, loss)
+            index = (program - start) // 2
+            part = index % entries[i].parts
+            sample = index // entries[i].parts
+            slot = part * entries[i].samples + sample
+            sample += entries[i].first_sample
+            if (program - start) % 2 == 0:
+                _write_blocks(pointers[i], workspaces[i], entries[i], 0, sample, part, slot)
+            else:
+                _write_blocks(pointers[i], workspaces[i], entries[i], 1, sample, part, slot)
         start = stop
 
 
 @triton.jit
-def _sample(pointers, scratch, entry, factor, sample):
-    pp, cp, cc = _blocks(pointers, entry, 0, sample)
-    tl.store(_kept(scratch, entry, 0, sample), pp)
-    tl.store(_kept(scratch, entry, 1, sample), cp)
-    tl.store(_kept(scratch, entry, 2, sample), cc)
-    bb, qb, qq = _blocks(pointers, entry, 1, sample)
-    tl.debug_barrier()  # what is kept is read by other threads than wrote it
-    pp = tl.load(_kept(scratch, entry, 0, sample))
-    cp = tl.load(_kept(scratch, entry, 1, sample))
-    cc = tl.load(_kept(scratch, entry, 2, sample))
-    # Scaled before products, which may overflow without.
-    inverse = 1.0 / entry.student_positions
-    inverse *= inverse
-    products = pp * inverse * bb + 2 * (cp * inverse) * qb + cc * inverse * qq
-    loss = tl.sum(tl.sum(products, axis=1))
-    # Rounding errors may be larger than the loss. An overflow becomes NaN here, not zero.
-    loss = tl.where(loss < 0, 0 * loss, loss)
-    scale = 2 * factor * inverse
-    if pointers[4] is not None:
-        _keep(scale, bb, qb, scratch, entry, 0, sample)
-    if pointers[5] is not None:
-        _keep(scale, pp + tl.trans(cp), cp + cc, scratch, entry, 1, sample)
-    if pointers[6] is not None:
-        _keep(-scale, bb - tl.trans(qb), qb - qq, scratch, entry, 2, sample)
-    if pointers[7] is not None:
-        _keep(-scale, tl.trans(cp), cc, scratch, entry, 3, sample)
-    tl.debug_barrier()
-    if pointers[4] is not None:
-        _sweep(pointers, scratch, entry, 0, sample)
-    if pointers[5] is not None:
-        _sweep(pointers, scratch, entry, 1, sample)
-    if pointers[6] is not None:
-        _sweep(pointers, scratch, entry, 2, sample)
-    if pointers[7] is not None:
-        _sweep(pointers, scratch, entry, 3, sample)
-    return loss * factor
-
-
-@triton.jit
-def _blocks(pointers, entry, SIDE: tl.constexpr, sample):
-    """``x^T x``, ``y^T x`` and ``y^T y``, each ``(block_k, block_k)``, of one side."""
+def _write_blocks(pointers, workspace, entry, SIDE: tl.constexpr, sample, part, slot):
+    """``x^T x``, ``y^T x`` and ``y^T y``, of one side."""
     xx = tl.zeros((entry.block_k, entry.block_k), tl.float32)
     yx = tl.zeros((entry.block_k, entry.block_k), tl.float32)
     yy = tl.zeros((entry.block_k, entry.block_k), tl.float32)
     C: tl.constexpr = entry.m if SIDE == 0 else entry.n
-    for channel in tl.range(0, C, entry.block_m, num_stages=entry.stages):
+    begin, end = range_of(part, entry.parts, C, entry.block_m)
+    for channel in tl.range(begin, end, entry.block_m, num_stages=entry.stages):
         x, y = _load_sides(pointers, entry, SIDE, C, sample, channel)
         xx = multiply(tl.trans(x), x, xx, entry.precision)
         yx = multiply(tl.trans(y), x, yx, entry.precision)
         yy = multiply(tl.trans(y), y, yy, entry.precision)
-    return xx, yx, yy
+    rows = tl.arange(0, entry.block_k)
+    tl.store(_rows(workspace, entry, BLOCKS, slot, 3 * SIDE, rows), xx)
+    tl.store(_rows(workspace, entry, BLOCKS, slot, 3 * SIDE + 1, rows), yx)
+    tl.store(_rows(workspace, entry, BLOCKS, slot, 3 * SIDE + 2, rows), yy)
 
 
 @triton.jit
-def _keep(scale, x_block, y_block, scratch, entry, OWN: tl.constexpr, sample):
-    """Write the scaled blocks of the gradient of the map number OWN, transposed, as operands."""
-    x_block *= scale
-    y_block *= scale
-    if entry.precision == "tf32":
-        x_block = round_to_tf32(x_block)
-        y_block = round_to_tf32(y_block)
-    tl.store(_kept(scratch, entry, 3 + 2 * OWN, sample), tl.trans(x_block))
-    tl.store(_kept(scratch, entry, 4 + 2 * OWN, sample), tl.trans(y_block))
+def fsp_gram_combine(workspaces, partials, entries, first, COUNT: tl.constexpr, factors):
+    """Add the parts of some rows of a sample's blocks; write their loss and the operands.
+
+    ``workspaces``: of each pair that of the blocks and that of the operands, which are ``kept``
+    blocks ``(block_k, block_k)`` for each sample: two for each gradient.
+    """
+    program = tl.program_id(0)
+    start = 0
+    for i in tl.static_range(COUNT):
+        groups: tl.constexpr = entries[i].block_k // COMBINED_ROWS
+        stop = start + groups * entries[i].samples
+        if (program >= start) & (program < stop):
+            index = program - start
+            sample = index // groups
+            rows = index % groups * COMBINED_ROWS + tl.arange(0, COMBINED_ROWS)
+            loss = _combine(workspaces[i], entries[i], factors[i], sample, rows)
+            tl.store(partials + first + program, loss * factors[i])
+        start = stop
 
 
 @triton.jit
-def _kept(scratch, entry, index, sample):
-    """Pointers to a block of a sample."""
+def _combine(workspaces, entry, factor, sample, rows):
+    """The loss of some rows, without its factor, which may be negative for rounding errors."""
+    blocks, operands = workspaces
+    pp = _total(blocks, entry, 0, sample, rows)
+    cp = _total(blocks, entry, 1, sample, rows)
+    cc = _total(blocks, entry, 2, sample, rows)
+    bb = _total(blocks, entry, 3, sample, rows)
+    qb = _total(blocks, entry, 4, sample, rows)
+    qq = _total(blocks, entry, 5, sample, rows)
+    # Scaled before products, which may overflow without.
+    inverse = 1.0 / entry.student_positions
+    inverse *= inverse
+    products = pp * inverse * bb + 2 * (cp * inverse) * qb + cc * inverse * qq
+    if operands is not None:
+        pc = _total_of_columns(blocks, entry, 1, sample, rows)
+        bq = _total_of_columns(blocks, entry, 4, sample, rows)
+        scale = 2 * factor * inverse
+        if entry.gradients[0] is not None:
+            _keep(scale, bb, bq, operands, entry, 0, sample, rows)
+        if entry.gradients[1] is not None:
+            _keep(scale, pp + cp, pc + cc, operands, entry, 1, sample, rows)
+        if entry.gradients[2] is not None:
+            _keep(-scale, bb - qb, bq - qq, operands, entry, 2, sample, rows)
+        if entry.gradients[3] is not None:
+            _keep(-scale, cp, cc, operands, entry, 3, sample, rows)
+    return tl.sum(tl.sum(products, axis=1))
+
+
+@triton.jit
+def _total(blocks, entry, INDEX: tl.constexpr, sample, rows):
+    """The sum of the parts of some rows of a block."""
+    total = tl.zeros((COMBINED_ROWS, entry.block_k), tl.float32)
+    for part in range(entry.parts):
+        slot = part * entry.samples + sample
+        total += tl.load(_rows(blocks, entry, BLOCKS, slot, INDEX, rows))
+    return total
+
+
+@triton.jit
+def _total_of_columns(blocks, entry, INDEX: tl.constexpr, sample, columns):
+    """The same of columns, as rows."""
     K: tl.constexpr = entry.block_k
-    k = tl.arange(0, K)
-    start = scratch + (sample.to(tl.int64) * entry.kept + index) * (K * K)
-    return start + k[:, None] * K + k[None, :]
+    total = tl.zeros((COMBINED_ROWS, entry.block_k), tl.float32)
+    for part in range(entry.parts):
+        slot = part * entry.samples + sample
+        start = blocks + (slot.to(tl.int64) * BLOCKS + INDEX) * (K * K)
+        total += tl.load(start + columns[:, None] + tl.arange(0, K)[None, :] * K)
+    return total
 
 
 @triton.jit
-def _sweep(pointers, scratch, entry, OWN: tl.constexpr, sample):
-    """Write ``x @ x_block + y @ y_block``, the gradient of the map number OWN."""
+def _keep(scale, x_rows, y_rows, operands, entry, OWN: tl.constexpr, sample, rows):
+    """Write rows of the transposed operands of the gradient of the map number OWN."""
+    x_rows *= scale
+    y_rows *= scale
+    if entry.precision == "tf32":
+        x_rows = round_to_tf32(x_rows)
+        y_rows = round_to_tf32(y_rows)
+    tl.store(_rows(operands, entry, entry.kept, sample, 2 * OWN, rows), x_rows)
+    tl.store(_rows(operands, entry, entry.kept, sample, 2 * OWN + 1, rows), y_rows)
+
+
+@triton.jit
+def fsp_gram_gradients(pointers, workspaces, entries, COUNT: tl.constexpr):
+    """Write ``x @ x_block + y @ y_block`` for every gradient; a part of its channels each."""
+    program = tl.program_id(0)
+    start = 0
+    for i in tl.static_range(COUNT):
+        for own in tl.static_range(4):
+            if pointers[i][4 + own] is not None:
+                stop = start + entries[i].parts * entries[i].samples
+                if (program >= start) & (program < stop):
+                    part = (program - start) % entries[i].parts
+                    sample = (program - start) // entries[i].parts
+                    _sweep(pointers[i], workspaces[i], entries[i], own, sample, part)
+                start = stop
+
+
+@triton.jit
+def _sweep(pointers, operands, entry, OWN: tl.constexpr, sample, part):
+    """Write a part of the gradient of the map number OWN."""
     SIDE: tl.constexpr = OWN % 2
     C: tl.constexpr = entry.m if SIDE == 0 else entry.n
-    for channel in tl.range(0, C, entry.block_m, num_stages=entry.stages):
-        x, y = _load_sides(pointers, entry, SIDE, C, sample, channel)
-        # Transposed, so that the blocks are left operands: of these a warp holds its own rows only.
-        x_block = tl.load(_kept(scratch, entry, 3 + 2 * OWN, sample))
-        y_block = tl.load(_kept(scratch, entry, 4 + 2 * OWN, sample))
+    # Transposed, so that the blocks are left operands: of these a warp holds its own rows only.
+    rows = tl.arange(0, entry.block_k)
+    x_block = tl.load(_rows(operands, entry, entry.kept, sample, 2 * OWN, rows))
+    y_block = tl.load(_rows(operands, entry, entry.kept, sample, 2 * OWN + 1, rows))
+    map_sample = sample + entry.first_sample
+    begin, end = range_of(part, entry.parts, C, entry.block_m)
+    for channel in tl.range(begin, end, entry.block_m, num_stages=entry.stages):
+        x, y = _load_sides(pointers, entry, SIDE, C, map_sample, channel)
         gradient = tl.zeros((entry.block_k, entry.block_m), tl.float32)
         gradient = multiply(x_block, tl.trans(x), gradient, entry.precision)
         gradient = multiply(y_block, tl.trans(y), gradient, entry.precision)
@@ -134,7 +194,7 @@ def _sweep(pointers, scratch, entry, OWN: tl.constexpr, sample):
             entry.layouts[OWN],
             pointers[4 + OWN],
             entry.gradients[OWN],
-            sample,
+            map_sample,
             channel,
             0,
             C,
@@ -142,6 +202,14 @@ def _sweep(pointers, scratch, entry, OWN: tl.constexpr, sample):
             entry.block_m,
             entry.block_k,
         )
+
+
+@triton.jit
+def _rows(workspace, entry, PER_SAMPLE: tl.constexpr, slot, index, rows):
+    """Pointers to rows of the block number ``index`` of ``PER_SAMPLE`` in a slot."""
+    K: tl.constexpr = entry.block_k
+    start = workspace + (slot.to(tl.int64) * PER_SAMPLE + index) * (K * K)
+    return start + rows[:, None] * K + tl.arange(0, K)[None, :]
 
 
 @triton.jit

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from fsp_kernels.backends.fused import axes_of
 from fsp_kernels.backends.triton.configurations import ACCESSES, rows_of
 from fsp_kernels.backends.triton.maps import unit_of
@@ -21,11 +23,11 @@ def limits_of(
     """See :meth:`fsp_kernels.backends.Backend.limits`, for chips of a family."""
     row = kind_of(student, teacher, precision), family, access_of(student, teacher)
     return Limits(
-        evaluations=("one pass", "tiles"),
+        evaluations=("one pass", "tiles", "blocks"),
         one_pass=_one_pass_sizes(*row),
         gram_positions=max((r.limit for r in rows_of("gram", *row)), default=0),
         bf16_slopes=True,
-        gram_in_memory=True,  # the compiler cannot keep the blocks on chip
+        blas_gradients=_suits_blas(student, teacher),
         launch_pairs=MOST_PAIRS,
         launch_products=4 * MOST_PAIRS,
     )
@@ -56,5 +58,23 @@ def _access_of_map(plan: MapPlan) -> str:
     if not axes.flat:
         return "scattered"
     neighbours = 1 in (plan.strides[1], axes.strides[2])
-    copied = unit_of(plan.strides, axes) * plan.dtype.itemsize >= SMALLEST_COPY
-    return "aligned" if neighbours and copied else "odd"
+    return "aligned" if neighbours and _row_bytes(plan) >= SMALLEST_COPY else "odd"
+
+
+def _suits_blas(student: Sequence[MapPlan], teacher: Sequence[MapPlan]) -> bool:
+    """Whether bf16 maps, as they lie, and tiles beside them have rows of whole 16 bytes.
+
+    BLAS has its fast kernels for such operands alone.
+    """
+    slope_row = student[1].shape[1] * torch.bfloat16.itemsize
+    maps = (*student, *teacher)
+    return slope_row % 16 == 0 and all(
+        x.dtype == torch.bfloat16 and _access_of_map(x) == "aligned" and _row_bytes(x) % 16 == 0
+        for x in maps
+    )
+
+
+def _row_bytes(plan: MapPlan) -> int:
+    """Of which all rows of a map are multiples."""
+    axes = axes_of(plan.shape, plan.strides, plan.pooled_size)
+    return unit_of(plan.strides, axes) * plan.dtype.itemsize

@@ -1,22 +1,27 @@
 """The loss by fused kernels: what is launched for a plan, prepared once and then only launched.
 
-A call is a few launches at most, each over all pairs it serves: one pass in either form, or by
-tiles (residual, gradients); and the sum of what the programs left.
+A call is a few launches at most, each over all pairs it serves: one pass; by tiles (residual,
+gradients); in Gram form (blocks, their sum, gradients); and the sum of what the programs left.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from fsp_kernels.backends.fused import Programs, Slots, partner_of, raw_stream, slots_of
+from fsp_kernels.backends.torch_backend import bmm_into
 from fsp_kernels.backends.triton.elementwise import BLOCK, fsp_finish
 from fsp_kernels.backends.triton.entries import Pair
-from fsp_kernels.backends.triton.gram import fsp_gram
+from fsp_kernels.backends.triton.gram import (
+    COMBINED_ROWS,
+    fsp_gram,
+    fsp_gram_combine,
+    fsp_gram_gradients,
+)
 from fsp_kernels.backends.triton.launch import Launch, device_family
 from fsp_kernels.backends.triton.one_pass import fsp_one_pass
 from fsp_kernels.backends.triton.residual import Entry
@@ -28,6 +33,7 @@ from fsp_kernels.backends.triton.tiles import (
     fsp_residual,
 )
 from fsp_kernels.loss_plan import LossPlan, Step
+from fsp_kernels.plan import GRAM_BLOCKS
 
 Run = Callable[[int, Sequence[Slots], Sequence[float], Tensor], None]
 
@@ -72,19 +78,9 @@ class Program:
     def _prepare(self, step: Step, pairs: Sequence[Pair]) -> Run:
         if step.evaluation == "tiles":
             return _Tiles(pairs, step.chunk, self._take_partials)
-        if step.form == "gram":
-            configured = [p.gram_entry() for p in pairs]
-            launch = self._launch(fsp_gram, configured)
-            return _Gram(launch, pairs, [entry for entry, _ in configured])
-        launch = self._launch(fsp_one_pass, [p.one_pass_entry() for p in pairs])
-        return _OnePass(launch, pairs)
-
-    def _launch(self, kernel: Any, configured: Sequence[tuple[Entry, int]]) -> Launch:
-        """Of a kernel with one program for each sample."""
-        entries = tuple(entry for entry, _ in configured)
-        warps = max(warps for _, warps in configured)
-        grid = sum(entry.samples for entry in entries)
-        return Launch(kernel, grid, warps, entries, self._take_partials(grid), len(entries))
+        if step.evaluation == "blocks":
+            return _Blocks(pairs, step.chunk, self._take_partials)
+        return _OnePass(pairs, self._take_partials)
 
 
 _PROGRAMS = Programs(Program)
@@ -92,34 +88,58 @@ loss = _PROGRAMS.loss
 
 
 class _OnePass:
-    """One launch of one_pass.py."""
+    """The launch of one_pass.py."""
 
-    def __init__(self, launch: Launch, pairs: Sequence[Pair]):
-        self._launch = launch
+    def __init__(self, pairs: Sequence[Pair], take_partials: Callable[[int], int]):
         self._indices = [p.index for p in pairs]
+        entries, warps = _configured([p.one_pass_entry() for p in pairs])
+        grid = sum(e.samples for e in entries)
+        self._launch = Launch(fsp_one_pass, grid, warps, entries, take_partials(grid), len(entries))
 
     def __call__(
         self, stream: int, slots: Sequence[Slots], factors: Sequence[float], partials: Tensor
     ) -> None:
-        chosen = tuple([slots[i] for i in self._indices])
-        self._launch(stream, (chosen, partials), tuple([factors[i] for i in self._indices]))
+        mine = tuple([slots[i] for i in self._indices])
+        self._launch(stream, (mine, partials), tuple([factors[i] for i in self._indices]))
 
 
-class _Gram:
-    """One launch of gram.py, with the memory its blocks wait in."""
+class _Blocks:
+    """The launches of gram.py over one chunk of samples of some pairs."""
 
-    def __init__(self, launch: Launch, pairs: Sequence[Pair], entries: Sequence[Entry]):
-        self._launch = launch
+    def __init__(self, pairs: Sequence[Pair], chunk: int, take_partials: Callable[[int], int]):
         self._indices = [p.index for p in pairs]
-        self._scratches = [e.samples * e.kept.value * e.block_k.value**2 for e in entries]
+        entries, warps = _configured([p.gram_entry(chunk) for p in pairs])
+        programs = [e.samples * e.parts.value for e in entries]
+        self._gram = Launch(fsp_gram, 2 * sum(programs), warps, entries, len(entries))
+        blocks = [(e.block_k.value, e.block_k.value) for e in entries]
+        self._blocks = [
+            (count, GRAM_BLOCKS, *block) for count, block in zip(programs, blocks, strict=True)
+        ]
+        self._operands = [
+            (e.samples, e.kept.value, *block) if e.kept.value else None
+            for e, block in zip(entries, blocks, strict=True)
+        ]
+        grid = sum(e.samples * e.block_k.value // COMBINED_ROWS.value for e in entries)
+        first = take_partials(grid)
+        self._combine = Launch(fsp_gram_combine, grid, 4, entries, first, len(entries))
+        wanted = [sum(m.gradient_dtype is not None for m in p.plan.maps) for p in pairs]
+        grid = sum(count * n for count, n in zip(programs, wanted, strict=True))
+        self._gradients = None
+        if grid:
+            self._gradients = Launch(fsp_gram_gradients, grid, warps, entries, len(entries))
 
     def __call__(
         self, stream: int, slots: Sequence[Slots], factors: Sequence[float], partials: Tensor
     ) -> None:
-        chosen = tuple([slots[i] for i in self._indices])
-        scratches = tuple([partials.new_empty(n) for n in self._scratches])
+        mine = tuple([slots[i] for i in self._indices])
+        blocks = tuple([partials.new_empty(shape) for shape in self._blocks])
+        operands = tuple([x and partials.new_empty(x) for x in self._operands])
+        self._gram(stream, (mine, blocks))
         weights = tuple([factors[i] for i in self._indices])
-        self._launch(stream, (chosen, scratches, partials), weights)
+        workspaces = tuple(zip(blocks, operands, strict=True))
+        self._combine(stream, (workspaces, partials), weights)
+        if self._gradients:
+            self._gradients(stream, (mine, operands))
 
 
 class _Tiles:
@@ -128,9 +148,7 @@ class _Tiles:
     def __init__(self, pairs: Sequence[Pair], chunk: int, take_partials: Callable[[int], int]):
         # Those whose loss the first launch tells come first, and with them their partial losses.
         self._indices = [p.index for p in pairs]
-        configured = [p.residual_entry(chunk) for p in pairs]
-        entries = tuple(entry for entry, _ in configured)
-        warps = max(warps for _, warps in configured)
+        entries, warps = _configured([p.residual_entry(chunk) for p in pairs])
         programs = [e.samples * e.parts.value * _tiles(e) for e in entries]
         grid = sum(programs)
         told = [count for p, count in zip(pairs, programs, strict=True) if p.plan.finishes]
@@ -153,10 +171,13 @@ class _Tiles:
             self._combine = Launch(fsp_combine, grid, 4, chosen, first, len(chosen))
 
         products = [p.gradient_entries(e) for p, e in zip(pairs, entries, strict=True)]
-        self._products = [(i, own) for i, found in enumerate(products) for own, _, _ in found]
-        if self._products:
-            gradients = tuple(entry for found in products for _, entry, _ in found)
-            warps = max(warps for found in products for *_, warps in found)
+        wanted = [(i, *found) for i, each in enumerate(products) for found in each]
+        self._by_blas = [x[:3] for x in wanted if pairs[x[0]].plan.blas_gradients]
+        launched = [x for x in wanted if not pairs[x[0]].plan.blas_gradients]
+        self._products = [(i, own) for i, own, *_ in launched]
+        if launched:
+            gradients = tuple(entry for _, _, entry, _ in launched)
+            warps = max(warps for *_, warps in launched)
             grid = sum(_gradient_tiles(e) for e in gradients)
             self._gradients = Launch(fsp_gradients, grid, warps, gradients, len(gradients))
         self._matrices = [i for i, p in enumerate(pairs) if p.wants_matrix_gradient]
@@ -185,6 +206,8 @@ class _Tiles:
                 ]
             )
             self._gradients(stream, (pointers,))
+        for i, own, entry in self._by_blas:
+            _multiply_by_blas(own, mine[i], slopes[i], entry)
         if self._matrices:
             self._matrix_gradients(stream, (tuple([(mine[i], slopes[i]) for i in self._matrices]),))
 
@@ -196,6 +219,22 @@ class _Tiles:
         if parts is not None and parts.dtype == dtype:
             return parts[0]
         return partials.new_empty(shape, dtype=dtype)
+
+
+def _multiply_by_blas(own: int, slots: Slots, slope: Tensor | None, entry: GradientEntry) -> None:
+    """Write the gradient of the map number ``own``, as fsp_gradients does."""
+    other, gradient = slots[partner_of(own)], slots[4 + own]
+    assert slope is not None
+    assert other is not None
+    assert gradient is not None
+    samples = slice(entry.first_sample, entry.first_sample + entry.samples)
+    x = slope if own % 2 == 0 else slope.mT
+    bmm_into(gradient.flatten(2)[samples], x, other.flatten(2)[samples], entry.ratio)
+
+
+def _configured(found: Sequence[tuple[Entry, int]]) -> tuple[tuple[Entry, ...], int]:
+    """The entries of a launch, and the most warps that any of them wants."""
+    return tuple(entry for entry, _ in found), max(warps for _, warps in found)
 
 
 def _tiles(entry: Entry) -> int:

@@ -46,7 +46,7 @@ class Entry(NamedTuple):
     stages: Any
     parts: Any  # into how many the positions are split
     finishes: Any  # whether the kernel that sees a tile may tell its loss
-    kept: Any  # gram.py: blocks in memory for each sample
+    kept: Any  # gram.py: operands of each sample
 
 
 @triton.jit
@@ -54,9 +54,8 @@ def residual_tile(pointers, entry, sample, row, column, part):
     """``(block_m, block_n)`` of ``D / K``, summed over one part of the positions."""
     result = tl.zeros((entry.block_m, entry.block_n), tl.float32)
     K = entry.student_positions
-    begin, end = _range_of(part, entry.parts, K, entry.block_k)
+    begin, end = range_of(part, entry.parts, K, entry.block_k)
     if entry.residual == "difference":
-        transposed = tl.zeros((entry.block_n, entry.block_m), tl.float32)
         for k in tl.range(begin, end, entry.block_k, num_stages=entry.stages):
             a = _tile(pointers, entry, 0, sample, row, k, K)
             c = _tile(pointers, entry, 2, sample, row, k, K)
@@ -65,13 +64,7 @@ def residual_tile(pointers, entry, sample, row, column, part):
             p = difference(a, c, b.dtype, entry.precision)
             q = difference(b, d, c.dtype, entry.precision)
             result = multiply(p, tl.trans(b), result, entry.precision)
-            if q.dtype == tl.float32:
-                result = multiply(c, tl.trans(q), result, entry.precision)
-            else:
-                # Tensor cores take the left operand from registers, where q is. In fp32 there
-                # are none left for a second sum.
-                transposed = multiply(q, tl.trans(c), transposed, entry.precision)
-        result += tl.trans(transposed)
+            result = multiply(c, tl.trans(q), result, entry.precision)
     else:
         for k in tl.range(begin, end, entry.block_k, num_stages=entry.stages):
             a = _tile(pointers, entry, 0, sample, row, k, K)
@@ -80,7 +73,7 @@ def residual_tile(pointers, entry, sample, row, column, part):
     result = result * (1.0 / K)
     if entry.residual == "apart":
         K = entry.teacher_positions
-        begin, end = _range_of(part, entry.parts, K, entry.block_k)
+        begin, end = range_of(part, entry.parts, K, entry.block_k)
         target = tl.zeros((entry.block_m, entry.block_n), tl.float32)
         for k in tl.range(begin, end, entry.block_k, num_stages=entry.stages):
             c = _tile(pointers, entry, 2, sample, row, k, K)
@@ -183,12 +176,12 @@ def _tile(pointers, entry, INDEX: tl.constexpr, sample, channel, k, positions):
 
 
 @triton.jit
-def _range_of(part, PARTS: tl.constexpr, positions, BLOCK_K: tl.constexpr):
-    """The positions of a part: whole blocks, and the last part's end where the map ends."""
+def range_of(part, PARTS: tl.constexpr, size, BLOCK: tl.constexpr):
+    """Of ``size`` positions or channels those of a part: whole blocks, to the end at most."""
     begin = 0
-    end = positions
+    end = size
     if PARTS > 1:
-        span = tl.cdiv(tl.cdiv(positions, BLOCK_K), PARTS) * BLOCK_K
+        span = tl.cdiv(tl.cdiv(size, BLOCK), PARTS) * BLOCK
         begin = part * span
-        end = tl.minimum(begin + span, positions)
+        end = tl.minimum(begin + span, size)
     return begin, end
