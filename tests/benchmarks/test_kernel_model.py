@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import runpy
 import subprocess
@@ -23,10 +24,12 @@ from benchmarks.launches import (
     Launched,
     Part,
     Work,
+    a_stage,
     loops_by_entry,
     steps_by_work,
     taken,
     unit_of,
+    waiting,
     work_of,
 )
 from benchmarks.machine_code import (
@@ -254,6 +257,14 @@ def test_loops_take_the_steps_that_their_work_has():
     work = Work(flops=flops * 256 * 10, read=16 * 256 * 5, written=16 * 256 * 3)
     steps = {x.function: n for x, n in steps_by_work(taken(EVERY, 16), work, 256)}
     assert steps == {"products": 10, "reads": 5, "writes": 3}
+
+
+def test_loops_with_barriers_count_as_stages_and_a_single_stage_is_waited_for():
+    waits = waiting([*EVERY, nested(100, 200, instructions=60, BAR=4)])
+    assert [(x.counts["BAR"], x.counts["LDG 16"]) for x in waits] == [(2, 0), (4, 0)]
+    two, one = (step_cycles(a_stage(waits, n), 8, math.inf, 1, H100) for n in (2, 1))
+    assert two["latency"] == 2 * 30 + 3 * 30  # of the mean of both loops
+    assert one["latency"] == two["latency"] + 600
 
 
 def test_work_of_each_kernel():
