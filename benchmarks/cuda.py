@@ -46,8 +46,8 @@ UNKNOWN_LAUNCHES = 100  # a step's, where the profiler sees none: the naive op's
 RETRIES = 4
 
 
-def kernel_launches(step: Step) -> int | None:
-    """Kernels one step runs on the GPU; None where the profiler has no access to it."""
+def kernels_run(step: Step) -> list[dict[str, Any]]:
+    """The profiler's events of the kernels that a step runs on the GPU, in order."""
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         step()
         torch.cuda.synchronize()
@@ -55,7 +55,13 @@ def kernel_launches(step: Step) -> int | None:
         trace = Path(folder) / "trace.json"
         recorded.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
-    return sum(event.get("cat") == "kernel" for event in events) or None
+    kernels = [event for event in events if event.get("cat") == "kernel"]
+    return sorted(kernels, key=lambda event: event["ts"])
+
+
+def kernel_launches(step: Step) -> int | None:
+    """Kernels one step runs on the GPU; None where the profiler has no access to it."""
+    return len(kernels_run(step)) or None
 
 
 def peak_extra_bytes(step: Step) -> int:

@@ -10,6 +10,8 @@ than the chip has and nothing stands in for it.
 from __future__ import annotations
 
 import argparse
+import atexit
+import fcntl
 import importlib.machinery
 import importlib.util
 import os
@@ -17,12 +19,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build" / "extension"
 # What a block may have, in KiB: CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability".
 SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -60,17 +63,28 @@ class Usage(NamedTuple):
         return self.shared <= SHARED_MEMORY[self.architecture] << 10
 
 
+@lru_cache
 def build() -> Path:
-    """The extension of this checkout, as an installation would build it."""
-    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(BUILD)]
-    environment = os.environ | {"FSP_KERNELS_CUDA": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    """The extension of this checkout, as an installation would build it, for this process alone.
+
+    It is compiled in the checkout, by one process at a time: only what has changed.
+    """
+    folder = Path(tempfile.mkdtemp())  # nobody else may write over what is loaded
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(folder)]
+    # With lines, by which launches.py names loops; the code is the same.
+    environment = os.environ | {"FSP_KERNELS_CUDA": "1", "CUDAFLAGS": "-lineinfo"}
+    (ROOT / "build").mkdir(exist_ok=True)
+    with (ROOT / "build" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if result.returncode != 0:
-        raise SystemExit(result.stdout + result.stderr)
-    (module,) = (BUILD / "fsp_kernels").glob("_cuda*")
+        raise SystemExit(f"The kernels of csrc/ are not compiled:\n{result.stdout}{result.stderr}")
+    (module,) = (folder / "fsp_kernels").glob("_cuda*")
     return module
 
 
+@lru_cache
 def load(path: Path) -> Any:
     """The extension; to import it takes neither a GPU nor torch."""
     loader = importlib.machinery.ExtensionFileLoader("_cuda", str(path))

@@ -1,6 +1,7 @@
 """What the machine code of a workload's launches says of their time, without a GPU.
 
-    python -m benchmarks.kernels --workload tokens-vit-b [--dtype bf16] [--family sm_90] [--json -]
+    python -m benchmarks.kernels --workload tokens-vit-b [--dtype bf16] [--family sm_90]
+        [--backend triton] [--strict] [--json -]
 
 Of each launch it tells the programs and what they take, and of each loop what one step is made of.
 From that it predicts a time, by a simple model. A step of a loop takes the longest of
@@ -11,40 +12,58 @@ From that it predicts a time, by a simple model. A step of a loop takes the long
   and as much of ``MEMORY`` as nothing hides, which is all of it where loads are not asynchronous.
 
 A launch takes the steps of all its programs, side by side as many as fit, or the bytes that it
-moves to and from memory or the L2, whichever is longer, and ``LAUNCH`` besides.
+moves to and from memory or the L2, whichever is longer, and ``LAUNCH`` besides. A product of BLAS
+takes its bytes, or its flops at ``BLAS_SHARE`` of the rate of a large one.
 
 A prediction ranks versions of a kernel. It is not a measurement, and may be off by a factor of 2.
 It knows nothing of bank conflicts, of how well threads share cache lines, of what the compiler
 reorders within a step, of clocks that power limits, or of what one launch overlaps with the next.
-Instructions outside of loops count once a program, in equal parts for all pairs of a launch.
+Instructions outside of loops count once a program, in equal parts for all pairs of a launch. What
+it cannot know of csrc/ besides is told in launches.py. With a GPU of the family at hand, what each
+launch takes there is told beside its prediction.
+
+A launch misses where a loop copies 2 bytes at a time though all lines allow 4, waits at more than
+``MOST_BARRIERS`` barriers a step or has steps that nobody counts, and where a launch that touches
+``HEAVY`` bytes has fewer programs than the chip has SMs. ``--strict`` fails on a miss; without it
+misses are only told, since there are some today.
+
+Conversions of layouts through shared memory are the stores to it in loops whose loads do not pass
+through registers. Triton's TTGIR names all conversions, not which of them take shuffles alone.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 
-from benchmarks.kernels import call_on, compiled, instead_of_launches, usage_of, workload_maps
-from benchmarks.machine_code import Loop, loops_of, product_of
+import fsp_kernels as fsp
+from benchmarks import cuda
+from benchmarks.kernels import workload_maps
+from benchmarks.launches import LANES, Launched, bytes_of, cuda_launches, triton_launches, unit_of
+from benchmarks.machine_code import Loop, product_of
 from benchmarks.tables import plain_table
-from benchmarks.workloads import BY_NAME, DTYPES, Workload
-from fsp_kernels.backends.triton.elementwise import BLOCK
-from fsp_kernels.backends.triton.gram import COMBINED_ROWS
-from fsp_kernels.backends.triton.launch import Launch
+from benchmarks.workloads import BY_NAME, DTYPES, Case, Workload
+from fsp_kernels.backends import registered_backends
 from fsp_kernels.loss_plan import MapSpec
 from fsp_kernels.plan import fewest_flops
 
-LANES, REGISTERS, MOST_WARPS, MOST_PROGRAMS, SCHEDULERS = 32, 65536, 64, 32, 4
+BACKENDS = {"triton": triton_launches, "cuda": cuda_launches}
+REGISTERS, MOST_WARPS, MOST_PROGRAMS, SCHEDULERS = 65536, 64, 32, 4
 SHARED_LINE = 128  # bytes that shared memory moves in a cycle
 CYCLES_BETWEEN, BARRIER, MEMORY = 2, 30, 600  # cycles
 LAUNCH = 2e-6  # seconds
+BLAS_SHARE = 0.7  # of what a large product reaches, for one between two launches
+MOST_BARRIERS, HEAVY = 4, 1 << 20
+CALLS = 20  # that are measured
 
 
 class Chip(NamedTuple):
@@ -75,82 +94,7 @@ CHIPS = {
 }
 
 
-# --- what a launch does ---------------------------------------------------------------------------
-
-
-def _residual_steps(e: Any) -> int:
-    return _cdiv(_cdiv(e.student_positions, e.block_k.value), e.parts.value)
-
-
-def _gram_steps(e: Any) -> int:
-    return _cdiv(_cdiv(max(e.m.value, e.n.value), e.block_m.value), e.parts.value)
-
-
-_cdiv = triton.cdiv
-# How many steps the loop of a function has for an entry of a launch.
-STEPS = {
-    "residual.residual_tile": _residual_steps,
-    "one_pass._sweep": lambda e: _cdiv(e.student_positions, e.block_k.value),
-    "gram._write_blocks": _gram_steps,
-    "gram._total": lambda e: e.parts.value,
-    "gram._total_of_columns": lambda e: e.parts.value,
-    "gram._sweep": _gram_steps,
-    "tiles._total": lambda e: e.parts.value,
-    "tiles._combine_columns": lambda e: _cdiv(e.m.value, e.block_m.value),
-    "tiles._gradient_tile": lambda e: _cdiv(e.other_channels.value, e.block_other.value),
-    "elementwise.fsp_finish": lambda count: _cdiv(count, BLOCK),
-}
-
-
-def entries_of(launch: Launch) -> Sequence[Any]:
-    first = launch.constants[0]
-    return first if isinstance(first, tuple) else (first,)
-
-
-def programs_of(kernel: str, entry: Any) -> int:
-    """Programs of a launch that serve an entry."""
-    if kernel == "fsp_finish":
-        return 1
-    if kernel == "fsp_one_pass":
-        return entry.samples
-    if kernel in ("fsp_gram", "fsp_gram_gradients"):
-        return entry.samples * entry.parts.value * branches_of(kernel, entry)
-    if kernel == "fsp_gram_combine":
-        return entry.samples * entry.block_k.value // COMBINED_ROWS.value
-    if kernel == "fsp_gradients":
-        rows = _cdiv(entry.own_channels.value, entry.block_own.value)
-        return entry.samples * rows * _cdiv(entry.positions, entry.block_k.value)
-    rows = _cdiv(entry.m.value, entry.block_m.value)
-    columns = _cdiv(entry.n.value, entry.block_n.value)
-    return {
-        "fsp_combine": entry.samples * columns * (1 if entry.norm.value == "column" else rows),
-        "fsp_residual": entry.samples * rows * columns * entry.parts.value,
-        "fsp_matrix_gradients": entry.samples * rows * columns,
-    }[kernel]
-
-
-def branches_of(kernel: str, entry: Any) -> int:
-    """Ways through a kernel for an entry, each with code of its own; a program takes one."""
-    wanted = sum(x is not None for x in getattr(entry, "gradients", ()))
-    return {"fsp_gram": 2, "fsp_gram_gradients": wanted}.get(kernel, 1)
-
-
-def touched_by(kernel: str, tensors: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """What a launch reads and what it writes."""
-    pointers = tensors[0]
-    if kernel == "fsp_finish":
-        return [pointers], [tensors[1]]
-    if kernel == "fsp_gradients":
-        return [x for p in pointers for x in p[2:]], [p[1] for p in pointers]
-    if kernel in ("fsp_combine", "fsp_gram_combine"):
-        return [parts for parts, _ in pointers], [x for _, x in pointers if x is not None]
-    reads = [x for p in pointers for x in p[:4]]
-    writes = [x for p in pointers for x in p[4:]]
-    if kernel == "fsp_gram_gradients":
-        reads += tensors[1]
-    if kernel in ("fsp_residual", "fsp_gram"):
-        writes = [*tensors[1]]
-    return [x for x in reads if x is not None], [x for x in writes if x is not None]
+# --- the model ------------------------------------------------------------------------------------
 
 
 class Memory:
@@ -173,10 +117,9 @@ class Memory:
         return found
 
 
-# --- the model ------------------------------------------------------------------------------------
-
-
-def step_cycles(loop: Loop, warps: int, stages: int, beside: float, chip: Chip) -> dict[str, float]:
+def step_cycles(
+    loop: Loop, warps: int, stages: float, beside: float, chip: Chip
+) -> dict[str, float]:
     """What one step takes, of ``beside`` programs on an SM, by what it could be bound by."""
     counts = loop.counts
     products = [(product_of(x), n) for x, n in counts.items() if "MMA" in x]
@@ -196,58 +139,38 @@ def step_cycles(loop: Loop, warps: int, stages: int, beside: float, chip: Chip) 
     }
 
 
-def bytes_of(loop: Loop, *prefixes: str) -> float:
-    """Of one thread in one step, by instructions that begin so."""
-    return sum(n * int(x.split()[1]) for x, n in loop.counts.items() if x.startswith(prefixes))
-
-
-def steps_of(entry: Any, loops: Sequence[Loop]) -> Iterator[tuple[Loop, int]]:
-    """Each loop of an entry, and how often a program of it takes a step."""
-    for loop in loops:
-        around = [x for x in loops if x.first <= loop.first and loop.last <= x.last]
-        yield loop, math.prod(STEPS[x.function](entry) for x in around)
-
-
 def residency(warps: int, registers: int, shared: int, chip: Chip) -> int:
     """Programs that an SM holds at a time."""
-    by_registers = REGISTERS // (_cdiv(registers, 8) * 8 * LANES * warps)
+    by_registers = REGISTERS // (triton.cdiv(registers, 8) * 8 * LANES * warps)
     by_shared = chip.shared // (shared + 1024)
     return min(by_registers, by_shared, MOST_WARPS // warps, MOST_PROGRAMS)
 
 
-def facts_of(
-    launch: Launch, tensors: Sequence[Any], kernel_of: Any, memory: Memory, chip: Chip
-) -> dict[str, Any]:
-    """A launch: what it takes, its loops, and the prediction."""
-    kernel, warps, usage = launch.kernel.__name__, launch.warps, usage_of(kernel_of)
-    entries = entries_of(launch)
-    loops, rest = loops_of(kernel_of.asm["cubin"], STEPS)
-    fits = residency(warps, usage.registers, usage.shared, chip)
-    grid = launch.grid[0]
+def facts_of(launch: Launched, memory: Memory, chip: Chip) -> dict[str, Any]:
+    """A launch: what it takes, its loops, what they miss, and the prediction."""
+    # BLAS does not tell how it launches.
+    fits = residency(launch.warps, launch.registers, launch.shared, chip) if launch.warps else 1
+    grid = launch.programs
     beside = min(fits, max(1.0, grid / chip.sms))
-    once = Loop("in no loop", 0, 0, Counter({k: n / len(entries) for k, n in rest.items()}))
-    cycles: Counter[str] = Counter()
+    product = launch.flops / (BLAS_SHARE * chip.product["half"])
+    cycles: Counter[str] = Counter({"products": product * chip.clock})
     longest = l2 = 0.0
-    for entry, own in zip(entries, loops_by_entry(loops, entries), strict=True):
-        programs, program = programs_of(kernel, entry), 2.0 * MEMORY  # to begin and to end
-        branches = branches_of(kernel, entry)
-        stages = entry.stages.value if hasattr(entry, "stages") else 1
-        for loop, steps in [*steps_of(entry, own), (once, 1)]:
-            step = step_cycles(loop, warps, stages, beside, chip)
+    for programs, stages, steps in launch.parts:
+        program = 2.0 * MEMORY  # to begin and to end
+        for loop, count in steps:
+            step = step_cycles(loop, launch.warps, stages, beside, chip)
             binds = max(step, key=lambda name: step[name])
-            steps /= branches
-            program += steps * step[binds]
-            cycles[binds] += steps * step[binds] * programs / (chip.sms * beside)
-            l2 += steps * programs * warps * LANES * bytes_of(loop, "LDG", "STG")
+            program += count * step[binds]
+            cycles[binds] += count * step[binds] * programs / (chip.sms * beside)
+            l2 += count * programs * launch.warps * LANES * bytes_of(loop, "LDG", "STG")
         cycles["latency"] += 2 * MEMORY * programs / (chip.sms * beside)
         longest = max(longest, program)
-    reads, writes = touched_by(kernel, tensors)
-    from_memory = memory.bytes_of(reads, writes)
-    if kernel == "fsp_one_pass":
+    from_memory = memory.bytes_of(launch.reads, launch.writes)
+    if launch.kernel == "fsp_one_pass":
         # The second sweep finds in the L2 what the programs that run beside it leave there.
-        under_way = min(grid, fits * chip.sms) / grid * sum(x.nbytes for x in reads)
+        under_way = min(grid, fits * chip.sms) / grid * sum(x.nbytes for x in launch.reads)
         if under_way > chip.l2_bytes:
-            from_memory += sum(x.nbytes for x in reads) // 2
+            from_memory += sum(x.nbytes for x in launch.reads) // 2
     times = {name: count / chip.clock for name, count in cycles.items()}
     work = max(sum(times.values()), longest / chip.clock)
     bounds = {
@@ -256,74 +179,120 @@ def facts_of(
         "L2": l2 / chip.l2,
     }
     binds = max(bounds, key=lambda name: bounds[name])
+    outside = [Loop("in no loop", 0, 0, launch.outside)] if launch.outside else []
+    counted = [x for part in launch.parts for x in part.steps]
     return {
-        "kernel": kernel,
+        "kernel": launch.kernel,
         "programs": grid,
-        "warps": warps,
-        "registers": usage.registers,
-        "stack": usage.stack,
-        "shared": usage.shared,
+        "warps": launch.warps,
+        "registers": launch.registers,
+        "stack": launch.stack,
+        "shared": launch.shared,
         "beside": fits,
         "waves": grid / (fits * chip.sms),
+        "converted": sum(conversions(x) for x in launch.loops),
         "loops": [
-            {"function": x.function, "steps": [STEPS[x.function](e) for e in entries], **x.counts}
-            for x in loops
-        ]
-        + [{"function": "in no loop", "steps": [1], **rest}],
+            {"function": x.function, "steps": [n for y, n in counted if y == x], **x.counts}
+            for x in (*launch.loops, *outside)
+        ],
+        "misses": misses(launch, chip),
         "predicted_us": 1e6 * (bounds[binds] + LAUNCH),
         "binds": binds,
     }
 
 
-def loops_by_entry(loops: Sequence[Loop], entries: Sequence[Any]) -> list[Sequence[Loop]]:
-    """The loops of each entry: a kernel has those of its entries one after the other."""
-    each = len(loops) // len(entries)
-    if each * len(entries) == len(loops):
-        return [loops[i * each : (i + 1) * each] for i in range(len(entries))]
-    # The compiler unrolled the shortest ones.
-    steps = [STEPS[loops[0].function](entry) for entry in entries]
-    longest = sorted(range(len(entries)), key=lambda i: -steps[i])[: len(loops)]
-    left = iter(loops)
-    return [[next(left)] if i in longest else [] for i in range(len(entries))]
+def conversions(loop: Loop) -> int:
+    """Stores to shared memory in a step that are not of what the step loaded."""
+    loads = any(kind.startswith("LDG ") for kind in loop.counts)
+    return 0 if loads else sum(n for kind, n in loop.counts.items() if kind.startswith("STS"))
 
 
-def workload_facts(workload: Workload, dtype: str, family: str) -> dict[str, Any]:
+def misses(launch: Launched, chip: Chip) -> list[str]:
+    """What a launch does that a good one does not."""
+    touched = {id(x): x for x in (*launch.reads, *launch.writes)}.values()
+    unit = unit_of([x for x in touched if x.element_size() == 2])
+    found = []
+    for loop in launch.loops:
+        narrow = sum(loop.counts[kind] for kind in ("LDG 2", "STG 2"))
+        if narrow and unit >= 4:
+            found.append(f"{loop.function} copies 2 bytes {narrow} times a step")
+        if loop.counts["BAR"] > MOST_BARRIERS:
+            found.append(f"{loop.function} has {loop.counts['BAR']} barriers a step")
+        if loop.function in launch.unknown:
+            found.append(f"{loop.function} has a loop whose steps are not counted")
+    heavy = launch.warps and sum(x.nbytes for x in touched) >= HEAVY
+    if heavy and launch.programs < chip.sms:
+        found.append(f"{launch.programs} programs for {chip.sms} SMs")
+    return list(dict.fromkeys(found))
+
+
+def workload_facts(workload: Workload, dtype: str, family: str, backend: str) -> dict[str, Any]:
     """Every launch of a workload at full batch, and the time that its bytes and flops take."""
     chip = CHIPS[family]
     maps = workload_maps(workload, workload.batch, DTYPES[dtype], "meta")
     memory = Memory(chip.l2_bytes)
-
-    def facts(launch: Launch, tensors: tuple[Any, ...], *scalars: Any) -> dict[str, Any]:
-        return facts_of(launch, tensors, compiled(launch, tensors, *scalars), memory, chip)
-
-    launches = instead_of_launches(facts, lambda: call_on(maps)(), family, "tf32x3")
+    launches = [facts_of(x, memory, chip) for x in BACKENDS[backend](maps, family)]
     specs = [MapSpec.of(x)._replace(requires_grad=i % 4 < 2) for i, x in enumerate(maps)]
     pairs = [specs[i : i + 4] for i in range(0, len(specs), 4)]
     flops = sum(fewest_flops((a, b), (c, d)) for a, b, c, d in pairs)
     moved = sum(x.nbytes * (2 if i % 4 < 2 else 1) for i, x in enumerate(maps))
     floor = max(moved / chip.memory, flops / chip.product["fp32" if dtype == "fp32" else "half"])
-    return {
+    facts = {
         "workload": workload.name,
         "dtype": dtype,
         "family": family,
+        "backend": backend,
         "launches": launches,
         "predicted_us": sum(x["predicted_us"] for x in launches),
         "floor_us": 1e6 * floor,
     }
+    if device_family() == family and registered_backends()[backend].why_unavailable() is None:
+        triton.runtime.driver.reset_active()  # to compile, another one has taken its place
+        add_measured(facts, Case(workload, workload.batch, dtype))
+    return facts
+
+
+# --- on a device ----------------------------------------------------------------------------------
+
+
+def device_family() -> str | None:
+    """Of the GPU at hand, if there is a model of it."""
+    if not torch.cuda.is_available():
+        return None
+    family = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    return family if family in CHIPS else None
+
+
+def add_measured(facts: dict[str, Any], case: Case) -> None:
+    """What launches take on the GPU, from the profiler: medians of calls that find the L2 cold."""
+    student, teacher = case.maps("cuda")
+    other = torch.ones(4 * CHIPS[facts["family"]].l2_bytes, dtype=torch.uint8, device="cuda")
+
+    def call() -> None:
+        other.add_(1)
+        fsp.fsp_loss(student, teacher, backend=facts["backend"])
+
+    call()  # compiles
+    launches = [x for x in facts["launches"] if x["kernel"] != "bmm"]
+    expected = [x["kernel"] for x in launches]
+    calls = [[x for x in cuda.kernels_run(call) if "fsp_" in x["name"]] for _ in range(CALLS)]
+    for run in calls:
+        names = [x["name"] for x in run]
+        if len(run) != len(expected) or any(
+            kernel not in name for kernel, name in zip(expected, names, strict=True)
+        ):
+            raise RuntimeError(f"the GPU ran {names}, the model has {expected}")
+    for launch, *events in zip(launches, *calls, strict=True):
+        launch["measured_us"] = statistics.median(x["dur"] for x in events)
+    ends = [run[-1]["ts"] + run[-1]["dur"] - run[0]["ts"] for run in calls]
+    facts["measured_us"] = statistics.median(ends)
 
 
 # --- printing -------------------------------------------------------------------------------------
 
 _LAUNCH = (
-    "launch",
-    "programs",
-    "warps",
-    "registers",
-    "shared",
-    "beside",
-    "waves",
-    "us",
-    "bound by",
+    *("launch", "programs", "warps", "registers", "shared", "beside", "waves", "converted"),
+    *("predicted us", "measured us", "bound by"),
 )
 _LOOP = ("loop", "steps", "instructions", "BAR", "products", "reads", "stores", "shared")
 
@@ -333,15 +302,16 @@ def launch_table(facts: dict[str, Any]) -> str:
     launches = [
         (
             *(x["kernel"], x["programs"], x["warps"], x["registers"], x["shared"], x["beside"]),
-            *(f"{x['waves']:.2f}", f"{x['predicted_us']:.1f}", x["binds"]),
+            *(f"{x['waves']:.2f}", x["converted"], f"{x['predicted_us']:.1f}"),
+            *(_microseconds(x), x["binds"]),
         )
         for x in facts["launches"]
     ]
     loops = [
         (
-            *(loop["function"], ",".join(map(str, dict.fromkeys(loop["steps"])))),
-            *(loop["instructions"], loop.get("BAR", 0), _some(loop, "H"), _some(loop, "LDG")),
-            *(_some(loop, "STG"), _some(loop, "LDS", "STS")),
+            *(loop["function"], ",".join(f"{n:.4g}" for n in loop["steps"]) or "-"),
+            *(loop.get("instructions", 0), loop.get("BAR", 0), _some(loop, "H")),
+            *(_some(loop, "LDG"), _some(loop, "STG"), _some(loop, "LDS", "STS")),
         )
         for x in facts["launches"]
         for loop in x["loops"]
@@ -352,38 +322,69 @@ def launch_table(facts: dict[str, Any]) -> str:
     )
 
 
+def _microseconds(facts: dict[str, Any]) -> str:
+    return f"{facts['measured_us']:.1f}" if "measured_us" in facts else "-"
+
+
 def _some(loop: dict[str, Any], *prefixes: str) -> str:
     """Counts of some instructions: ``8 LDGSTS 16`` are eight asynchronous copies of 16 bytes."""
     return ", ".join(f"{n} {x}" for x, n in loop.items() if x.startswith(prefixes)) or "-"
 
 
 def summary(found: Sequence[dict[str, Any]]) -> str:
-    """A row for each workload."""
-    head = ("workload", "dtype", "chip", "floor us", "predicted us", "of the floor", "launches")
+    """A row for each workload and backend, and under them what launches miss."""
+    head = (
+        *("workload", "dtype", "chip", "backend", "floor us", "predicted us", "of the floor"),
+        *("measured us", "launches"),
+    )
     rows = [
         (
-            *(x["workload"], x["dtype"], x["family"], f"{x['floor_us']:.1f}"),
+            *(x["workload"], x["dtype"], x["family"], x["backend"], f"{x['floor_us']:.1f}"),
             *(f"{x['predicted_us']:.1f}", f"{x['predicted_us'] / x['floor_us']:.1f}x"),
+            _microseconds(x),
             ", ".join(
                 f"{y['kernel']} {y['predicted_us']:.0f} ({y['binds']})" for y in x["launches"]
             ),
         )
         for x in found
     ]
-    return plain_table(head, rows)
+    missed = [
+        f"{x['workload']} {x['dtype']} {x['backend']}: {y['kernel']}: {miss}"
+        for x in found
+        for y in x["launches"]
+        for miss in y["misses"]
+    ]
+    return "\n".join([plain_table(head, rows), *(["", "Misses:", *missed] if missed else [])])
 
 
-def report(workload: str, dtype: str | None, family: str, path: str | None) -> int:
-    """Print the launches of a workload, or a row for each of ``all``; or write them as JSON."""
+def report(
+    workload: str,
+    dtype: str | None,
+    family: str,
+    backend: str | None,
+    path: str | None,
+    strict: bool,
+) -> int:
+    """Print the launches of a workload, or a row for each of ``all``; or write them as JSON.
+
+    Returns 1 if ``strict`` and a launch misses.
+    """
     names = list(BY_NAME) if workload == "all" else [workload]
     dtypes = [dtype] if dtype else ["bf16", "fp32"]
-    found = [workload_facts(BY_NAME[name], d, family) for d in dtypes for name in names]
+    backends = [backend] if backend else list(BACKENDS)
+    found = [
+        workload_facts(BY_NAME[name], d, family, b)
+        for d in dtypes
+        for name in names
+        for b in backends
+    ]
+    failed = strict and any(y["misses"] for x in found for y in x["launches"])
     if path is not None:
         text = json.dumps(found, indent=1)
         print(text) if path == "-" else Path(path).write_text(text + "\n")
-        return 0
+        return int(failed)
     for facts in found if workload != "all" else []:
         print(launch_table(facts), end="\n\n")
     print(summary(found))
-    print("Predicted by a model, measured nowhere: see benchmarks/kernel_model.py.")
-    return 0
+    print("Predicted by a model, not measured: see benchmarks/kernel_model.py.")
+    return int(failed)

@@ -1,7 +1,7 @@
 """What each Triton kernel takes of a chip: registers, stack and shared memory. Needs no GPU.
 
     python -m benchmarks.kernels [--family sm_90] [--kernel gram]
-    python -m benchmarks.kernels --workload tokens-vit-b    # see kernel_model.py
+    python -m benchmarks.kernels --workload tokens-vit-b [--backend cuda]    # see kernel_model.py
 
 compiles every kernel in every configuration of the table, for maps whose rows are multiples of 16
 bytes, for 7 x 7 ones and for pooled ones, and prints a row for each. It fails where one spills
@@ -41,7 +41,7 @@ from fsp_kernels.backends.triton.elementwise import scale
 from fsp_kernels.backends.triton.launch import Launch
 from fsp_kernels.backends.triton.loss import Program
 from fsp_kernels.backends.triton.product import prepare
-from fsp_kernels.loss_plan import MapSpec
+from fsp_kernels.loss_plan import LossPlan, MapSpec
 from fsp_kernels.plan import plan_loss
 
 # Chips each family's table is compiled for, and the shared memory a program may have on them: CUDA
@@ -108,7 +108,8 @@ def compile_case(case: Case) -> list[Usage]:
     compiled = compile_call(
         lambda: call_of(case, batch=8, device="meta")(), case.row.family, case.row.kind
     )
-    return [usage_of(x) for x in compiled if x.metadata.name == "fsp_" + case.row.kernel]
+    # The row of "gram" is that of all launches of that form.
+    return [usage_of(x) for x in compiled if x.metadata.name.startswith("fsp_" + case.row.kernel)]
 
 
 def compile_call(call: Callable[[], object], family: str, kind: str) -> list[Any]:
@@ -211,13 +212,14 @@ def call_on(maps: list[Tensor]) -> Callable[[], list[Tensor]]:
     return _product_call(*maps) if len(maps) == 3 else _loss_call(maps)
 
 
-def _loss_call(
+def planned(
     maps: list[Tensor],
     wanted: tuple[bool, ...] = (True, True, False, False),
     pool: str = "max",
     norm: str = "frobenius",
-) -> Callable[[], list[Tensor]]:
-    """The loss of pairs with ``len(wanted)`` maps each, prepared outside the backend's caches."""
+    backend: str = "triton",
+) -> tuple[LossPlan, list[Tensor | None]]:
+    """The plan of pairs with ``len(wanted)`` maps each, outside of all caches; the gradients."""
     size = len(wanted)
     specs = [
         MapSpec.of(x)._replace(device=torch.device("cuda"), requires_grad=wanted[i % size])
@@ -225,16 +227,22 @@ def _loss_call(
     ]
     pairs = [specs[start : start + size] for start in range(0, len(specs), size)]
     student, teacher = tuple((p[0], p[1]) for p in pairs), tuple(tuple(p[2:]) for p in pairs)
-    backend = registered_backends()["triton"]
     # Not from the cache: the table, on which plans depend, changes between calls.
-    plan = plan_loss.__wrapped__(student, teacher, pool, norm, backend, fp32_precision())
-    gradients = [
+    plan = plan_loss.__wrapped__(
+        student, teacher, pool, norm, registered_backends()[backend], fp32_precision()
+    )
+    return plan, [
         None if m.gradient_dtype is None else torch.empty_like(x, dtype=m.gradient_dtype)
         for x, m in zip(maps, plan.maps, strict=True)
     ]
+
+
+def _loss_call(maps: list[Tensor], *options: Any) -> Callable[[], list[Tensor]]:
+    """The loss of pairs, prepared outside the backend's caches; ``options`` are those above."""
+    plan, gradients = planned(maps, *options)
     program = Program(plan, maps, gradients)
     written = [g for g in gradients if g is not None]
-    return lambda: [program(maps, gradients, [1.0] * len(pairs)), *written]
+    return lambda: [program(maps, gradients, [1.0] * len(plan.pairs)), *written]
 
 
 def _product_call(first: Tensor, second: Tensor, slope: Tensor) -> Callable[[], list[Tensor]]:
@@ -384,16 +392,21 @@ def main(arguments: list[str] | None = None) -> int:
     names = ("all", *workloads.BY_NAME)
     parser.add_argument("--workload", choices=names, help="what its launches do, and a prediction")
     parser.add_argument("--dtype", choices=tuple(workloads.DTYPES), help="of a workload's maps")
+    parser.add_argument(
+        "--backend", choices=("triton", "cuda"), help="of a workload; triton needs no nvcc"
+    )
+    parser.add_argument("--strict", action="store_true", help="fail where a launch misses")
     parser.add_argument("--json", help="a file for what is told of a workload, - for stdout")
     chosen = parser.parse_args(arguments)
     if chosen.workload is not None:
         from benchmarks import kernel_model  # which needs what is above
 
-        family = chosen.family or "sm_90"
+        family = chosen.family or kernel_model.device_family() or "sm_90"
         if family not in kernel_model.CHIPS:
             known = ", ".join(kernel_model.CHIPS)
             parser.error(f"--family {family}: a workload's time is predicted for {known} alone")
-        return kernel_model.report(chosen.workload, chosen.dtype, family, chosen.json)
+        of = chosen.workload, chosen.dtype, family, chosen.backend
+        return kernel_model.report(*of, chosen.json, chosen.strict)
     print(_LINE.format(*_HEADER))
     failures = 0
     with ProcessPoolExecutor(chosen.jobs) as pool:

@@ -130,6 +130,14 @@ PYBIND11_MODULE(_cuda, module) {
       .def(py::init(&product_spec), py::kw_only(), "own"_a, "gradient"_a, "other"_a, "slope"_a,
            "samples"_a, "first_sample"_a, "channels"_a, "positions"_a, "split"_a, "weight"_a,
            "factor"_a);
+  py::class_<LaunchFacts>(module, "LaunchFacts", py::module_local())
+      .def_readonly("kernel", &LaunchFacts::kernel)
+      .def_readonly("operand", &LaunchFacts::operand)
+      .def_readonly("tile", &LaunchFacts::tile)
+      .def_readonly("threads", &LaunchFacts::threads)
+      .def_readonly("stages", &LaunchFacts::stages)
+      .def_readonly("shared_bytes", &LaunchFacts::shared_bytes)
+      .def_readonly("blocks", &LaunchFacts::blocks);
   py::class_<Program>(module, "Program", py::module_local())
       .def(py::init<int, std::string>(), "device"_a, "what"_a)
       .def("add_one_pass", &Program::add_one_pass, "operand"_a, "pairs"_a)
@@ -138,7 +146,7 @@ PYBIND11_MODULE(_cuda, module) {
       .def("add_combine", &Program::add_combine, "pairs"_a)
       .def("add_gradients", &Program::add_gradients, "operand"_a, "products"_a)
       .def("add_matrix_gradients", &Program::add_matrix_gradients, "products"_a)
-      .def_property_readonly("kernels", &Program::kernels)
+      .def_property_readonly("launches", &Program::launches)
       .def_property_readonly("partials", &Program::partials)
       .def("__call__", &Program::run, "stream"_a, "addresses"_a, "weights"_a, WithoutGil());
 
@@ -148,6 +156,8 @@ PYBIND11_MODULE(_cuda, module) {
              "Load the kernels; why none runs on a device, as CUDA tells, empty if they do.");
   module.def("shared_bytes", &shared_bytes,
              "Of every kernel: name, operand, tile, bytes of a block with one stage, with two.");
+  module.def("assume_chip", &assume_chip, "major"_a, "most_shared_bytes"_a,
+             "Plan launches for such a chip, with or without a device.");
   module.def("one_pass_tile", &one_pass_tile, "device"_a, "operand"_a, "channels"_a,
              "Channels of the smallest tile for one pass; 0 if there is none.");
   module.def("residual_tile", &residual_tile, "operand"_a, "Channels of a stored tile.");

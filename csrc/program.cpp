@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <map>
 #include <mutex>
 #include <set>
 #include <stdexcept>
@@ -17,8 +18,11 @@ const Kernels& kernels_of(Scalar operand) {
 
 int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
+std::map<cudaDeviceAttr, int> assumed;  // of every device
+
 int attribute(int device, cudaDeviceAttr which,
               const std::string& what = "asking for an attribute of the device") {
+  if (const auto known = assumed.find(which); known != assumed.end()) return known->second;
   int value = 0;
   check(cudaDeviceGetAttribute(&value, which, device), what);
   return value;
@@ -186,7 +190,18 @@ class Launch : public Step {
     }
   }
 
-  const char* kernel() const override { return kernel_.name; }
+  LaunchFacts facts() const override {
+    LaunchFacts facts{kernel_.name, "", 0, THREADS, group_.stages, shared_bytes_, {}};
+    for (int i = 0; i < group_.count; ++i) facts.blocks.push_back(group_.entries[i].programs);
+    for_every_kernel([&](const Kernel& kernel, const char* operand, int tile) {
+      // Each instance of a template has a `load` of its own; of the tiles that share one, the last
+      // is named.
+      if (kernel.load != kernel_.load) return;
+      facts.operand = operand;
+      facts.tile = tile;
+    });
+    return facts;
+  }
 
   void run(cudaStream_t stream, const std::vector<uintptr_t>& addresses,
            const std::vector<float>& weights, float* partials) const override {
@@ -239,6 +254,11 @@ std::vector<SharedBytes> shared_bytes() {
                         kernel.shared_bytes(tile, 2));
   });
   return result;
+}
+
+void assume_chip(int major, int most_shared_bytes) {
+  assumed = {{cudaDevAttrComputeCapabilityMajor, major},
+             {cudaDevAttrMaxSharedMemoryPerBlockOptin, most_shared_bytes}};
 }
 
 int one_pass_tile(int device, Scalar operand, int channels) {
@@ -319,10 +339,14 @@ void Program::add_matrix_gradients(std::vector<ProductSpec> products) {
       [](const Product& x) { return int64_t{x.samples} * x.own_channels; }));
 }
 
-std::vector<std::string> Program::kernels() const {
-  std::vector<std::string> names;
-  for (const auto& step : steps_) names.push_back(step->kernel());
-  return names;
+std::vector<LaunchFacts> Program::launches() const {
+  std::vector<LaunchFacts> facts;
+  for (const auto& step : steps_) facts.push_back(step->facts());
+  const Kernel last = finish_kernel();
+  if (partials_ > 0) {
+    facts.push_back({last.name, "", 0, THREADS, 1, last.shared_bytes(0, 1), {1}});
+  }
+  return facts;
 }
 
 void Program::run(uintptr_t stream, const std::vector<uintptr_t>& addresses,

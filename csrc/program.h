@@ -49,6 +49,16 @@ std::string why_not_on(int device, uintptr_t stream);
 using SharedBytes = std::tuple<std::string, std::string, int, int, int>;
 std::vector<SharedBytes> shared_bytes();
 
+// From now on launches are planned for such a chip, whatever device they name: one need not be there.
+void assume_chip(int major, int most_shared_bytes);
+
+// What a launch takes; its kernel by name, operand and tile as in `shared_bytes`.
+struct LaunchFacts {
+  std::string kernel, operand;
+  int tile, threads, stages, shared_bytes;
+  std::vector<int> blocks;  // of each entry
+};
+
 // Channels of the smallest tile of the one-pass kernel that holds a sample of such a pair on a
 // device, 0 if there is none; of the tiles of stored residuals; whether the other kernels fit.
 int one_pass_tile(int device, Scalar operand, int channels);
@@ -59,7 +69,7 @@ bool gram_fits(int device, int positions);
 class Step {
  public:
   virtual ~Step() = default;
-  virtual const char* kernel() const = 0;
+  virtual LaunchFacts facts() const = 0;
   virtual void run(cudaStream_t stream, const std::vector<uintptr_t>& addresses,
                    const std::vector<float>& weights, float* partials) const = 0;
 };
@@ -76,8 +86,8 @@ class Program {
   void add_gradients(Scalar operand, std::vector<ProductSpec> products);
   void add_matrix_gradients(std::vector<ProductSpec> products);
 
-  // The kernels that a call launches, in order, but for the last, which adds the partial losses.
-  std::vector<std::string> kernels() const;
+  // What a call launches, in order.
+  std::vector<LaunchFacts> launches() const;
 
   // How many partial losses the launches leave, a float each.
   int64_t partials() const { return partials_; }

@@ -81,7 +81,10 @@ class Profile:
         pass
 
     def export_chrome_trace(self, path: str) -> None:
-        kernels = [{"cat": "kernel", "name": f"fsp_{i}"} for i in range(KERNELS)]
+        kernels = [
+            {"cat": "kernel", "name": f"fsp_{i}", "ts": 10.0 * i, "dur": 1.0 + i}
+            for i in range(KERNELS)
+        ]
         others = [{"cat": "gpu_memset"}, {"name": "process_name"}]
         Path(path).write_text(json.dumps({"traceEvents": [*others, *kernels]}))
 

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the host stan
 
 FP32, BF16 = torch.float32, torch.bfloat16
 CALL_BEFORE = "call it once before capturing$"
+KERNEL = ("fsp_residual", "fp32")
 
 
 @pytest.fixture
@@ -187,3 +188,17 @@ def test_a_size_beyond_32_bits_is_an_error(machine, changes):
         ValueError, match=rf"^{what} are \d+, but the kernels .* at most 2147482623"
     ):
         product(machine, 0, **changes)
+
+
+# --- what is launched -----------------------------------------------------------------------------
+
+
+def test_a_program_tells_what_its_launches_take(machine):
+    [facts] = product(machine, 0).launches
+    assert (facts.kernel, facts.operand, facts.tile) == ("fsp_residual", "fp32", 0)
+    assert (facts.blocks, facts.threads) == ([1], 256)
+    [(_, _, _, one, two)] = [x for x in machine.module.shared_bytes() if x[:2] == KERNEL]
+    assert (facts.stages, facts.shared_bytes) == (2, two)
+    machine.module.assume_chip(major=7, most_shared_bytes=64 << 10)  # Turing copies nothing itself
+    [facts] = product(machine, 5).launches  # of a device that is not there
+    assert (facts.stages, facts.shared_bytes) == (1, one)
