@@ -104,6 +104,7 @@ def _gram_steps(e: Any) -> int:
 # How many steps the loop of a function has for an entry of a launch.
 STEPS = {
     "residual.residual_tile": _residual_steps,
+    "tiles.fsp_residual": _residual_steps,  # where no instruction of the loop says more
     "one_pass._sweep": lambda e: _cdiv(e.student_positions, e.block_k.value),
     "gram._write_blocks": _gram_steps,
     "gram._total": lambda e: e.parts.value,

@@ -27,7 +27,7 @@ from fsp_kernels.plan import GRAM_BLOCKS
 
 BLOCKS = tl.constexpr(GRAM_BLOCKS)  # in this order: pp, cp, cc, bb, qb, qq
 # Rows of all blocks that a program of the second launch adds: several programs serve a sample.
-COMBINED_ROWS = tl.constexpr(16)
+COMBINED_ROWS = tl.constexpr(8)
 
 
 @triton.jit
