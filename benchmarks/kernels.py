@@ -228,13 +228,10 @@ def _loss_call(
     backend = registered_backends()["triton"]
     # Not from the cache: the table, on which plans depend, changes between calls.
     plan = plan_loss.__wrapped__(student, teacher, pool, norm, backend, fp32_precision())
-    gradients = [
-        None if m.gradient_dtype is None else torch.empty_like(x, dtype=m.gradient_dtype)
-        for x, m in zip(maps, plan.maps, strict=True)
-    ]
-    program = Program(plan, maps, gradients)
-    written = [g for g in gradients if g is not None]
-    return lambda: [program(maps, gradients, [1.0] * len(pairs)), *written]
+    gradients = [torch.empty_like(maps[i], dtype=plan.maps[i].gradient_dtype) for i in plan.wanted]
+    tensors = [*maps, *gradients]
+    program = Program(plan, tensors)
+    return lambda: [program(tensors, [1.0] * len(pairs)), *gradients]
 
 
 def _product_call(first: Tensor, second: Tensor, slope: Tensor) -> Callable[[], list[Tensor]]:

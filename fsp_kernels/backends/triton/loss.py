@@ -7,17 +7,19 @@ tiles (residual, gradients); and the sum of what the programs left.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import count
+from operator import truediv
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from fsp_kernels.backends.fused import Programs, Slots, partner_of, raw_stream, slots_of
+from fsp_kernels.backends.fused import Slots, partner_of, raw_stream, slots_of, tensors_at
 from fsp_kernels.backends.triton.elementwise import BLOCK, fsp_finish
 from fsp_kernels.backends.triton.entries import Pair
 from fsp_kernels.backends.triton.gram import fsp_gram
-from fsp_kernels.backends.triton.launch import Launch, device_family
+from fsp_kernels.backends.triton.launch import Launch, Places, device_family
 from fsp_kernels.backends.triton.one_pass import fsp_one_pass
 from fsp_kernels.backends.triton.residual import Entry
 from fsp_kernels.backends.triton.tiles import (
@@ -29,38 +31,36 @@ from fsp_kernels.backends.triton.tiles import (
 )
 from fsp_kernels.loss_plan import LossPlan, Step
 
-Run = Callable[[int, Sequence[Slots], Sequence[float], Tensor], None]
+Run = Callable[[int, Sequence[Tensor], Sequence[float]], None]
 
 
 class Program:
-    """The launches of a plan, step by step."""
+    """The launches of a plan, step by step.
 
-    def __init__(self, plan: LossPlan, maps: Sequence[Tensor], gradients: Sequence[Tensor | None]):
+    A step is called with all maps, the wanted gradients and, last, the partial losses.
+    """
+
+    def __init__(self, plan: LossPlan, tensors: Sequence[Tensor]):
         self._divisors = [p.divisor for p in plan.pairs]
-        self._sizes = [len(p.maps) for p in plan.pairs]
-        family = device_family(maps[0].device)
-        slots = slots_of(self._sizes, maps, gradients)
+        self._slots = slots_of(plan)
+        family = device_family(tensors[0].device)
         pairs = [
-            Pair(i, pair, s, family, plan.precision)
-            for i, (pair, s) in enumerate(zip(plan.pairs, slots, strict=True))
+            Pair(i, pair, tensors_at(slots, tensors), family, plan.precision)
+            for i, (pair, slots) in enumerate(zip(plan.pairs, self._slots, strict=True))
         ]
+        self._place = len(tensors)  # of the partial losses
         self._partials = 0
         self._steps = [self._prepare(step, [pairs[i] for i in step.pairs]) for step in plan.steps]
         self._finish = Launch(fsp_finish, 1, 8, self._partials, BLOCK)
 
-    def __call__(
-        self,
-        maps: Sequence[Tensor],
-        gradients: Sequence[Tensor | None],
-        weights: Sequence[float],
-    ) -> Tensor:
-        stream = raw_stream(maps[0].device)
-        slots = slots_of(self._sizes, maps, gradients)
-        factors = [w / divisor for w, divisor in zip(weights, self._divisors, strict=True)]
-        partials = maps[0].new_empty(self._partials, dtype=torch.float32)
+    def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        stream = raw_stream(tensors[0].device)
+        factors = list(map(truediv, weights, self._divisors))
+        partials = tensors[0].new_empty(self._partials, dtype=torch.float32)
+        tensors = [*tensors, partials]
         for step in self._steps:
-            step(stream, slots, factors, partials)
-        result = maps[0].new_empty((), dtype=torch.float32)
+            step(stream, tensors, factors)
+        result = tensors[0].new_empty((), dtype=torch.float32)
         self._finish(stream, (partials, result))
         return result
 
@@ -70,25 +70,26 @@ class Program:
         return self._partials - count
 
     def _prepare(self, step: Step, pairs: Sequence[Pair]) -> Run:
+        slots = tuple(self._slots[p.index] for p in pairs)
         if step.evaluation == "tiles":
-            return _Tiles(pairs, step.chunk, self._take_partials)
+            return _Tiles(pairs, slots, self._place, step.chunk, self._take_partials)
         if step.form == "gram":
             configured = [p.gram_entry() for p in pairs]
-            launch = self._launch(fsp_gram, configured)
+            scratches = tuple(self._place + 1 + i for i in range(len(pairs)))
+            launch = self._launch(fsp_gram, configured, (slots, scratches, self._place))
             return _Gram(launch, pairs, [entry for entry, _ in configured])
-        launch = self._launch(fsp_one_pass, [p.one_pass_entry() for p in pairs])
-        return _OnePass(launch, pairs)
+        configured = [p.one_pass_entry() for p in pairs]
+        return _OnePass(self._launch(fsp_one_pass, configured, (slots, self._place)), pairs)
 
-    def _launch(self, kernel: Any, configured: Sequence[tuple[Entry, int]]) -> Launch:
+    def _launch(
+        self, kernel: Any, configured: Sequence[tuple[Entry, int]], places: Places
+    ) -> Launch:
         """Of a kernel with one program for each sample."""
         entries = tuple(entry for entry, _ in configured)
         warps = max(warps for _, warps in configured)
         grid = sum(entry.samples for entry in entries)
-        return Launch(kernel, grid, warps, entries, self._take_partials(grid), len(entries))
-
-
-_PROGRAMS = Programs(Program)
-loss = _PROGRAMS.loss
+        first = self._take_partials(grid)
+        return Launch(kernel, grid, warps, entries, first, len(entries), places=places)
 
 
 class _OnePass:
@@ -98,11 +99,8 @@ class _OnePass:
         self._launch = launch
         self._indices = [p.index for p in pairs]
 
-    def __call__(
-        self, stream: int, slots: Sequence[Slots], factors: Sequence[float], partials: Tensor
-    ) -> None:
-        chosen = tuple([slots[i] for i in self._indices])
-        self._launch(stream, (chosen, partials), tuple([factors[i] for i in self._indices]))
+    def __call__(self, stream: int, tensors: Sequence[Tensor], factors: Sequence[float]) -> None:
+        self._launch(stream, tensors, tuple([factors[i] for i in self._indices]))
 
 
 class _Gram:
@@ -113,30 +111,27 @@ class _Gram:
         self._indices = [p.index for p in pairs]
         self._scratches = [e.samples * e.kept.value * e.block_k.value**2 for e in entries]
 
-    def __call__(
-        self, stream: int, slots: Sequence[Slots], factors: Sequence[float], partials: Tensor
-    ) -> None:
-        chosen = tuple([slots[i] for i in self._indices])
-        scratches = tuple([partials.new_empty(n) for n in self._scratches])
+    def __call__(self, stream: int, tensors: Sequence[Tensor], factors: Sequence[float]) -> None:
+        scratches = [tensors[-1].new_empty(n) for n in self._scratches]
         weights = tuple([factors[i] for i in self._indices])
-        self._launch(stream, (chosen, scratches, partials), weights)
+        self._launch(stream, [*tensors, *scratches], weights)
 
 
 class _Tiles:
     """The launches of tiles.py over one chunk of samples of some pairs."""
 
-    def __init__(self, pairs: Sequence[Pair], chunk: int, take_partials: Callable[[int], int]):
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        slots: tuple[Slots, ...],
+        partials: int,
+        chunk: int,
+        take_partials: Callable[[int], int],
+    ):
         # Those whose loss the first launch tells come first, and with them their partial losses.
         self._indices = [p.index for p in pairs]
         configured = [p.residual_entry(chunk) for p in pairs]
         entries = tuple(entry for entry, _ in configured)
-        warps = max(warps for _, warps in configured)
-        programs = [e.samples * e.parts.value * _tiles(e) for e in entries]
-        grid = sum(programs)
-        told = [count for p, count in zip(pairs, programs, strict=True) if p.plan.finishes]
-        first = take_partials(sum(told))
-        self._residual = Launch(fsp_residual, grid, warps, entries, first, len(entries))
-
         self._slopes = [
             ((e.samples, e.m.value, e.n.value), p.plan.slope_dtype)
             for p, e in zip(pairs, entries, strict=True)
@@ -145,48 +140,66 @@ class _Tiles:
             None if p.plan.finishes else (e.parts.value, *shape)
             for p, e, (shape, _) in zip(pairs, entries, self._slopes, strict=True)
         ]
+        place = count(partials + 1)
+        parts = [None if shape is None else next(place) for shape in self._parts]
+        slopes = [None if dtype is None else next(place) for _, dtype in self._slopes]
+
+        warps = max(warps for _, warps in configured)
+        programs = [e.samples * e.parts.value * _tiles(e) for e in entries]
+        grid = sum(programs)
+        told = [number for p, number in zip(pairs, programs, strict=True) if p.plan.finishes]
+        first = take_partials(sum(told))
+        written = tuple(s if p is None else p for s, p in zip(slopes, parts, strict=True))
+        places: Places = (slots, written, partials)
+        self._residual = Launch(
+            fsp_residual, grid, warps, entries, first, len(entries), places=places
+        )
+
         self._combined = [i for i, p in enumerate(pairs) if not p.plan.finishes]
         if self._combined:
             chosen = tuple(pairs[i].combine_entry(entries[i]) for i in self._combined)
             grid = sum(_combined_tiles(e) for e in chosen)
             first = take_partials(grid)
-            self._combine = Launch(fsp_combine, grid, 4, chosen, first, len(chosen))
+            places = tuple((parts[i], slopes[i]) for i in self._combined), partials
+            self._combine = Launch(fsp_combine, grid, 4, chosen, first, len(chosen), places=places)
 
         products = [p.gradient_entries(e) for p, e in zip(pairs, entries, strict=True)]
-        self._products = [(i, own) for i, found in enumerate(products) for own, _, _ in found]
-        if self._products:
-            gradients = tuple(entry for found in products for _, entry, _ in found)
+        gradients = tuple(entry for found in products for _, entry, _ in found)
+        self._gradients = None
+        if gradients:
             warps = max(warps for found in products for *_, warps in found)
             grid = sum(_gradient_tiles(e) for e in gradients)
-            self._gradients = Launch(fsp_gradients, grid, warps, gradients, len(gradients))
-        self._matrices = [i for i, p in enumerate(pairs) if p.wants_matrix_gradient]
-        if self._matrices:
-            chosen = tuple(entries[i] for i in self._matrices)
+            places = tuple(
+                (own_slots[own], own_slots[4 + own], own_slots[partner_of(own)], slope)
+                for own_slots, slope, found in zip(slots, slopes, products, strict=True)
+                for own, *_ in found
+            )
+            self._gradients = Launch(
+                fsp_gradients, grid, warps, gradients, len(gradients), places=(places,)
+            )
+        matrices = [i for i, p in enumerate(pairs) if p.wants_matrix_gradient]
+        self._matrix_gradients = None
+        if matrices:
+            chosen = tuple(entries[i] for i in matrices)
             grid = sum(e.samples * _tiles(e) for e in chosen)
-            self._matrix_gradients = Launch(fsp_matrix_gradients, grid, 4, chosen, len(chosen))
+            places = tuple((slots[i], slopes[i]) for i in matrices)
+            self._matrix_gradients = Launch(
+                fsp_matrix_gradients, grid, 4, chosen, len(chosen), places=(places,)
+            )
 
-    def __call__(
-        self, stream: int, slots: Sequence[Slots], factors: Sequence[float], partials: Tensor
-    ) -> None:
-        mine = tuple([slots[i] for i in self._indices])
+    def __call__(self, stream: int, tensors: Sequence[Tensor], factors: Sequence[float]) -> None:
+        partials = tensors[-1]
         weights = tuple([factors[i] for i in self._indices])
         parts = [None if shape is None else partials.new_empty(shape) for shape in self._parts]
         slopes = [self._slope(i, whole, partials) for i, whole in enumerate(parts)]
-        written = tuple([s if p is None else p for s, p in zip(slopes, parts, strict=True)])
-        self._residual(stream, (mine, written, partials), weights)
+        tensors = [*tensors, *[x for x in (*parts, *slopes) if x is not None]]
+        self._residual(stream, tensors, weights)
         if self._combined:
-            chosen = tuple([(parts[i], slopes[i]) for i in self._combined])
-            self._combine(stream, (chosen, partials), tuple([weights[i] for i in self._combined]))
-        if self._products:
-            pointers = tuple(
-                [
-                    (mine[i][own], mine[i][4 + own], mine[i][partner_of(own)], slopes[i])
-                    for i, own in self._products
-                ]
-            )
-            self._gradients(stream, (pointers,))
-        if self._matrices:
-            self._matrix_gradients(stream, (tuple([(mine[i], slopes[i]) for i in self._matrices]),))
+            self._combine(stream, tensors, tuple([weights[i] for i in self._combined]))
+        if self._gradients is not None:
+            self._gradients(stream, tensors)
+        if self._matrix_gradients is not None:
+            self._matrix_gradients(stream, tensors)
 
     def _slope(self, index: int, parts: Tensor | None, partials: Tensor) -> Tensor | None:
         """Where slopes go: over the first part, if that has their dtype."""
