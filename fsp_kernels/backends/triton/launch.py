@@ -46,15 +46,16 @@ class Launch:
         addresses = list(map(Tensor.data_ptr, tensors))
         every = reduce(or_, addresses)
         alignment = () if every % 16 == 0 else tuple([x % 16 == 0 for x in addresses])
-        launch = self._compiled.get(alignment)
-        if launch is not None:
-            launch(*self.arrange(addresses), *self.constants, *scalars, stream=stream)
+        compiled = self._compiled.get(alignment)
+        if compiled is not None:
+            arguments = self.arrange(addresses)
+            compiled[self.grid](*arguments, *self.constants, *scalars, stream=stream)
             return
         if INTERPRETED:
             self.start(self.arrange(tensors), *scalars)
             return
         check_not_capturing(f"Triton compiles and loads {self.kernel.__name__}")
-        self._compiled[alignment] = self.start(self.arrange(tensors), *scalars)[self.grid]
+        self._compiled[alignment] = self.start(self.arrange(tensors), *scalars)
 
     def start(self, tensors: tuple[Any, ...], *scalars: Any) -> Any:
         """Launch by Triton's own path, on the current stream; the compiled kernel."""
