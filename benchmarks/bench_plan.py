@@ -2,16 +2,26 @@
 
 The shapes lie around the borders of ``plan.py``: few positions and many channels against the
 reverse, and what one program of a GPU can hold.
+
+And what Python takes for a planned call beside the least that autograd can do, on any machine.
 """
 
 from __future__ import annotations
 
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
+from statistics import median
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
+import fsp_kernels as fsp
 from benchmarks import cases, contenders, options
 from benchmarks.contenders import Contender
 from benchmarks.race import Outcome, Race, Rounds
@@ -77,7 +87,7 @@ def contenders_of(case: Case, device: str, backend: str) -> dict[str, Contender]
     by_name = {label(plan.pairs[0]): plan for plan in plans}
 
     def build(plan: LossPlan) -> Any:
-        def loss(student: Pairs, teacher: Pairs) -> torch.Tensor:
+        def loss(student: Pairs, teacher: Pairs) -> Tensor:
             return planned_loss(plan, (1.0,), [*student[0], *teacher[0]])
 
         return loss
@@ -85,7 +95,98 @@ def contenders_of(case: Case, device: str, backend: str) -> dict[str, Contender]
     return {name: Contender(name, partial(build, p), ours=True) for name, p in by_name.items()}
 
 
+# --- the time of the host -------------------------------------------------------------------------
+
+
+class Bare(torch.autograd.Function):
+    """What autograd, allocations and launches take by themselves: as many of each, nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, partials: int, *maps: Tensor) -> Tensor:
+        gradients = [torch.empty_like(x) for x in maps if x.requires_grad]
+        maps[0].new_empty(partials, dtype=torch.float32)
+        result = maps[0].new_empty((), dtype=torch.float32)
+        _no_launch()
+        _no_launch()
+        ctx.gradients, ctx.wanted = gradients, [x.requires_grad for x in maps]
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> Any:  # noqa: ARG004
+        _no_launch()
+        gradients = iter(ctx.gradients)
+        return None, *[next(gradients) if wanted else None for wanted in ctx.wanted]
+
+
+def bare_loss(student: Pairs, teacher: Pairs) -> Tensor:
+    pairs = zip(student, teacher, strict=True)
+    return Bare.apply(512, *[x for s, t in pairs for x in (*s, *t)])
+
+
+def _no_launch(*_: Any, **__: Any) -> None:
+    """In place of a compiled kernel."""
+
+
+@contextmanager
+def without_launches() -> Iterator[None]:
+    """The Triton backend serves CPU tensors as it serves a GPU's, but launches nothing."""
+    from fsp_kernels.backends.triton import TritonBackend, launch, loss
+
+    with ExitStack() as patches:
+        for where, name, value in (
+            (TritonBackend, "why_unavailable", lambda _: None),
+            (TritonBackend, "why_unsupported", lambda *_: None),
+            (launch, "device_family", lambda *_: "sm_90"),
+            (loss, "device_family", lambda *_: "sm_90"),
+            (launch, "INTERPRETED", False),
+            (launch.Launch, "start", lambda *_: defaultdict(lambda: _no_launch)),
+        ):
+            patches.enter_context(mock.patch.object(where, name, value))
+        programs = registered_backends()["triton"].programs
+        programs.clear()
+        yield
+        programs.clear()
+
+
+def host_times(pairs: int, rounds: int = 200, calls: int = 10) -> tuple[float, float]:
+    """Seconds of the CPU for forward and backward of ours and of the bare Function, medians.
+
+    By turns, on small maps of as many pairs: ``pairs`` is 3 for a ResNet of CIFAR.
+    """
+    shapes = [(2, 16 << i, 8, 8) for i in range(pairs)]
+    student, teacher = (
+        [(torch.randn(s, requires_grad=grad), torch.randn(s, requires_grad=grad)) for s in shapes]
+        for grad in (True, False)
+    )
+    leaves = [x for pair in student for x in pair]
+    took: dict[Any, list[float]] = {partial(fsp.fsp_loss, backend="triton"): [], bare_loss: []}
+    with without_launches():
+        for _ in range(rounds):
+            for loss, times in took.items():
+                start = time.thread_time()
+                for _ in range(calls):
+                    torch.autograd.grad(loss(student, teacher), leaves)
+                times.append((time.thread_time() - start) / calls)
+    ours, bare = map(median, took.values())
+    return ours, bare
+
+
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_host_time(pairs: int) -> None:
+    pytest.importorskip("triton")
+    ours, bare = host_times(pairs)
+    print(
+        f"host time of {pairs} pairs, no launches: {1e6 * ours:.0f} us, "
+        f"{ours / bare:.2f} of a bare Function's"
+    )
+
+
+# --- the evaluations ------------------------------------------------------------------------------
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" not in metafunc.fixturenames:
+        return
     device = metafunc.config.getoption("--device")
     metafunc.parametrize(
         ("case", "backend", "contender_name"),

@@ -218,8 +218,11 @@ def planned(
     pool: str = "max",
     norm: str = "frobenius",
     backend: str = "triton",
-) -> tuple[LossPlan, list[Tensor | None]]:
-    """The plan of pairs with ``len(wanted)`` maps each, outside of all caches; the gradients."""
+) -> tuple[LossPlan, list[Tensor]]:
+    """The plan of pairs with ``len(wanted)`` maps each, outside of all caches.
+
+    And what a program takes: the maps, and after them their gradients.
+    """
     size = len(wanted)
     specs = [
         MapSpec.of(x)._replace(device=torch.device("cuda"), requires_grad=wanted[i % size])
@@ -231,18 +234,15 @@ def planned(
     plan = plan_loss.__wrapped__(
         student, teacher, pool, norm, registered_backends()[backend], fp32_precision()
     )
-    return plan, [
-        None if m.gradient_dtype is None else torch.empty_like(x, dtype=m.gradient_dtype)
-        for x, m in zip(maps, plan.maps, strict=True)
-    ]
+    gradients = [torch.empty_like(maps[i], dtype=plan.maps[i].gradient_dtype) for i in plan.wanted]
+    return plan, [*maps, *gradients]
 
 
 def _loss_call(maps: list[Tensor], *options: Any) -> Callable[[], list[Tensor]]:
     """The loss of pairs, prepared outside the backend's caches; ``options`` are those above."""
-    plan, gradients = planned(maps, *options)
-    program = Program(plan, maps, gradients)
-    written = [g for g in gradients if g is not None]
-    return lambda: [program(maps, gradients, [1.0] * len(plan.pairs)), *written]
+    plan, tensors = planned(maps, *options)
+    program = Program(plan, tensors)
+    return lambda: [program(tensors, [1.0] * len(plan.pairs)), *tensors[len(maps) :]]
 
 
 def _product_call(first: Tensor, second: Tensor, slope: Tensor) -> Callable[[], list[Tensor]]:

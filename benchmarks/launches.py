@@ -38,7 +38,7 @@ from benchmarks.machine_code import (
 )
 from fsp_kernels.backends.cuda import extension as cuda_extension
 from fsp_kernels.backends.cuda import loss as cuda_loss
-from fsp_kernels.backends.fused import partner_of, slots_of
+from fsp_kernels.backends.fused import partner_of, slots_of, tensors_at
 from fsp_kernels.backends.triton import loss as triton_loss
 from fsp_kernels.backends.triton.elementwise import BLOCK
 from fsp_kernels.backends.triton.gram import COMBINED_ROWS
@@ -361,9 +361,9 @@ def cuda_launches(maps: list[Tensor], family: str) -> list[Launched]:
     shared = extension.SHARED_MEMORY[architecture] << 10
     module.assume_chip(major=architecture // 10, most_shared_bytes=shared)
     with mock.patch.object(cuda_extension, "extension", return_value=module):
-        plan, gradients = planned(maps, backend="cuda")
-        facts = cuda_loss.Program(plan, maps, gradients)._launches.launches
-    slots = slots_of([len(p.maps) for p in plan.pairs], maps, gradients)
+        plan, tensors = planned(maps, backend="cuda")
+        facts = cuda_loss.Program(plan, tensors)._launches.launches
+    slots = [tensors_at(x, tensors) for x in slots_of(plan)]
     stored = [torch.empty(p.scratch_bytes, dtype=torch.uint8, device="meta") for p in plan.pairs]
 
     def launched(x: Any, name: str, step: Step) -> Launched:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import (
     is_in_torch_dispatch_mode,
 )
 
-from fsp_kernels.backends import get_backend
+from fsp_kernels.backends import get_backend, planned_backend
 from fsp_kernels.loss_plan import LossPlan
 
 _BY_MATRICES = (
@@ -74,22 +74,13 @@ def planned_loss(plan: LossPlan, weights: tuple[float, ...], maps: Sequence[Tens
     return loss
 
 
-def run_loss(
-    maps: Sequence[Tensor], plan: LossPlan, weights: Sequence[float]
-) -> tuple[Tensor, list[Tensor]]:
-    """Loss and gradients by the plan's backend, untouched by autograd and autocast."""
-    with without_autograd(), outside_autocast(plan.device):
-        return get_backend(plan.backend).loss(maps, plan, weights)
-
-
-def without_autograd() -> AbstractContextManager[Any]:
-    """``torch.no_grad()`` where it is not in force already, as it is within a ``Function``."""
-    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
-
-
 def outside_autocast(device: str) -> AbstractContextManager[Any]:
     """Autocast would round the products' fp32 operands, which accumulation is there to avoid."""
-    if _has_autocast(device) and torch.is_autocast_enabled(device):
+    if (
+        torch._C._is_any_autocast_enabled()
+        and _has_autocast(device)
+        and torch.is_autocast_enabled(device)
+    ):
         return torch.autocast(device, enabled=False)
     return _NOTHING
 
@@ -101,10 +92,11 @@ _has_autocast = lru_cache(torch.amp.is_autocast_available)
 class FSPLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: LossPlan, weights: tuple[float, ...], *maps: Tensor) -> Tensor:
-        loss, gradients = run_loss(maps, plan, weights)
+        with outside_autocast(plan.device):
+            loss, gradients = planned_backend(plan).loss(maps, plan, weights)
         ctx.plan, ctx.gradients = plan, gradients
         # Not saved: only their identity matters, and only to a second derivative.
-        ctx.wanted = [x for x, m in zip(maps, plan.maps, strict=True) if m.gradient_dtype]
+        ctx.wanted = [maps[i] for i in plan.wanted]
         return loss
 
     @staticmethod
@@ -121,7 +113,7 @@ class FSPLossFunction(torch.autograd.Function):
         if _is_differentiated(incoming):
             scaled = scaled_by_torch(ctx.gradients, plan.wanted_dtypes, incoming, ctx.wanted)
         else:
-            scaled = get_backend(plan.backend).scale(
+            scaled = planned_backend(plan).scale(
                 ctx.gradients, plan.wanted_dtypes, incoming, in_place=not keep
             )
         if not keep:

@@ -11,41 +11,46 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Rational, Real
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fsp_kernels.loss_plan import MapSpec, PairSpec, TeacherSpec
+from fsp_kernels.loss_plan import MapSpec, PairSpec, TeacherSpec, by_network
 
 POOLS = ("max", "avg")
 NORMS = ("frobenius", "mse", "column")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 RANKS = (3, 4, 5)
+# What a sequence holds, and what to write for a dict of feature maps.
+_PAIRS = "a list or tuple of (first, second) pairs; for one pair write [(first, second)]"
+_EXPECTED = {
+    "student": ("pairs_of(list(student.values()))", _PAIRS),
+    "teacher": ("pairs_of(list(teacher.values()))", _PAIRS),
+    "features": ("list(features.values())", "a list or tuple of feature maps"),
+}
 
 
 def flatten_pairs(
     student: Any, teacher: Any, channel_dim: int | None = None
-) -> tuple[list[Tensor], tuple[PairSpec, ...], tuple[TeacherSpec, ...]]:
-    """The tensors of a loss in order, and what planning needs to know of them.
+) -> tuple[list[Any], tuple[bool, ...]]:
+    """The maps of a loss in order, and for each pair whether its teacher is a ready matrix.
 
-    Maps come as ``(B, C, *spatial)``, in a view where ``channel_dim`` is -1. A ready matrix of
-    batch 1 comes as a view that has it for every sample.
+    The order is that of backends: pair by pair, student before teacher. Maps come as
+    ``(B, C, *spatial)``, in a view where ``channel_dim`` is -1. A ready matrix of batch 1 comes as
+    a view that has it for every sample. Whether they are tensors is for :func:`specs_of` to say.
 
     Raises:
-        TypeError: an argument is not a sequence of pairs of dense tensors.
+        TypeError: an argument is not a sequence of pairs.
         ValueError: there are no pairs, or not as many for the teacher as for the student.
     """
     if channel_dim is not None:  # for most calls cheaper than the function
         check_channel_dim(channel_dim)
-    expected = "a list or tuple of (first, second) pairs; for one pair write [(first, second)]"
-    _require_sequence("student", student, expected, "pairs_of(list(student.values()))")
-    _require_sequence("teacher", teacher, expected, "pairs_of(list(teacher.values()))")
-    maps: list[Tensor] = []
-    student_specs = tuple(
-        [_read_pair("student", student, i, maps, channel_dim) for i in range(len(student))]
-    )
+    _require_sequence("student", student)
+    _require_sequence("teacher", teacher)
     if len(student) != len(teacher):
+        for i in range(len(student)):
+            _pair_at("student", student, i)
         raise ValueError(
             f"teacher: got {len(teacher)} entries for {len(student)} student pairs, expected as "
             "many: one pair of maps or one ready FSP matrix for each student pair"
@@ -55,28 +60,40 @@ def flatten_pairs(
         raise ValueError(
             "student: got no pairs, expected at least one (first, second) pair of maps"
         )
-    # The order in which backends expect the tensors: pair by pair, student before teacher.
-    ordered: list[Tensor] = []
-    teacher_specs: list[TeacherSpec] = []
+    maps: list[Any] = []
+    ready = []
     for i, entry in enumerate(teacher):
-        ordered += maps[2 * i : 2 * i + 2]
-        if isinstance(entry, Tensor):
-            spec = spec_of(f"teacher[{i}]", entry)
-            if _serves_all_samples(spec, student_specs[i]):
-                # In fp32, so that its gradient, a sum over samples, is rounded once.
-                wide = entry.float() if entry.dtype in (torch.float16, torch.bfloat16) else entry
-                entry = wide.expand(student_specs[i][0].shape[0], -1, -1)
-                spec = MapSpec.of(entry)
-            teacher_specs.append((spec,))
-            ordered.append(entry)
-        else:
-            teacher_specs.append(_read_pair("teacher", teacher, i, ordered, channel_dim))
-    return ordered, student_specs, tuple(teacher_specs)
+        is_matrix = isinstance(entry, Tensor)
+        pair = _pair_at("student", student, i)
+        entry = (entry,) if is_matrix else _pair_at("teacher", teacher, i)
+        if channel_dim == -1:
+            pair = [channels_first(x) for x in pair]
+            entry = entry if is_matrix else [channels_first(x) for x in entry]
+        maps += pair
+        maps += entry
+        ready.append(is_matrix)
+    if True in ready:
+        _expand_matrices(maps, ready)
+    return maps, tuple(ready)
 
 
-def channels_first(x: Tensor) -> Tensor:
+def specs_of(
+    maps: Sequence[Any], ready: Sequence[bool]
+) -> tuple[tuple[PairSpec, ...], tuple[TeacherSpec, ...]]:
+    """What planning needs to know of what :func:`flatten_pairs` gives; student, teacher.
+
+    Raises:
+        TypeError: one is not a dense tensor.
+    """
+    names = [name for i, is_matrix in enumerate(ready) for name in _names(i, is_matrix)]
+    return by_network([spec_of(name, x) for name, x in zip(names, maps, strict=True)], ready)
+
+
+def channels_first(x: Any) -> Any:
     """A map ``(B, *spatial, C)`` as a view ``(B, C, *spatial)``; what is no map stays as it is."""
-    return x.movedim(-1, 1) if x.ndim > 2 and x.layout == torch.strided else x
+    if not isinstance(x, Tensor) or x.is_nested or x.ndim < 3 or x.layout != torch.strided:
+        return x
+    return x.movedim(-1, 1)
 
 
 def check_loss(
@@ -86,7 +103,7 @@ def check_loss(
 ) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless the loss of these maps is defined.
 
-    The specs are those of :func:`flatten_pairs`; messages give shapes as the caller did.
+    The specs are those of :func:`specs_of`; messages give shapes as the caller did.
     """
     device = student[0][0].device
     for i, (pair, entry) in enumerate(zip(student, teacher, strict=True)):
@@ -96,7 +113,7 @@ def check_loss(
         else:
             check_pair(f"teacher[{i}]", *entry, channel_dim)
             _check_same_network_shape(i, pair, entry, channel_dim)
-        for name, spec in zip(_names(i, entry), (*pair, *entry), strict=True):
+        for name, spec in zip(_names(i, len(entry) == 1), (*pair, *entry), strict=True):
             if spec.device != device:
                 raise ValueError(
                     f"{name}: is on {spec.device}, expected {device}, where student[0][0] is"
@@ -120,8 +137,7 @@ def check_channel_dim(channel_dim: Any) -> None:
 
 def check_features(features: Any) -> None:
     """Raise unless ``features`` is a sequence of at least two things."""
-    expected = "a list or tuple of feature maps"
-    _require_sequence("features", features, expected, "list(features.values())")
+    _require_sequence("features", features)
     if len(features) < 2:
         raise ValueError(
             f"features: got {len(features)}, expected at least two maps to form a pair"
@@ -232,10 +248,11 @@ def _check_count(weights: Any, pairs: int | None) -> None:
         )
 
 
-def _require_sequence(name: str, value: Any, expected: str, of_mapping: str) -> None:
+def _require_sequence(name: str, value: Any) -> None:
     # A tensor has a length and would unpack along its batch without complaint.
     if isinstance(value, (list, tuple)):
         return
+    of_mapping, expected = _EXPECTED[name]
     hint = ""
     if isinstance(value, Mapping):
         meant = of_mapping if _are_maps(value.values()) else f"list({name}.values())"
@@ -245,26 +262,18 @@ def _require_sequence(name: str, value: Any, expected: str, of_mapping: str) -> 
     raise TypeError(f"{name}: got {_kind(value)}, expected {expected}{hint}")
 
 
-def _read_pair(
-    argument: str, entries: Sequence[Any], index: int, maps: list[Tensor], channel_dim: int | None
-) -> PairSpec:
-    """The specs of ``entries[index]``, whose maps are added to ``maps``."""
-    name, pair = f"{argument}[{index}]", entries[index]
+def _pair_at(argument: str, entries: Sequence[Any], index: int) -> Any:
+    """``entries[index]``, which has to be two things."""
+    pair = entries[index]
     # A tensor would unpack along its batch without complaint, so the type matters here.
-    if not isinstance(pair, (tuple, list)):
-        _fail_pair(name, _kind(pair), _pairs_hint(argument, entries))
-    if len(pair) != 2:
-        _fail_pair(name, f"{len(pair)} items", _pairs_hint(name, pair))
-    specs = spec_of(f"{name}[0]", pair[0]), spec_of(f"{name}[1]", pair[1])
-    if channel_dim == -1:
-        pair = channels_first(pair[0]), channels_first(pair[1])
-        specs = MapSpec.of(pair[0]), MapSpec.of(pair[1])
-    maps += pair
-    return specs
-
-
-def _fail_pair(name: str, got: str, hint: str) -> NoReturn:
-    also = " or one FSP matrix (B, m, n)" if name.startswith("teacher") else ""
+    if isinstance(pair, (tuple, list)) and len(pair) == 2:
+        return pair
+    name = f"{argument}[{index}]"
+    if isinstance(pair, (tuple, list)):
+        got, hint = f"{len(pair)} items", _pairs_hint(name, pair)
+    else:
+        got, hint = _kind(pair), _pairs_hint(argument, entries)
+    also = " or one FSP matrix (B, m, n)" if argument == "teacher" else ""
     raise TypeError(
         f"{name}: got {got}, expected a pair of feature maps (first, second){also}{hint}"
     )
@@ -302,6 +311,18 @@ def _check_map(name: str, spec: MapSpec, channel_dim: int | None) -> None:
     for axis, size in zip(("batch", "channels", *["spatial"] * 3), spec.shape, strict=False):
         if size == 0:
             raise ValueError(f"{name}: has shape {shape}, expected no empty axis ({axis} is 0)")
+
+
+def _expand_matrices(maps: list[Any], ready: Sequence[bool]) -> None:
+    """Let ready matrices ``(1, m, n)`` serve all samples."""
+    place = 0
+    for pair, entry in zip(*specs_of(maps, ready), strict=True):
+        if len(entry) == 1 and _serves_all_samples(entry[0], pair):
+            matrix = maps[place + 2]
+            # In fp32, so that its gradient, a sum over samples, is rounded once.
+            wide = matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
+            maps[place + 2] = wide.expand(pair[0].shape[0], -1, -1)
+        place += 2 + len(entry)
 
 
 def _serves_all_samples(matrix: MapSpec, pair: PairSpec) -> bool:
@@ -352,9 +373,9 @@ def _check_same_network_shape(
             )
 
 
-def _names(index: int, entry: TeacherSpec) -> tuple[str, ...]:
+def _names(index: int, is_matrix: bool) -> tuple[str, ...]:
     student = (f"student[{index}][0]", f"student[{index}][1]")
-    if len(entry) == 1:
+    if is_matrix:
         return (*student, f"teacher[{index}]")
     return (*student, f"teacher[{index}][0]", f"teacher[{index}][1]")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache, partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from fsp_kernels import checks
 from fsp_kernels.autograd import matrix, planned_loss, wants_operator
 from fsp_kernels.backends import Backend, requested_backend, select_backend
 from fsp_kernels.backends.fused import fp32_precision
-from fsp_kernels.loss_plan import LossPlan, MapSpec, PairSpec, TeacherSpec
+from fsp_kernels.loss_plan import LossPlan, MapSpec, by_network
 from fsp_kernels.plan import plan_loss
 from fsp_kernels.pooling import match_spatial
 
@@ -133,25 +134,21 @@ def fsp_loss(
             none and what to write instead.
     """
     checks.check_not_traced()
-    maps, student_specs, teacher_specs = checks.flatten_pairs(student, teacher, channel_dim)
-    pairs = len(student_specs)
+    maps, ready = checks.flatten_pairs(student, teacher, channel_dim)
     checks.check_options(pool, norm)
     requested = requested_backend(backend)
-    if weights is None:
-        lambdas: tuple[float, ...] | Tensor = (1.0,) * pairs
-    else:
-        lambdas = _read_weights(weights, student_specs)
-    if isinstance(lambdas, Tensor) and not _is_readable(lambdas):
-        checks.check_loss(student_specs, teacher_specs, channel_dim)
-        one = partial(fsp_loss, pool=pool, norm=norm, backend=backend, channel_dim=channel_dim)
-        losses = [one([s], [t]) for s, t in zip(student, teacher, strict=True)]
-        stacked = torch.stack(losses)
-        return (stacked * lambdas.to(stacked)).sum()
+    lambdas: tuple[float, ...] | Tensor = (1.0,) * len(ready)
+    if weights is not None:
+        lambdas = _read_weights(weights, maps, ready)
     if isinstance(lambdas, Tensor) or wants_operator(maps):
-        checks.check_loss(student_specs, teacher_specs, channel_dim)
-        return _loss_operator(maps, student_specs, teacher_specs, lambdas, pool, norm, requested)
-    plan = _plan_here(student_specs, teacher_specs, pool, norm, requested, channel_dim)
-    return planned_loss(plan, lambdas, maps)
+        checks.check_loss(*checks.specs_of(maps, ready), channel_dim)
+        if isinstance(lambdas, Tensor) and not _is_readable(lambdas):
+            one = partial(fsp_loss, pool=pool, norm=norm, backend=backend, channel_dim=channel_dim)
+            losses = [one([s], [t]) for s, t in zip(student, teacher, strict=True)]
+            stacked = torch.stack(losses)
+            return (stacked * lambdas.to(stacked)).sum()
+        return _loss_operator(maps, ready, lambdas, pool, norm, requested)
+    return planned_loss(_plan_here(maps, ready, pool, norm, requested, channel_dim), lambdas, maps)
 
 
 def explain(
@@ -169,15 +166,18 @@ def explain(
     its attributes. As in the loss itself, gradients count where maps require them and grad mode is
     on. Raises as :func:`fsp_loss`.
     """
-    _, student_specs, teacher_specs = checks.flatten_pairs(student, teacher, channel_dim)
+    maps, ready = checks.flatten_pairs(student, teacher, channel_dim)
+    checks.specs_of(maps, ready)  # refuses what is no dense tensor
     checks.check_options(pool, norm)
-    requested = requested_backend(backend)
-    return _plan_here(student_specs, teacher_specs, pool, norm, requested, channel_dim)
+    return _plan_here(maps, ready, pool, norm, requested_backend(backend), channel_dim)
+
+
+_FACTS = attrgetter("shape", "dtype", "device", "layout", "requires_grad")
 
 
 def _plan_here(
-    student: tuple[PairSpec, ...],
-    teacher: tuple[TeacherSpec, ...],
+    maps: Sequence[Tensor],
+    ready: tuple[bool, ...],
     pool: str,
     norm: str,
     requested: str | None,
@@ -190,14 +190,20 @@ def _plan_here(
         all_or_none = torch.is_grad_enabled()
     elif not torch.is_grad_enabled():
         all_or_none = False
-    signature = student, teacher, pool, norm, requested, channel_dim
-    return _checked_plan(*signature, all_or_none, fp32_precision())
+    try:
+        facts, strides = tuple(map(_FACTS, maps)), tuple(map(Tensor.stride, maps))
+    except RuntimeError:  # a tensor without strides
+        checks.check_loss(*checks.specs_of(maps, ready), channel_dim)
+        raise
+    options = pool, norm, requested, channel_dim
+    return _checked_plan(facts, strides, ready, *options, all_or_none, fp32_precision())
 
 
 @lru_cache(maxsize=1024)
 def _checked_plan(
-    student: tuple[PairSpec, ...],
-    teacher: tuple[TeacherSpec, ...],
+    facts: Sequence[tuple[Any, ...]],
+    strides: Sequence[tuple[int, ...]],
+    ready: Sequence[bool],
     pool: str,
     norm: str,
     requested: str | None,
@@ -209,27 +215,22 @@ def _checked_plan(
 
     ``all_or_none`` says that all maps want a gradient, or none, whatever each of them requires.
     """
+    specs = [MapSpec._make((*fact, stride)) for fact, stride in zip(facts, strides, strict=True)]
     if all_or_none is not None:
-        student, teacher = _want(student, all_or_none), _want(teacher, all_or_none)
+        specs = [spec._replace(requires_grad=all_or_none) for spec in specs]
+    student, teacher = by_network(specs, ready)
     checks.check_loss(student, teacher, channel_dim)
-    specs = [spec for entry in (*student, *teacher) for spec in entry]
     return plan_loss(student, teacher, pool, norm, _select(requested, specs), precision)
 
 
-def _select(requested: str | None, specs: Sequence[MapSpec]) -> Backend:
-    return select_backend(requested, specs[0].device, tuple({s.dtype: None for s in specs}))
-
-
-def _want(specs: Any, wanted: bool) -> Any:
-    """The same maps, all or none of which want a gradient."""
-    return tuple(tuple(s._replace(requires_grad=wanted) for s in entry) for entry in specs)
+def _select(requested: str | None, maps: Sequence[MapSpec | Tensor]) -> Backend:
+    return select_backend(requested, maps[0].device, tuple({x.dtype: None for x in maps}))
 
 
 def _read_weights(
-    weights: Sequence[float] | Tensor, student: Sequence[PairSpec]
+    weights: Sequence[float] | Tensor, maps: Sequence[Any], ready: Sequence[bool]
 ) -> tuple[float, ...] | Tensor:
     """The checked weights: numbers where they are known now, else a tensor."""
-    pairs = len(student)
     if torch.compiler.is_compiling() and isinstance(weights, (list, tuple)):
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
@@ -237,10 +238,11 @@ def _read_weights(
         if not all(has_static_value(x) for x in weights if isinstance(x, (int, float))):
             weights = torch.stack([x * torch.ones((), dtype=torch.float64) for x in weights])
     if not isinstance(weights, Tensor):
-        return checks.check_weights(weights, pairs)
-    checks.check_weight_tensor(weights, pairs, student[0][0].device)
+        return checks.check_weights(weights, len(ready))
+    student, _ = checks.specs_of(maps, ready)
+    checks.check_weight_tensor(weights, len(ready), student[0][0].device)
     if _is_readable(weights) and not wants_operator((weights,)):
-        return checks.check_weights(weights.tolist(), pairs)
+        return checks.check_weights(weights.tolist(), len(ready))
     return weights
 
 
@@ -255,20 +257,17 @@ def _is_readable(weights: Tensor) -> bool:
 
 def _loss_operator(
     maps: list[Tensor],
-    student: tuple[PairSpec, ...],
-    teacher: tuple[TeacherSpec, ...],
+    ready: tuple[bool, ...],
     weights: tuple[float, ...] | Tensor,
     pool: str,
     norm: str,
     requested: str | None,
 ) -> Tensor:
-    specs = [spec for s, t in zip(student, teacher, strict=True) for spec in (*s, *t)]
     # Inside a functorch transform a tensor does not tell whether an outer level wants its gradient.
     any_map, enabled = torch._C._are_functorch_transforms_active(), torch.is_grad_enabled()
-    needs = [enabled and (any_map or spec.requires_grad) for spec in specs]
-    ready = [len(entry) == 1 for entry in teacher]
-    backend = _select(requested, specs).name
+    needs = [enabled and (any_map or x.requires_grad) for x in maps]
+    backend = _select(requested, maps).name
     numbers, changing = ([], weights) if isinstance(weights, Tensor) else (list(weights), None)
-    outputs = torch.ops.fsp.loss(maps, ready, needs, numbers, pool, norm, backend, changing)
+    outputs = torch.ops.fsp.loss(maps, list(ready), needs, numbers, pool, norm, backend, changing)
     loss: Tensor = outputs[0]
     return loss

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -50,6 +50,19 @@ class MapSpec(NamedTuple):
 
 PairSpec = tuple[MapSpec, MapSpec]
 TeacherSpec = PairSpec | tuple[MapSpec]  # one entry: a ready FSP matrix (B, m, n)
+
+
+def by_network(specs: Iterable[MapSpec], ready: Iterable[bool]) -> tuple[Any, Any]:
+    """Specs in the order of backends as those of the student's pairs and of the teacher's.
+
+    ``ready`` says of each pair whether its teacher is one matrix.
+    """
+    remaining = iter(specs)
+    student, teacher = [], []
+    for is_matrix in ready:
+        student.append((next(remaining), next(remaining)))
+        teacher.append((next(remaining),) if is_matrix else (next(remaining), next(remaining)))
+    return tuple(student), tuple(teacher)
 
 
 @dataclass(frozen=True)
@@ -318,9 +331,14 @@ class LossPlan:
         return tuple(m for pair in self.pairs for m in pair.maps)
 
     @cached_property
+    def wanted(self) -> tuple[int, ...]:
+        """The places of the maps that want a gradient."""
+        return tuple(i for i, m in enumerate(self.maps) if m.gradient_dtype is not None)
+
+    @cached_property
     def wanted_dtypes(self) -> tuple[torch.dtype, ...]:
-        """The dtypes of the maps that want a gradient."""
-        return tuple(m.dtype for m in self.maps if m.gradient_dtype is not None)
+        """Their dtypes."""
+        return tuple(self.maps[i].dtype for i in self.wanted)
 
     @cached_property
     def fused_windows(self) -> bool:
@@ -329,8 +347,10 @@ class LossPlan:
 
     def spread(self, gradients: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradients in the places of the maps that want them, ``None`` in the others."""
-        given = iter(gradients)
-        return [None if m.gradient_dtype is None else next(given) for m in self.maps]
+        spread: list[Tensor | None] = [None] * len(self.maps)
+        for i, gradient in zip(self.wanted, gradients, strict=True):
+            spread[i] = gradient
+        return spread
 
     def __str__(self) -> str:
         head = (

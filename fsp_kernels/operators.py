@@ -23,14 +23,14 @@ from fsp_kernels.autograd import (
     FSPMatrixGradientFunction,
     matrix,
     matrix_backward,
-    run_loss,
+    outside_autocast,
     scaled_by_torch,
     tell_flop_counters,
 )
-from fsp_kernels.backends import get_backend
+from fsp_kernels.backends import get_backend, planned_backend
 from fsp_kernels.backends.fused import fp32_precision
 from fsp_kernels.checks import check_weights
-from fsp_kernels.loss_plan import LossPlan, MapSpec
+from fsp_kernels.loss_plan import LossPlan, MapSpec, by_network
 from fsp_kernels.plan import accumulation_dtype, gradient_dtype, plan_loss
 
 _LIBRARY = torch.library.Library("fsp", "DEF")
@@ -91,7 +91,9 @@ def _loss(
 ) -> tuple[Tensor, list[Tensor]]:
     if changing is not None:
         weights = check_weights(changing.tolist(), len(ready))
-    return run_loss(maps, _plan(maps, ready, needs, pool, norm, backend), weights)
+    plan = _plan(maps, ready, needs, pool, norm, backend)
+    with torch.no_grad(), outside_autocast(plan.device):
+        return planned_backend(plan).loss(maps, plan, weights)
 
 
 @torch.library.register_fake("fsp::loss", lib=_LIBRARY)
@@ -121,16 +123,9 @@ def _plan(
     norm: str,
     backend: str,
 ) -> LossPlan:
-    specs = iter(
-        [MapSpec.of(x)._replace(requires_grad=n) for x, n in zip(maps, needs, strict=True)]
-    )
-    student, teacher = [], []
-    for is_matrix in ready:
-        student.append((next(specs), next(specs)))
-        teacher.append((next(specs),) if is_matrix else (next(specs), next(specs)))
-    return plan_loss(
-        tuple(student), tuple(teacher), pool, norm, get_backend(backend), fp32_precision()
-    )
+    specs = [MapSpec.of(x)._replace(requires_grad=n) for x, n in zip(maps, needs, strict=True)]
+    student, teacher = by_network(specs, ready)
+    return plan_loss(student, teacher, pool, norm, get_backend(backend), fp32_precision())
 
 
 # --- autograd -----------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ import fsp_kernels as fsp
 from fsp_kernels import functional, plan
 from fsp_kernels.backends import cuda, registered_backends
 from fsp_kernels.backends.triton import configurations
-from fsp_kernels.backends.triton import loss as triton_loss
 from fsp_kernels.backends.triton import product as triton_product
 from fsp_kernels.loss_plan import Limits
 
@@ -102,8 +101,8 @@ def forget():
         cuda.product._product_program,
     ):
         cached.cache_clear()
-    triton_loss._PROGRAMS.clear()
-    cuda.loss.PROGRAMS.clear()
+    for name in ("triton", "cuda"):
+        registered_backends()[name].programs.clear()
 
 
 @pytest.fixture
@@ -140,7 +139,7 @@ def small(backend, limits):
 @pytest.fixture
 def programs(backend):
     """What the loss has prepared so far, none to begin with."""
-    prepared = {"triton": triton_loss._PROGRAMS, "cuda": cuda.loss.PROGRAMS}[backend]
+    prepared = registered_backends()[backend].programs
     prepared.clear()
     return prepared
 

@@ -68,8 +68,9 @@ class Backend(Protocol):
     ) -> tuple[Tensor, list[Tensor]]:
         """Loss (0-dim, ``plan.compute_dtype``) and the gradients the plan asks for.
 
-        ``maps`` are the tensors of ``plan.pairs``, flattened: student first, student second,
-        teacher first, teacher second (or the teacher's ready matrix), next pair. Gradients come in
+        ``maps`` are the tensors of ``plan.pairs``, with the strides that these have, flattened:
+        student first, student second, teacher first, teacher second (or the teacher's ready
+        matrix), next pair. Gradients come in
         that order, each in its ``gradient_dtype`` and with the strides of ``torch.empty_like``.
         """
 
@@ -114,6 +115,11 @@ def get_backend(name: str) -> Backend:
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is not available on this machine: {reason}")
     return backend
+
+
+def planned_backend(plan: LossPlan) -> Backend:
+    """The backend that a plan was made for, which therefore works."""
+    return _REGISTRY[plan.backend]
 
 
 class _Choice:

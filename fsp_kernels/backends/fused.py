@@ -13,11 +13,26 @@ from torch import Tensor
 from fsp_kernels.loss_plan import LossPlan, MapPlan
 from fsp_kernels.pooling import pool, unpool
 
-# --- FSP matrices and the scaling of gradients --------------------------------------------------
+# --- the backend ----------------------------------------------------------------------------------
+
+# Of one pair: where a, b, c, d and their gradients are, with None where there is none.
+Slots = tuple[int | None, ...]
+
+
+class Program(Protocol):
+    """The launches of a plan on a device, prepared once for all that they depend on."""
+
+    def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """The loss; ``tensors`` are all maps and, to be filled, all wanted gradients."""
 
 
 class FusedBackend:
     """See :class:`fsp_kernels.backends.Backend` for what each method promises."""
+
+    most_programs = 4096  # kept; all are dropped should shapes never settle
+
+    def __init__(self) -> None:
+        self.programs: dict[tuple[LossPlan, int], Program] = {}
 
     on_cpu: str  # why no tensors of a GPU, where its kernels run on the CPU instead
 
@@ -38,6 +53,34 @@ class FusedBackend:
         if device.type != "cuda":
             return f"its kernels run on NVIDIA GPUs, not on {device.type}"
         return self.why_not_on(device)
+
+    def prepare(self, plan: LossPlan, tensors: Sequence[Tensor]) -> Program:
+        """The launches of a plan for tensors that lie as these do; see :class:`Program`."""
+        raise NotImplementedError
+
+    def loss(
+        self, maps: Sequence[Tensor], plan: LossPlan, weights: Sequence[float]
+    ) -> tuple[Tensor, list[Tensor]]:
+        device = maps[0].get_device()
+        if device >= 0 and device != torch._C._cuda_getDevice():
+            with torch.cuda.device(device):
+                return self.loss(maps, plan, weights)
+        planned = plan.maps
+        gradients = [
+            torch.empty_like(maps[i], dtype=planned[i].gradient_dtype) for i in plan.wanted
+        ]
+        tensors = [*maps, *gradients]
+        pooled = [] if plan.fused_windows else _pool(tensors, plan)
+        # The strides of maps are part of a plan, and those of gradients follow from them.
+        program = self.programs.get((plan, device))
+        if program is None:
+            if len(self.programs) >= self.most_programs:
+                self.programs.clear()
+            program = self.programs[plan, device] = self.prepare(plan, tensors)
+        result = program(tensors, weights)
+        for x in pooled:
+            x.unpool()
+        return result, gradients
 
     def product(self, x: Tensor, y: Tensor, out: Tensor, positions: int) -> None:
         """``out = x @ y / positions``: ``(B, M, R), (B, R, N) -> (B, M, N)``."""
@@ -109,91 +152,7 @@ def _is_flat(sizes: Sequence[int], strides: Sequence[int]) -> bool:
     return all(outer == inner_size * inner for (_, outer), (inner_size, inner) in pairwise(axes))
 
 
-# --- a loss, prepared once ------------------------------------------------------------------------
-
-# Of one pair: a, b, c, d and their gradients, with None where there is none.
-Slots = tuple[Tensor | None, ...]
-
-
-class Program(Protocol):
-    """The launches of a plan, for maps that lie in one way."""
-
-    def __call__(
-        self,
-        maps: Sequence[Tensor],
-        gradients: Sequence[Tensor | None],
-        weights: Sequence[float],
-    ) -> Tensor:
-        """The loss; fills ``gradients``."""
-
-
-Prepare = Callable[[LossPlan, Sequence[Tensor], Sequence[Tensor | None]], Program]
-
-
-class Programs:
-    """Losses by plan; a program is prepared when first wanted, for all that it depends on.
-
-    Strides of gradients follow from those of the maps. Dropped as a whole should shapes never
-    settle.
-    """
-
-    most = 4096
-
-    def __init__(self, prepare: Prepare):
-        self._prepare = prepare
-        self._programs: dict[Any, Program] = {}
-
-    def __len__(self) -> int:
-        return len(self._programs)
-
-    def clear(self) -> None:
-        self._programs.clear()
-
-    def loss(
-        self, maps: Sequence[Tensor], plan: LossPlan, weights: Sequence[float]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """See :meth:`fsp_kernels.backends.Backend.loss`; on the current device."""
-        gradients = [
-            None if m.gradient_dtype is None else torch.empty_like(x, dtype=m.gradient_dtype)
-            for x, m in zip(maps, plan.maps, strict=True)
-        ]
-        if plan.fused_windows:
-            result = self._program_of(plan, maps, gradients)(maps, gradients, weights)
-        else:
-            result = self._pooled_loss(maps, gradients, plan, weights)
-        return result, [g for g in gradients if g is not None]
-
-    def _pooled_loss(
-        self,
-        maps: Sequence[Tensor],
-        gradients: Sequence[Tensor | None],
-        plan: LossPlan,
-        weights: Sequence[float],
-    ) -> Tensor:
-        """The same where some maps have windows that no kernel takes."""
-        pooled = [
-            None if m.fused_windows else _Pooled(x, g, m)
-            for x, g, m in zip(maps, gradients, plan.maps, strict=True)
-        ]
-        read = [x if p is None else p.map for x, p in zip(maps, pooled, strict=True)]
-        written = [g if p is None else p.gradient for g, p in zip(gradients, pooled, strict=True)]
-        result = self._program_of(plan, read, written)(read, written, weights)
-        for x in pooled:
-            if x is not None:
-                x.unpool()
-        return result
-
-    def _program_of(
-        self, plan: LossPlan, maps: Sequence[Tensor], gradients: Sequence[Tensor | None]
-    ) -> Program:
-        # Of the strides a plan has what it depends on; a program depends on all of them.
-        key = (plan, maps[0].device.index, tuple([x.stride() for x in maps]))
-        program = self._programs.get(key)
-        if program is None:
-            if len(self._programs) >= self.most:
-                self._programs.clear()
-            program = self._programs[key] = self._prepare(plan, maps, gradients)
-        return program
+# --- the tensors of a loss ------------------------------------------------------------------------
 
 
 class _Pooled:
@@ -216,17 +175,40 @@ class _Pooled:
             unpool(flat, self._target, self._size, self._mode, self._indices)
 
 
-def slots_of(
-    sizes: Sequence[int], maps: Sequence[Tensor], gradients: Sequence[Tensor | None]
-) -> list[Slots]:
-    """The maps and gradients of each pair; ``sizes`` are its maps, 4, or 3 with a ready matrix."""
+def _pool(tensors: list[Tensor], plan: LossPlan) -> list[_Pooled]:
+    """Let pooled maps and their gradients take the places of those that no kernel can pool."""
+    found = []
+    gradients = _gradient_places(plan)
+    for i, m in enumerate(plan.maps):
+        if not m.fused_windows:
+            place = gradients.get(i)
+            x = _Pooled(tensors[i], None if place is None else tensors[place], m)
+            tensors[i] = x.map
+            if place is not None and x.gradient is not None:
+                tensors[place] = x.gradient
+            found.append(x)
+    return found
+
+
+def _gradient_places(plan: LossPlan) -> dict[int, int]:
+    """Among all maps and all wanted gradients, where the gradient of a map is."""
+    return {i: len(plan.maps) + k for k, i in enumerate(plan.wanted)}
+
+
+def slots_of(plan: LossPlan) -> list[Slots]:
+    """Where each pair's tensors are among all maps and all wanted gradients."""
+    gradients = _gradient_places(plan)
     slots, start = [], 0
-    for size in sizes:
-        padding = (None,) * (4 - size)
-        stop = start + size
-        slots.append((*maps[start:stop], *padding, *gradients[start:stop], *padding))
-        start = stop
+    for pair in plan.pairs:
+        maps = range(start, start + len(pair.maps))
+        padding = (None,) * (4 - len(maps))
+        slots.append((*maps, *padding, *map(gradients.get, maps), *padding))
+        start += len(maps)
     return slots
+
+
+def tensors_at(slots: Slots, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    return [None if x is None else tensors[x] for x in slots]
 
 
 def partner_of(own: int) -> int:
@@ -240,7 +222,7 @@ def partner_of(own: int) -> int:
 def on_device(tensor: Tensor, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call with the tensor's device current: kernels are launched where it is."""
     index = tensor.get_device()
-    if index < 0 or index == torch.cuda.current_device():
+    if index < 0 or index == torch._C._cuda_getDevice():
         return function(*arguments)
     with torch.cuda.device(index):
         return function(*arguments)
@@ -251,12 +233,12 @@ def fp32_precision() -> str:
 
     Read where PyTorch keeps it for CUDA: the function itself fails once the newer setting is used.
     """
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+    return "tf32" if torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32" else "tf32x3"
 
 
 def raw_stream(device: torch.device) -> int:
     """The handle of the current stream of a device."""
-    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    return 0 if device.index is None else torch._C._cuda_getCurrentRawStream(device.index)
 
 
 def check_not_capturing(what: str) -> None:

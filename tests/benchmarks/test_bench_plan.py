@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
+import fsp_kernels as fsp
+from benchmarks import bench_plan
 from benchmarks.bench_plan import contenders_of, plans_of
 from benchmarks.cases import CaseRace
 from benchmarks.workloads import Case, Workload
@@ -48,3 +52,34 @@ def test_each_is_right(dtype: str) -> None:
     for entrant in entrants:
         assert entrant.prepare().facts["gradient_error"] < 1e-2  # raises where it is wrong
     torch.set_num_threads(threads)
+
+
+def test_a_bare_function_launches_and_allocates_as_much_as_ours(monkeypatch):
+    launches, shapes = [], []
+    empty_like, new_empty = torch.empty_like, torch.Tensor.new_empty
+
+    def allocate(function):
+        def record(*arguments, **options):
+            x = function(*arguments, **options)
+            shapes.append(x.shape if x.ndim != 1 else "partials")
+            return x
+
+        return record
+
+    monkeypatch.setattr(bench_plan, "_no_launch", lambda *_, **__: launches.append(1))
+    monkeypatch.setattr(torch, "empty_like", allocate(empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", allocate(new_empty))
+    student, teacher = (
+        [tuple(torch.randn(2, 16, 8, 8, requires_grad=grad) for _ in range(2))]
+        for grad in (True, False)
+    )
+    seen = []
+    with bench_plan.without_launches():
+        torch.autograd.grad(fsp.fsp_loss(student, teacher, backend="triton"), student[0])
+        for loss in (bench_plan.bare_loss, partial(fsp.fsp_loss, backend="triton")):
+            launches.clear()
+            shapes.clear()
+            torch.autograd.grad(loss(student, teacher), student[0])
+            seen.append((len(launches), sorted(map(str, shapes))))
+    assert seen[0] == seen[1]
+    assert seen[0][0] == 3

@@ -12,7 +12,8 @@ from types import ModuleType
 import pytest
 from cuda_on_host.build import build, load
 
-from fsp_kernels.backends.cuda import extension, loss, product
+from fsp_kernels.backends import registered_backends
+from fsp_kernels.backends.cuda import extension, product
 
 NAME = "fsp_kernels._cuda"
 # What ``pytest --host-cuda`` chooses from: the architecture, and what watches.
@@ -74,4 +75,4 @@ def _forget() -> None:
     extension.why_unavailable.cache_clear()
     extension.why_not_on.cache_clear()
     product._product_program.cache_clear()
-    loss.PROGRAMS.clear()
+    registered_backends()["cuda"].programs.clear()

@@ -91,9 +91,9 @@ def launched(backend, programs, monkeypatch):
         with monkeypatch.context() as patch, torch.no_grad():
             memory = Memory(patch)
             if backend == "cuda" and not runs:
-                patch.setattr(programs, "_prepare", prepare_silent)
+                patch.setattr(get_backend(backend), "prepare", prepare_silent)
             get_backend(backend).loss(maps, plan, [1.0] * len(plan.pairs))
-        [program] = programs._programs.values()
+        [program] = programs.values()
         if backend == "cuda":
             kernels.extend(x.kernel for x in program._launches.launches)
             partials = program._launches.partials

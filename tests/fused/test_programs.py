@@ -6,6 +6,8 @@ import pytest
 import torch
 from calls import four_of, run
 
+from fsp_kernels.backends import get_backend
+
 pytestmark = [
     pytest.mark.usefixtures("small"),
     pytest.mark.parametrize("regime", ["one pass"], indirect=True),
@@ -45,8 +47,8 @@ def test_a_change_of_precision_reaches_a_signature_seen_before(regime, programs)
     assert len(programs) == 2
 
 
-def test_what_is_prepared_does_not_grow_without_bound(regime, programs, monkeypatch):
-    monkeypatch.setattr(programs, "most", 3)
+def test_what_is_prepared_does_not_grow_without_bound(backend, regime, programs, monkeypatch):
+    monkeypatch.setattr(get_backend(backend), "most_programs", 3)
     for batch in range(1, 6):
         run(*four_of(regime, batch=batch, grad=False))
         assert len(programs) <= 3

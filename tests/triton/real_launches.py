@@ -74,12 +74,12 @@ class Stub:
 def compare(stub: Stub, launch: Launch, tensors, scalars, unaligned: bool) -> dict[str, Any]:
     """What arrives of one launch by Triton's path, and by the bound one."""
     stub.expect([])
-    compiled = launch.start(other(tensors, unaligned), *scalars)
+    compiled = launch.start(launch.arrange(other(tensors, unaligned)), *scalars)
     stub.expect(sizes_of(tuple(compiled.src.signature.values())))
     bound(launch, STREAM, other(tensors, unaligned), *scalars)  # is remembered
 
     tensors, scalars = other(tensors, unaligned), other(scalars, unaligned)
-    launch.start(tensors, *scalars)
+    launch.start(launch.arrange(tensors), *scalars)
     by_triton = stub.last()
     bound(launch, STREAM, tensors, *scalars)
     by_us = stub.last()
@@ -91,14 +91,12 @@ bound = Launch.__call__
 
 
 def other(values: Any, unaligned: bool, count: list | None = None) -> Any:
-    """The same structure with other tensors and numbers.
+    """Other tensors and numbers.
 
     ``unaligned`` has every second tensor, from the first on, begin off a multiple of 16 bytes.
     """
     count = [] if count is None else count
-    if values is None:
-        return None
-    if isinstance(values, tuple):
+    if isinstance(values, (list, tuple)):
         return tuple(other(x, unaligned, count) for x in values)
     if isinstance(values, float):
         return values / 3

@@ -91,7 +91,7 @@ def memory(monkeypatch, small) -> Memory:
         assert self.grid[0] < LIMIT
         last = interpreter.TensorHandle(np.array([self.grid[0] - 1], np.int32), tl.int32)
         monkeypatch.setattr(builder, "create_get_program_id", lambda *_: last)
-        self.kernel[(1,)](*placed(tensors), *self.constants, *scalars)
+        self.kernel[(1,)](*placed(self.arrange(tensors)), *self.constants, *scalars)
 
     monkeypatch.setattr(builder, "create_masked_load", load)
     monkeypatch.setattr(builder, "create_masked_store", store)

@@ -83,7 +83,7 @@ def test_a_chip_without_the_registers_for_one_pass_goes_by_tiles(
     student, teacher = four_of(regime, batch=2, dtypes=(dtype, dtype))
     with configurations.using([r for r in configurations.rows() if r.kernel != kernel]):
         small()
-        check(student, teacher, regime._replace(evaluation="tiles", form="matrix"))
+        check(student, teacher, regime._replace(evaluation="tiles", form="matrix", parts=1))
     assert "fsp_residual" in launched
     assert "fsp_" + kernel not in launched
 
@@ -113,7 +113,7 @@ def test_each_launch_sees_tensors_of_the_same_dtypes_every_time(monkeypatch):
     call = Launch.__call__
 
     def record(self, stream, tensors, *scalars):
-        seen.setdefault(id(self), set()).add(tuple(x.dtype for pair in tensors[0] for x in pair))
+        seen.setdefault(id(self), set()).add(tuple(x.dtype for x in tensors))
         return call(self, stream, tensors, *scalars)
 
     monkeypatch.setattr(Launch, "__call__", record)
@@ -123,12 +123,26 @@ def test_each_launch_sees_tensors_of_the_same_dtypes_every_time(monkeypatch):
     assert all(len(dtypes) == 1 for dtypes in seen.values())
 
 
-@pytest.mark.parametrize("count", [1, 1023, 1024, 1025, 5000])
-def test_the_sum_takes_every_partial_loss(count):
-    partials = torch.randn(count, dtype=torch.float64).to(DEVICE, FP32)
+def sum_of(partials):
     result = partials.new_empty(())
-    Launch(elementwise.fsp_finish, 1, 8, count, elementwise.BLOCK)(
+    Launch(elementwise.fsp_finish, 1, 8, len(partials), elementwise.BLOCK)(
         raw_stream(partials.device), (partials, result)
     )
-    scale_of_terms = partials.double().abs().sum()
-    assert (result.double() - partials.double().sum()).abs() <= 1e-6 * scale_of_terms
+    return result.double()
+
+
+@pytest.mark.parametrize("count", [1, 1023, 1024, 1025, 5000])
+def test_the_sum_takes_every_partial_loss(count):
+    partials = 1 + torch.randn(count, dtype=torch.float64).to(DEVICE, FP32) / 8
+    exact = partials.double().sum()
+    assert (sum_of(partials) - exact).abs() <= 1e-6 * exact
+
+
+@pytest.mark.parametrize(
+    ("partials", "loss"),
+    [([1.0, -1.5], 0.0), ([-2.0], 0.0), ([0.5, float("nan")], None), ([float("-inf")], None)],
+    ids=str,
+)
+def test_a_sum_below_zero_is_zero_and_what_is_not_finite_nan(partials, loss):
+    found = sum_of(torch.tensor(partials, device=DEVICE))
+    assert found.isnan() if loss is None else found == loss

@@ -64,12 +64,13 @@ def test_the_first_call_compiles_and_later_ones_bring_addresses(kernel):
     assert len(kernel.started) == 1
 
 
-def test_nested_tensors_keep_their_structure_and_what_is_missing(kernel):
+def test_tensors_go_where_the_kernel_takes_them(kernel):
     x, y = aligned_by(0), aligned_by(0)
-    bound = Launch(kernel, 1, 4)
+    bound = Launch(kernel, 1, 4, places=(((1, None), (None, 2)), 1))
     for _ in range(2):
-        bound(0, (((x, None), (None, y)), x))
+        bound(0, [aligned_by(0), x, y])
     px, py = x.data_ptr(), y.data_ptr()
+    assert kernel.started == [(((((x, None), (None, y)), x)), 4)]
     assert kernel.launched[0][1] == (((px, None), (None, py)), px)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fsp_kernels.backends.cuda import loss
 from fsp_kernels.backends.cuda.extension import (
     index_of,
     module,
@@ -26,10 +27,10 @@ from fsp_kernels.backends.cuda.extension import (
     why_unavailable,
 )
 from fsp_kernels.backends.cuda.limits import limits_of
-from fsp_kernels.backends.cuda.loss import PROGRAMS
 from fsp_kernels.backends.cuda.product import batched_product
 from fsp_kernels.backends.fused import (
     FusedBackend,
+    Program,
     on_device,
     raw_stream,
     targets_of,
@@ -65,10 +66,8 @@ class CudaBackend(FusedBackend):
     def product(self, x: Tensor, y: Tensor, out: Tensor, positions: int) -> None:
         on_device(x, batched_product, x, y, out, positions)
 
-    def loss(
-        self, maps: Sequence[Tensor], plan: LossPlan, weights: Sequence[float]
-    ) -> tuple[Tensor, list[Tensor]]:
-        return on_device(maps[0], PROGRAMS.loss, maps, plan, weights)
+    def prepare(self, plan: LossPlan, tensors: Sequence[Tensor]) -> Program:
+        return loss.Program(plan, tensors)
 
     def scale(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fsp_kernels.backends.cuda.extension import module
 from fsp_kernels.backends.cuda.maps import map_spec, matrix_spec, operand_of, splits
-from fsp_kernels.backends.fused import Slots, partner_of
+from fsp_kernels.backends.fused import partner_of
 from fsp_kernels.loss_plan import MapPlan, PairPlan, multiplied_dtypes
 
 # Addresses of a pair: a, b, c, d, their gradients, and its stored residual.
@@ -21,7 +22,7 @@ _STORED = 8
 class Pair:
     """A pair of a plan and how its maps lie: what entries are made of."""
 
-    def __init__(self, index: int, plan: PairPlan, slots: Slots, precision: str):
+    def __init__(self, index: int, plan: PairPlan, slots: Sequence[Tensor | None], precision: str):
         self._index = index
         self.plan = plan
         self._ready = plan.residual == "ready"

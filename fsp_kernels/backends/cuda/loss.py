@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fsp_kernels.backends.cuda.entries import Pair
 from fsp_kernels.backends.cuda.extension import index_of, module, scalar_of
-from fsp_kernels.backends.fused import Programs, raw_stream, slots_of
+from fsp_kernels.backends.fused import raw_stream, slots_of, tensors_at
 from fsp_kernels.loss_plan import LossPlan, Step
 
 _NUMBER = torch.float32.itemsize
@@ -25,14 +26,13 @@ _ALIGNMENT = 4  # numbers, 16 bytes: where each workspace begins
 class Program:
     """The launches of a plan."""
 
-    def __init__(self, plan: LossPlan, maps: Sequence[Tensor], gradients: Sequence[Tensor | None]):
-        self._sizes = [len(p.maps) for p in plan.pairs]
-        slots = slots_of(self._sizes, maps, gradients)
+    def __init__(self, plan: LossPlan, tensors: Sequence[Tensor]):
+        all_slots = slots_of(plan)
         pairs = [
-            Pair(i, p, s, plan.precision)
-            for i, (p, s) in enumerate(zip(plan.pairs, slots, strict=True))
+            Pair(i, p, tensors_at(slots, tensors), plan.precision)
+            for i, (p, slots) in enumerate(zip(plan.pairs, all_slots, strict=True))
         ]
-        self._launches = module().Program(index_of(maps[0]), _description(plan))
+        self._launches = module().Program(index_of(tensors[0]), _description(plan))
         # One tensor holds the workspaces, which those of the next step take over, and after them
         # the partial losses.
         self._workspaces = [0] * len(pairs)
@@ -45,24 +45,23 @@ class Program:
                 stop += math.ceil(pairs[i].stored_elements / _ALIGNMENT) * _ALIGNMENT
             self._partials = max(self._partials, stop)
         self._scratch = self._partials + self._launches.partials
+        # What the launches find where: the last of what a call brings is no address.
+        places = [
+            -1 if x is None else x
+            for i, slots in enumerate(all_slots)
+            for x in (*slots, len(tensors) + i)
+        ]
+        count = len(tensors) + len(pairs)
+        self._arrange = itemgetter(*places, count, count + 1)
 
-    def __call__(
-        self,
-        maps: Sequence[Tensor],
-        gradients: Sequence[Tensor | None],
-        weights: Sequence[float],
-    ) -> Tensor:
-        scratch = maps[0].new_empty(self._scratch, dtype=torch.float32)
-        result = maps[0].new_empty((), dtype=torch.float32)
+    def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        scratch = tensors[0].new_empty(self._scratch, dtype=torch.float32)
+        result = tensors[0].new_empty((), dtype=torch.float32)
         start = scratch.data_ptr()
-        addresses = []
-        for slots, workspace in zip(
-            slots_of(self._sizes, maps, gradients), self._workspaces, strict=True
-        ):
-            addresses += [0 if x is None else x.data_ptr() for x in slots]
-            addresses.append(start + _NUMBER * workspace)
-        addresses += [start + _NUMBER * self._partials, result.data_ptr()]
-        self._launches(raw_stream(maps[0].device), addresses, weights)
+        brought = list(map(Tensor.data_ptr, tensors))
+        brought += [start + _NUMBER * first for first in (*self._workspaces, self._partials)]
+        addresses = self._arrange([*brought, result.data_ptr(), 0])
+        self._launches(raw_stream(tensors[0].device), addresses, weights)
         return result
 
     def _add(self, step: Step, pairs: Sequence[Pair]) -> None:
@@ -100,6 +99,3 @@ def _description(plan: LossPlan) -> str:
     """The call, for error messages."""
     pairs = ("(B={}, {} x {}, K={})".format(p.batch, *p.channels, p.positions) for p in plan.pairs)
     return f"fsp_loss of {', '.join(pairs)}"
-
-
-PROGRAMS = Programs(Program)

@@ -24,13 +24,14 @@ import importlib.util
 import os
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fsp_kernels.backends.fused import FusedBackend, on_device, remembered, why_no_gpu
+from fsp_kernels.backends.fused import FusedBackend, Program, on_device, remembered, why_no_gpu
 from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan
 
 OLDEST_CAPABILITY = (8, 0)
@@ -69,12 +70,10 @@ class TritonBackend(FusedBackend):
 
         on_device(x, batched_product, x, y, out, float(positions))
 
-    def loss(
-        self, maps: Sequence[Tensor], plan: LossPlan, weights: Sequence[float]
-    ) -> tuple[Tensor, list[Tensor]]:
-        from fsp_kernels.backends.triton.loss import loss
+    def prepare(self, plan: LossPlan, tensors: Sequence[Tensor]) -> Program:
+        from fsp_kernels.backends.triton import loss
 
-        return on_device(maps[0], loss, maps, plan, weights)
+        return loss.Program(plan, tensors)
 
     def scale(
         self,
@@ -83,9 +82,13 @@ class TritonBackend(FusedBackend):
         factor: Tensor,
         in_place: bool,
     ) -> list[Tensor]:
+        return on_device(factor, self._scale, gradients, dtypes, factor, in_place)
+
+    @cached_property
+    def _scale(self) -> Callable[..., list[Tensor]]:
         from fsp_kernels.backends.triton.elementwise import scale
 
-        return on_device(factor, scale, gradients, dtypes, factor, in_place)
+        return scale
 
 
 def _interpreting() -> bool:

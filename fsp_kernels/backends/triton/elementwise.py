@@ -66,16 +66,10 @@ def scale(
     scaled = targets_of(gradients, dtypes, in_place)
     stream = raw_stream(factor.device)
     for start in range(0, len(gradients), _MOST_TENSORS):
-        chosen = tuple(
-            zip(
-                gradients[start : start + _MOST_TENSORS],
-                scaled[start : start + _MOST_TENSORS],
-                strict=True,
-            )
-        )
-        sizes = tuple([g.numel() for g, _ in chosen])
-        kinds = tuple([x.dtype for _, x in chosen])
-        _scale_launch(sizes, in_place, factor.device, kinds)(stream, (chosen, factor))
+        some = slice(start, start + _MOST_TENSORS)
+        sizes = tuple(map(Tensor.numel, gradients[some]))
+        launch = _scale_launch(sizes, in_place, factor.device, tuple(dtypes[some]))
+        launch(stream, [*gradients[some], *scaled[some], factor])
     return scaled
 
 
@@ -87,4 +81,6 @@ def _scale_launch(
     dtypes: tuple[torch.dtype, ...],  # noqa: ARG001
 ) -> Launch:
     grid = min(_PROGRAMS, triton.cdiv(max(sizes), BLOCK))
-    return Launch(fsp_scale, grid, _WARPS, sizes, in_place, len(sizes), BLOCK)
+    count = len(sizes)
+    places = tuple((i, count + i) for i in range(count)), 2 * count
+    return Launch(fsp_scale, grid, _WARPS, sizes, in_place, count, BLOCK, places=places)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fsp_kernels.backends.fused import Slots, partner_of
+from fsp_kernels.backends.fused import partner_of
 from fsp_kernels.backends.triton.configurations import Configuration, configuration_of
 from fsp_kernels.backends.triton.limits import access_of, kind_of
 from fsp_kernels.backends.triton.maps import MapLayout, layout_of
@@ -23,7 +24,14 @@ COMBINED = 32  # rows and columns of the tile that a program of fsp_combine take
 class Pair:
     """A pair of a plan and the strides of its maps, from which entries are made."""
 
-    def __init__(self, index: int, plan: PairPlan, slots: Slots, family: str, precision: str):
+    def __init__(
+        self,
+        index: int,
+        plan: PairPlan,
+        slots: Sequence[Tensor | None],
+        family: str,
+        precision: str,
+    ):
         self.index = index
         self.plan = plan
         self._family = family

@@ -7,61 +7,71 @@ compiled kernel is looked up by what is left to inspect: which addresses are mul
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import or_
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 from fsp_kernels.backends.fused import check_not_capturing
 from fsp_kernels.backends.triton.arithmetic import INTERPRETED
 from fsp_kernels.backends.triton.configurations import family_of
 
-# Tensors as a kernel takes them: alone, or in nested tuples with None where there is none.
-Tensors = Any
+# Where a kernel takes its tensors from a list: numbers, alone or in nested tuples, with None where
+# it takes none.
+Places = Any
 
 
 class Launch:
-    """A kernel bound to its grid and constant arguments, callable with tensors and floats."""
+    """A kernel bound to its grid and constant arguments, callable with tensors and floats.
 
-    def __init__(self, kernel: Any, grid: int, warps: int, *constants: Any):
+    ``places`` say where it takes which tensor; without them it takes all, one after the other.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: int, warps: int, *constants: Any, places: Places | None = None
+    ):
         self.kernel = kernel
         self.grid = (grid, 1, 1)
         self.warps = warps
         self.constants = constants
+        self.arrange = tuple if places is None else _arranger(places)
         self._compiled: dict[tuple[bool, ...], Any] = {}
 
-    def __call__(self, stream: int, tensors: tuple[Tensors, ...], *scalars: Any) -> None:
+    def __call__(self, stream: int, tensors: Sequence[Tensor], *scalars: Any) -> None:
         """Launch on ``stream``, a raw handle, of the current device."""
-        found: list[int] = []
-        addresses = tuple([_addresses(x, found) for x in tensors])
-        every = reduce(or_, found)
-        alignment = () if every % 16 == 0 else tuple([address % 16 == 0 for address in found])
+        addresses = list(map(Tensor.data_ptr, tensors))
+        every = reduce(or_, addresses)
+        alignment = () if every % 16 == 0 else tuple([x % 16 == 0 for x in addresses])
         compiled = self._compiled.get(alignment)
         if compiled is not None:
-            compiled[self.grid](*addresses, *self.constants, *scalars, stream=stream)
+            arguments = self.arrange(addresses)
+            compiled[self.grid](*arguments, *self.constants, *scalars, stream=stream)
             return
         if INTERPRETED:
-            self.start(tensors, *scalars)
+            self.start(self.arrange(tensors), *scalars)
             return
         check_not_capturing(f"Triton compiles and loads {self.kernel.__name__}")
-        self._compiled[alignment] = self.start(tensors, *scalars)
+        self._compiled[alignment] = self.start(self.arrange(tensors), *scalars)
 
-    def start(self, tensors: tuple[Tensors, ...], *scalars: Any) -> Any:
+    def start(self, tensors: tuple[Any, ...], *scalars: Any) -> Any:
         """Launch by Triton's own path, on the current stream; the compiled kernel."""
         return self.kernel[self.grid](*tensors, *self.constants, *scalars, num_warps=self.warps)
 
 
-def _addresses(tensors: Tensors, found: list[int]) -> Any:
-    """The same structure with addresses for tensors, which also go to ``found``."""
-    if tensors is None:
-        return None
-    if type(tensors) is tuple:
-        return tuple([_addresses(x, found) for x in tensors])
-    address = tensors.data_ptr()
-    found.append(address)
-    return address
+def _arranger(places: Places) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that arranges a list as ``places`` say; compiled, since every launch calls it."""
+
+    def written(places: Places) -> str:
+        if isinstance(places, tuple):
+            return f"({''.join(f'{written(x)}, ' for x in places)})"
+        return "None" if places is None else f"x[{places}]"
+
+    arrange: Callable[[Sequence[Any]], tuple[Any, ...]] = eval(f"lambda x: {written(places)}")
+    return arrange
 
 
 def device_family(device: torch.device | None = None) -> str:
