@@ -76,7 +76,9 @@ def label(pair: PairPlan) -> str:
     """An evaluation as tables name it."""
     if pair.evaluation == "chunks":
         return f"{pair.form} form, chunks of {pair.samples}"
-    return "Gram form" if pair.form == "gram" else pair.evaluation
+    if pair.form == "gram":
+        return "Gram form"
+    return f"{pair.evaluation} and BLAS" if pair.blas_gradients else pair.evaluation
 
 
 def contenders_of(case: Case, device: str, backend: str) -> dict[str, Contender]:

@@ -92,6 +92,7 @@ CASES = (
     Case("Gram form bf16", alike(512, 7, 7), "bf16"),
     Case("stored tiles", alike(256, 14, 14)),
     Case("stored tiles bf16", alike(256, 14, 14), "bf16"),
+    Case("gradients by BLAS", alike(512, 16, 17), "bf16"),
     Case("split along positions", alike(256, 64, 64), batch=1),
     Case("split along positions bf16", alike(256, 64, 64), "bf16", batch=1),
     Case("all in one call", (*alike(16, 8, 8), *alike(256, 7, 7), *alike(256, 14, 14)), "bf16"),
