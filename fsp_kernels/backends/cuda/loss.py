@@ -17,9 +17,9 @@ from fsp_kernels.backends.cuda.entries import Pair
 from fsp_kernels.backends.cuda.extension import index_of, module, scalar_of
 from fsp_kernels.backends.fused import Programs, raw_stream, slots_of
 from fsp_kernels.loss_plan import LossPlan, Step
+from fsp_kernels.plan import FP32_BYTES
 
-_NUMBER = torch.float32.itemsize
-_ALIGNMENT = 4  # numbers, 16 bytes: where each workspace begins
+_ALIGNMENT = 16  # bytes: where each workspace begins
 
 
 class Program:
@@ -34,17 +34,17 @@ class Program:
         ]
         self._launches = module().Program(index_of(maps[0]), _description(plan))
         # One tensor holds the workspaces, which those of the next step take over, and after them
-        # the partial losses.
-        self._workspaces = [0] * len(pairs)
+        # the partial losses: of each its first byte, and of a workspace that of its slopes.
+        self._workspaces = [(0, p.slopes_offset) for p in pairs]
         self._partials = 0
         for step in plan.steps:
             self._add(step, [pairs[i] for i in step.pairs])
             stop = 0
             for i in step.pairs if step.chunk == 0 else ():
-                self._workspaces[i] = stop
-                stop += math.ceil(pairs[i].stored_elements / _ALIGNMENT) * _ALIGNMENT
+                self._workspaces[i] = stop, stop + pairs[i].slopes_offset
+                stop += math.ceil(plan.pairs[i].scratch_bytes / _ALIGNMENT) * _ALIGNMENT
             self._partials = max(self._partials, stop)
-        self._scratch = self._partials + self._launches.partials
+        self._scratch = self._partials // FP32_BYTES + self._launches.partials
 
     def __call__(
         self,
@@ -56,12 +56,12 @@ class Program:
         result = maps[0].new_empty((), dtype=torch.float32)
         start = scratch.data_ptr()
         addresses = []
-        for slots, workspace in zip(
+        for slots, (parts, slopes) in zip(
             slots_of(self._sizes, maps, gradients), self._workspaces, strict=True
         ):
             addresses += [0 if x is None else x.data_ptr() for x in slots]
-            addresses.append(start + _NUMBER * workspace)
-        addresses += [start + _NUMBER * self._partials, result.data_ptr()]
+            addresses += [start + parts, start + slopes]
+        addresses += [start + self._partials, result.data_ptr()]
         self._launches(raw_stream(maps[0].device), addresses, weights)
         return result
 
