@@ -64,28 +64,14 @@ struct Gram {
     float loss = block_sum(inner_product(first, second), scratch);
     // Rounding errors may be larger than the loss. An overflow becomes NaN here, not zero.
     if (loss < 0) loss *= 0.0f;
-    if (wanted(0)) {
-      keep([&](Put put) { put(by_x, second.xx); put(by_y, second.yx); }, [](Put) {});
-      gradient(0, 1);
-    }
-    if (wanted(1)) {
-      keep([&](Put put) { put(by_x, first.xx); put(by_y, first.yy); },
-           [&](Put put) { put.transposed(by_x, first.yx); put(by_y, first.yx); });
-      gradient(1, 1);
-    }
-    if (wanted(2)) {
-      keep([&](Put put) { put(by_x, second.xx); put(by_y, second.yx); },
-           [&](Put put) { put.transposed(by_x, second.yx, -1); put(by_y, second.yy, -1); });
-      gradient(2, -1);
-    }
-    if (wanted(3)) {
-      keep([&](Put put) { put.transposed(by_x, first.yx); put(by_y, first.yy); }, [](Put) {});
-      gradient(3, -1);
+#pragma unroll 1
+    for (int map = 0; map < 4; ++map) {
+      if (pair.gradients[map].data == nullptr) continue;
+      keep_for(map, first, second);
+      gradient(map, map < 2 ? 1.0f : -1.0f);
     }
     return loss;
   }
-
-  __device__ bool wanted(int map) const { return pair.gradients[map].data != nullptr; }
 
   __device__ static float inner_product(Blocks& first, Blocks& second) {
     float total = 0;
@@ -128,6 +114,26 @@ struct Gram {
     set(Put{false, scale});
     __syncthreads();  // a transposed element is another thread's
     add(Put{true, scale});  // there for all threads when a pipeline has its first tile
+  }
+
+  // What the gradient of a map multiplies x and y with.
+  __device__ __forceinline__ void keep_for(int map, Blocks& first, Blocks& second) {
+    switch (map) {
+      case 0:
+        return keep([&](Put put) { put(by_x, second.xx); put(by_y, second.yx); }, [](Put) {});
+      case 1:
+        return keep([&](Put put) { put(by_x, first.xx); put(by_y, first.yy); },
+                    [&](Put put) { put.transposed(by_x, first.yx); put(by_y, first.yx); });
+      case 2:
+        return keep([&](Put put) { put(by_x, second.xx); put(by_y, second.yx); },
+                    [&](Put put) {
+                      put.transposed(by_x, second.yx, -1);
+                      put(by_y, second.yy, -1);
+                    });
+      default:
+        return keep([&](Put put) { put.transposed(by_x, first.yx); put(by_y, first.yy); },
+                    [](Put) {});
+    }
   }
 
   __device__ float* tile(bool teacher, int stage) const {

@@ -453,9 +453,9 @@ MUTATIONS = [
         "the teacher's sign in its gradient: Gram form",
         "Gram form",
         "gram.cuh",
-        "gradient(3, -1);",
-        "-1",
-        "1",
+        "map < 2 ? 1.0f : -1.0f",
+        "map < 2 ? 1.0f : -1.0f",
+        "1.0f",
     ),
     instead(
         "an inner product counted once", "Gram form", "gram.cuh", "2 * of(first.yx)", "of(first.yx)"
