@@ -274,6 +274,7 @@ __device__ __forceinline__ void step_plainly(Accumulator<LINES, COLUMNS>& result
   using Of = Share<LINES, COLUMNS>;
   const int line = Of::first_line() + threadIdx.x % 32 / 4;
   const int column = Of::first_column() + threadIdx.x % 4 * 2;
+#pragma unroll 1  // registers are scarce
   for (int k = 0; k < 16; ++k) {
 #pragma unroll
     for (int i = 0; i < 2 * Of::down; ++i) {

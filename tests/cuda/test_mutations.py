@@ -362,8 +362,10 @@ MUTATIONS = [
         "registers of b swapped",
         "one pass bf16",
         "product.cuh",
-        "columns.r[2 * e],\n                                          columns.r[2 * e + 1]",
-        "columns.r[2 * e + 1], columns.r[2 * e]",
+        "Sixteen<typename X::Element>::mma(result.values[i][j][e], lines[i], columns.r[2 * e],\n"
+        "                                          columns.r[2 * e + 1]);",
+        "Sixteen<typename X::Element>::mma(result.values[i][j][e], lines[i], columns.r[2 * e + 1],"
+        " columns.r[2 * e]);",
     ),
     instead(
         "lines of ldmatrix",

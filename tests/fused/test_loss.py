@@ -99,6 +99,14 @@ def test_maps_are_subtracted_before_anything_is_rounded(regime, dtype):
         assert fsp.explain(student, teacher).pairs[0].residual == "difference"
 
 
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+@every_matrix_regime
+def test_a_ready_matrix_may_stand_beside_half_precision_maps(regime, grad, dtype):
+    matrix = tensor(2, *regime.channels, grad=grad)
+    check([pair_of(regime, batch=2, dtypes=(dtype, dtype))], [matrix], regime)
+
+
 @every_matrix_regime
 @pytest.mark.parametrize("norm", ["frobenius", "column"])
 @pytest.mark.parametrize("dtypes", [None, (BF16, FP16)], ids=str)
