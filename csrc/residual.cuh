@@ -113,7 +113,7 @@ __device__ __forceinline__ float inverse_length(float length) {
   return length == 0 ? 0.0f : 1.0f / length;
 }
 
-// What a student's gradients have of the norm's derivative by D / K, but for a factor 2 of squares.
+// A slope is so many times D / K, whose columns are divided by their lengths where that is the norm.
 // Slopes are scaled before they are multiplied: the product of what is not may overflow.
 __device__ __forceinline__ float slope_scale(const Pair& pair) {
   return (pair.norm == Norm::column ? pair.factor : 2 * pair.factor) / pair.positions[0];

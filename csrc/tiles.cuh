@@ -22,7 +22,7 @@ struct ResidualTiles {
   static constexpr int shared_bytes(int stages) { return scratch_bytes + stages * Stages::bytes; }
 };
 
-// Slopes to `out`, if there is one, and the losses of the tiles, of pairs that finish here; else D / K.
+// Slopes and the losses of tiles, of pairs that finish here; else D / K. To `out`, if there is one.
 template <class T>
 __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 1 : 2)
     fsp_residual(const __grid_constant__ Pairs group) {
