@@ -268,26 +268,24 @@ def work_of(kernel: str, pair: PairPlan, own: int, blocks: int, precision: str) 
     if kernel == "one_pass":
         m = n = _tile(max(m, n))
     terms = 1 if pair.halves or precision == "tf32" else 3  # products that make one of two maps
-    rounded = pair.slope_dtype == torch.bfloat16 or not pair.halves
-    slope_terms = terms if rounded else 2  # and one of a residual and a map
     product, stored = 2 * m * n * k, FP32_BYTES * m * n
     maps = sum(x.bytes for x in pair.maps) / pair.batch
     written = pair.gradient_bytes / pair.batch
     wanted = sum(x.gradient_dtype is not None for x in pair.maps)
     if kernel == "one_pass":
-        flops = product * (2 * terms + wanted * slope_terms)
+        flops = product * (2 * terms + wanted * terms)
         return Work(flops, maps * (1 + wanted / 4), written)
     if kernel == "gram":
         flops = pair.flops / pair.batch * (_tile(k) / k) ** 2 * terms
         return Work(flops, maps * (1 + wanted / 2), written)
     if kernel == "residual":
         again = math.sqrt(blocks / pair.parts)
-        return Work(2 * product * terms, maps * again, stored * pair.parts * pair.stores)
+        return Work(2 * product * terms, maps * again, pair.scratch_bytes / pair.samples)
     if kernel == "combine":
         return Work(0, stored * pair.parts, stored)
     read = pair.maps[partner_of(own)].bytes / pair.batch + stored
     written = pair.maps[own].gradient_bytes / pair.batch
-    return Work(product * slope_terms, read * math.sqrt(blocks), written)
+    return Work(product * terms, read * math.sqrt(blocks), written)
 
 
 def _innermost(loops: Sequence[Loop]) -> list[Loop]:

@@ -64,7 +64,7 @@ PairSpec pair_spec(std::array<OptionalMap, 4> maps, std::array<OptionalMap, 4> g
 
 ProductSpec product_spec(OptionalMap own, MapSpec gradient, OptionalMap other, MapSpec slope,
                          int64_t samples, int64_t first_sample, Sizes channels,
-                         int64_t positions, bool split, int weight, float factor) {
+                         int64_t positions, bool split, float ratio) {
   Product product{};
   product.samples = size("samples", samples);
   product.first_sample = size("samples", first_sample);
@@ -72,8 +72,8 @@ ProductSpec product_spec(OptionalMap own, MapSpec gradient, OptionalMap other, M
   product.other_channels = size("channels", channels[1]);
   product.positions = size("positions", positions);
   product.split = split;
-  product.factor = factor;
-  return {product, {own, gradient, other, slope}, weight};
+  product.ratio = ratio;
+  return {product, {own, gradient, other, slope}};
 }
 
 // What CUDA is asked for may take long, and other Python threads go on meanwhile: pybind11 converts
@@ -114,7 +114,6 @@ PYBIND11_MODULE(_cuda, module) {
       .value("column", Norm::column);
   py::enum_<Residual>(module, "Residual", py::module_local())
       .value("difference", Residual::difference)
-      .value("direct", Residual::direct)
       .value("apart", Residual::apart)
       .value("ready", Residual::ready)
       .value("plain", Residual::plain);
@@ -128,8 +127,7 @@ PYBIND11_MODULE(_cuda, module) {
            "residual"_a, "norm"_a, "split"_a, "finishes"_a, "weight"_a, "factor"_a);
   py::class_<ProductSpec>(module, "Product", py::module_local())
       .def(py::init(&product_spec), py::kw_only(), "own"_a, "gradient"_a, "other"_a, "slope"_a,
-           "samples"_a, "first_sample"_a, "channels"_a, "positions"_a, "split"_a, "weight"_a,
-           "factor"_a);
+           "samples"_a, "first_sample"_a, "channels"_a, "positions"_a, "split"_a, "ratio"_a);
   py::class_<LaunchFacts>(module, "LaunchFacts", py::module_local())
       .def_readonly("kernel", &LaunchFacts::kernel)
       .def_readonly("operand", &LaunchFacts::operand)

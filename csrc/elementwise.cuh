@@ -7,7 +7,7 @@
 
 namespace fsp {
 
-// factor * slope (m, n) as the gradient of a ready matrix; a block has a row.
+// ratio * slope (m, n) as the gradient of a ready matrix; a block has a row.
 __global__ void __launch_bounds__(THREADS)
     fsp_matrix_gradients(const __grid_constant__ Products group) {
   const Place place = place_of_block(group);
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(THREADS)
       (product.first_sample + sample) * gradient.sample + line * gradient.channel;
   for (int i = threadIdx.x; i < product.other_channels; i += THREADS) {
     const float value = static_cast<const float*>(slope.data)[from + i * slope.width];
-    write(gradient.data, gradient.scalar, to + i * gradient.width, value * product.factor);
+    write(gradient.data, gradient.scalar, to + i * gradient.width, value * product.ratio);
   }
 }
 

@@ -57,35 +57,21 @@ struct Gram {
   }
 
   // The loss of the sample, unweighted, for thread 0; and the gradients asked for.
-  __device__ float run() {
+  __device__ __forceinline__ float run() {
     Blocks first, second;
     accumulate(first, 0);
     accumulate(second, 1);
     float loss = block_sum(inner_product(first, second), scratch);
     // Rounding errors may be larger than the loss. An overflow becomes NaN here, not zero.
     if (loss < 0) loss *= 0.0f;
-    if (wanted(0)) {
-      keep([&](Put put) { put(by_x, second.xx); put(by_y, second.yx); }, [](Put) {});
-      gradient(0, 1);
-    }
-    if (wanted(1)) {
-      keep([&](Put put) { put(by_x, first.xx); put(by_y, first.yy); },
-           [&](Put put) { put.transposed(by_x, first.yx); put(by_y, first.yx); });
-      gradient(1, 1);
-    }
-    if (wanted(2)) {
-      keep([&](Put put) { put(by_x, second.xx); put(by_y, second.yx); },
-           [&](Put put) { put.transposed(by_x, second.yx, -1); put(by_y, second.yy, -1); });
-      gradient(2, -1);
-    }
-    if (wanted(3)) {
-      keep([&](Put put) { put.transposed(by_x, first.yx); put(by_y, first.yy); }, [](Put) {});
-      gradient(3, -1);
+#pragma unroll 1
+    for (int map = 0; map < 4; ++map) {
+      if (pair.gradients[map].data == nullptr) continue;
+      keep_for(map, first, second);
+      gradient(map, map < 2 ? 1.0f : -1.0f);
     }
     return loss;
   }
-
-  __device__ bool wanted(int map) const { return pair.gradients[map].data != nullptr; }
 
   __device__ static float inner_product(Blocks& first, Blocks& second) {
     float total = 0;
@@ -130,19 +116,42 @@ struct Gram {
     add(Put{true, scale});  // there for all threads when a pipeline has its first tile
   }
 
+  // What the gradient of a map multiplies x and y with.
+  __device__ __forceinline__ void keep_for(int map, Blocks& first, Blocks& second) {
+    switch (map) {
+      case 0:
+        return keep([&](Put put) { put(by_x, second.xx); put(by_y, second.yx); }, [](Put) {});
+      case 1:
+        return keep([&](Put put) { put(by_x, first.xx); put(by_y, first.yy); },
+                    [&](Put put) { put.transposed(by_x, first.yx); put(by_y, first.yx); });
+      case 2:
+        return keep([&](Put put) { put(by_x, second.xx); put(by_y, second.yx); },
+                    [&](Put put) {
+                      put.transposed(by_x, second.yx, -1);
+                      put(by_y, second.yy, -1);
+                    });
+      default:
+        return keep([&](Put put) { put.transposed(by_x, first.yx); put(by_y, first.yy); },
+                    [](Put) {});
+    }
+  }
+
   __device__ float* tile(bool teacher, int stage) const {
     return memory + (2 * stage + teacher) * Side::size;
   }
 
-  // run(x, y) on each tile of channels of one side, with x and y by channel or by position.
+  // run(block, operands) on each tile of channels of one side. operands(use) is use(x, y), with x and
+  // y by channel or by position.
   template <bool BY_CHANNEL, class Run>
   __device__ void for_tiles(int side, Run run) {
     const int count = side == 0 ? pair.m : pair.n;
     const Map &student = pair.maps[side], &teacher = pair.maps[2 + side];
-    const auto operand = [&](bool of_teacher, int stage) {
-      const Map& map = of_teacher ? teacher : student;
-      const float* from = tile(of_teacher, stage);
-      return BY_CHANNEL ? by_channel<Side>(from, map) : by_position<Side>(from, map);
+    const auto as_operand = [](const float* from, const Map& map, auto use) {
+      if constexpr (BY_CHANNEL) {
+        by_channel<Side>(from, map, use);
+      } else {
+        by_position<Side>(from, map, use);
+      }
     };
     pipeline(
         0, (count + channels - 1) / channels, stages,
@@ -154,12 +163,16 @@ struct Gram {
           }
         },
         [&](int block, int stage) {
-          const Operand<float> a = operand(false, stage), c = operand(true, stage);
-          if (side == 0) {
-            run(block, Difference{a, c}, c);
-          } else {
-            run(block, a, Difference{a, c});
-          }
+          // p in the place of a, or q in that of d.
+          float *const of_student = tile(false, stage), *const of_teacher = tile(true, stage);
+          subtract<Side>(side == 0 ? of_student : of_teacher, of_student, of_teacher, student,
+                         teacher);
+          __syncthreads();
+          run(block, [&](auto use) {
+            as_operand(of_student, student, [&](const auto& x) {
+              as_operand(of_teacher, teacher, [&](const auto& y) { use(x, y); });
+            });
+          });
         });
   }
 
@@ -167,17 +180,16 @@ struct Gram {
     blocks.xx.clear();
     blocks.yx.clear();
     blocks.yy.clear();
-    for_tiles<false>(side, [&](int, const auto& x, const auto& y) {
+    const auto add = [&](Block& block, const auto& left, const auto& right) {
+      in_short_sums(block, [&](Block& sum) { multiply(sum, left, right, channels, pair.split); });
+    };
+    for_tiles<false>(side, [&](int, const auto& operands) {
       if (Block::Of::idle()) return;
-      const auto add = [&](Block& block, const auto& left, const auto& right) {
-        in_short_sums(block, [&](Block& sum) {
-#pragma unroll 1
-          for (int k = 0; k < channels; k += 16) step_fp32(sum, left, right, k, pair.split, 1);
-        });
-      };
-      add(blocks.xx, x, x);
-      add(blocks.yx, y, x);
-      add(blocks.yy, y, y);
+      operands([&](const auto& x, const auto& y) {
+        add(blocks.xx, x, x);
+        add(blocks.yx, y, x);
+        add(blocks.yy, y, y);
+      });
     });
     const float scale = 1.0f / pair.positions[0];
     for (Block* block : {&blocks.xx, &blocks.yx, &blocks.yy}) {
@@ -187,17 +199,14 @@ struct Gram {
 
   // Write sign * (x by_x + y by_y), the gradient of a map.
   __device__ void gradient(int map, float sign) {
-    const Operand<float> columns_x{by_x, 1, line}, columns_y{by_y, 1, line};
-    for_tiles<true>(map % 2, [&](int block, const auto& x, const auto& y) {
+    const Operand<float, line, false> columns_x{by_x}, columns_y{by_y};
+    for_tiles<true>(map % 2, [&](int block, const auto& operands) {
       Accumulator<channels, POSITIONS> result;
       result.clear();
-      if (!Share<channels, POSITIONS>::idle()) {
-#pragma unroll 1
-        for (int k = 0; k < pair.positions[0]; k += 16) {
-          step_fp32(result, x, columns_x, k, pair.split, 1);
-          step_fp32(result, y, columns_y, k, pair.split, 1);
-        }
-      }
+      operands([&](const auto& x, const auto& y) {
+        multiply(result, x, columns_x, pair.positions[0], pair.split);
+        multiply(result, y, columns_y, pair.positions[0], pair.split);
+      });
       result.store(own, line, sign);
       __syncthreads();
       write_gradient<channels, POSITIONS>(own, pair.gradients[map], pair.maps[map], sample,

@@ -326,6 +326,67 @@ __device__ void load_tile(T* tile, const Map& map, int sample, int channel, int 
   }
 }
 
+// --- subtracting ---------------------------------------------------------------------------------
+
+// What one instruction subtracts.
+template <class T>
+struct Packed {
+  using Type = T;
+};
+template <>
+struct Packed<__half> {
+  using Type = __half2;
+};
+template <>
+struct Packed<__nv_bfloat16> {
+  using Type = __nv_bfloat162;
+};
+
+__device__ __forceinline__ float minus(float x, float y) { return x - y; }
+__device__ __forceinline__ __half2 minus(__half2 x, __half2 y) { return __hsub2(x, y); }
+__device__ __forceinline__ __nv_bfloat162 minus(__nv_bfloat162 x, __nv_bfloat162 y) {
+  return __hsub2(x, y);
+}
+
+template <int LINES, int INNER, class T>
+__device__ __forceinline__ void subtract_lines(T* to, const T* x, const T* y, int stride) {
+  constexpr int unit = 16 / sizeof(T), units = INNER / unit;
+  using Pack = typename Packed<T>::Type;
+  using Whole = Unit<Pack, 16 / sizeof(Pack)>;
+#pragma unroll 2
+  for (int e = threadIdx.x; e < LINES * units; e += THREADS) {
+    const int i = e / units * stride + e % units * unit;
+    const Whole left = *reinterpret_cast<const Whole*>(x + i);
+    const Whole right = *reinterpret_cast<const Whole*>(y + i);
+    Whole difference;
+#pragma unroll
+    for (int j = 0; j < 16 / sizeof(Pack); ++j) difference.x[j] = minus(left.x[j], right.x[j]);
+    *reinterpret_cast<Whole*>(to + i) = difference;
+  }
+}
+
+// x - y of two tiles, in the place of one of them, rounded once. The block waits before it is read.
+template <class Shape, class T>
+__device__ __forceinline__ void subtract(T* to, const T* x, const T* y, const Map& of_x,
+                                         const Map& of_y) {
+  constexpr int C = Shape::channels, K = Shape::positions;
+  if (of_x.channels_inner != of_y.channels_inner) {
+    const auto place = [](const Map& map, int c, int k) {
+      return c * Shape::channel_stride(map.channels_inner) +
+             k * Shape::position_stride(map.channels_inner);
+    };
+    const Map& of_result = to == x ? of_x : of_y;
+    for_elements<C, K>(of_result.channels_inner, [&](int c, int k) {
+      const float difference = widen(x[place(of_x, c, k)]) - widen(y[place(of_y, c, k)]);
+      to[place(of_result, c, k)] = narrow<T>(difference);
+    });
+  } else if (of_x.channels_inner) {
+    subtract_lines<K, C>(to, x, y, Shape::channel_line);
+  } else {
+    subtract_lines<C, K>(to, x, y, Shape::position_line);
+  }
+}
+
 // --- writing -------------------------------------------------------------------------------------
 
 // Two elements as bf16, the first in the lower half.

@@ -14,19 +14,21 @@ template <class T, int CHANNELS>
 struct OnePass {
   // As many positions as make whole lines of 64 or 128 bytes and leave room for two stages.
   static constexpr int positions = sizeof(T) == 2 && CHANNELS < 128 ? 64 : 32;
-  static constexpr int line = CHANNELS + 4;  // of the residual in shared memory
   using Stages = Maps<T, CHANNELS, positions>;
+  using Block = Accumulator<CHANNELS, CHANNELS>;
+  using Element = SlopeOf<T>;
+  static constexpr int line = CHANNELS + 16 / sizeof(Element);  // of the slope in shared memory
   using Other = Tile<T, CHANNELS, positions>;
   using Own = Tile<float, CHANNELS, positions>;
 
   // In this order in shared memory, the first sweep's tiles in the place of all that follow them.
   static constexpr int scratch_bytes = (WARPS + CHANNELS) * sizeof(float);
-  static constexpr int residual_bytes = CHANNELS * line * sizeof(float);
+  static constexpr int slope_bytes = CHANNELS * line * sizeof(Element);
   static constexpr int own_bytes = CHANNELS * Own::position_line * sizeof(float);
 
   static constexpr int shared_bytes(int stages) {
     const int first = stages * Stages::bytes;
-    const int second = residual_bytes + own_bytes + stages * Other::bytes;
+    const int second = slope_bytes + own_bytes + stages * Other::bytes;
     return scratch_bytes + (first > second ? first : second);
   }
 
@@ -39,65 +41,85 @@ struct OnePass {
   static __device__ __forceinline__ float* inverses() {  // CHANNELS
     return scratch() + WARPS;
   }
-  // (CHANNELS, line), D / K and then the derivative of the norm by it.
-  static __device__ __forceinline__ float* slope() {
-    return reinterpret_cast<float*>(shared_memory() + scratch_bytes);
+  template <class Number>
+  static __device__ __forceinline__ Number* after_scratch(int bytes) {
+    return reinterpret_cast<Number*>(shared_memory() + scratch_bytes + bytes);
   }
+  // (CHANNELS, line), scaled for the student's gradients.
+  static __device__ __forceinline__ Element* slope() { return after_scratch<Element>(0); }
   static __device__ __forceinline__ float* own() {  // a tile of a gradient
-    return reinterpret_cast<float*>(shared_memory() + scratch_bytes + residual_bytes);
+    return after_scratch<float>(slope_bytes);
   }
   static __device__ __forceinline__ T* other(int stage) {  // of the map it is multiplied with
-    unsigned char* first = shared_memory() + scratch_bytes + residual_bytes + own_bytes;
-    return reinterpret_cast<T*>(first) + stage * Other::size;
+    return after_scratch<T>(slope_bytes + own_bytes) + stage * Other::size;
   }
 
   // The loss of the sample, unweighted, for thread 0; and the gradients asked for.
   __device__ __forceinline__ float run() {
-    Accumulator<CHANNELS, CHANNELS> residual;
+    Block residual;
     residual_tile<T, CHANNELS, positions>(residual, pair, sample, 0, 0, 0, stages,
-                                          reinterpret_cast<T*>(slope()));
-    residual.store(slope(), line);
-    const float loss = pair.norm == Norm::column ? column_lengths() : squares(residual);
+                                          after_scratch<T>(0));
+    const float loss =
+        pair.norm == Norm::column ? divide_by_lengths(residual) : squares(residual);
+    const bool ready = pair.residual == Residual::ready;
+    if (ready && pair.gradients[2].data != nullptr) write_matrix_gradient(residual);
+    store_slope(residual);
     const float total = block_sum(loss, scratch());  // by then the slope is there for all threads
 #pragma unroll 1
-    for (int map = 0; map < 4; ++map) {
+    for (int map = 0; map < (ready ? 2 : 4); ++map) {
       if (pair.gradients[map].data != nullptr) gradient(map);
     }
     return total;
   }
 
-  // This thread's share of the sum of the columns' lengths, by which their slopes are divided.
-  __device__ __forceinline__ float column_lengths() {
-    __syncthreads();
+  // This thread's share of the sum of the columns' lengths.
+  __device__ __forceinline__ float divide_by_lengths(Block& residual) {
+    float* const sums = after_scratch<float>(0);  // (warps_down, CHANNELS)
+    residual.column_squares(sums);
+    __syncthreads();  // the sums of all warps are there
     float length = 0;
     if (threadIdx.x < CHANNELS) {
-      for (int i = 0; i < pair.m; ++i) {
-        const float value = slope()[i * line + threadIdx.x];
-        length = fmaf(value, value, length);
-      }
+      for (int i = 0; i < Block::Of::warps_down; ++i) length += sums[i * CHANNELS + threadIdx.x];
       length = sqrtf(length);
       inverses()[threadIdx.x] = inverse_length(length);
     }
-    __syncthreads();
-    for (int e = threadIdx.x; e < CHANNELS * CHANNELS; e += THREADS) {
-      slope()[e / CHANNELS * line + e % CHANNELS] *= inverses()[e % CHANNELS];
-    }
+    __syncthreads();  // the inverses are there, and nobody reads the sums any more
+    residual.for_each([](int, int column, float& value) { value *= inverses()[column]; });
     return length;
   }
 
-  // (scale * slope) @ other, or with the slope transposed, is the gradient of a map.
+  __device__ __forceinline__ void write_matrix_gradient(Block& residual) {
+    const Map& gradient = pair.gradients[2];
+    const float scale = -slope_scale(pair) * pair.positions[0];
+    residual.for_each([&](int i, int j, float& value) {
+      if (i < pair.m && j < pair.n) {
+        write(gradient.data, gradient.scalar,
+              sample * gradient.sample + i * gradient.channel + j * gradient.width, value * scale);
+      }
+    });
+  }
+
+  __device__ __forceinline__ void store_slope(Block& residual) {
+    constexpr Scalar stored = sizeof(Element) == 2 ? Scalar::bf16 : Scalar::fp32;
+    const float scale = slope_scale(pair);
+    residual.for_pairs([&](int i, int j, float first, float second) {
+      struct alignas(2 * sizeof(Element)) Two {
+        Element first, second;
+      };
+      const auto rounded = [&](float x) {
+        return narrow<Element>(storable_slope(x * scale, stored, pair.split));
+      };
+      *reinterpret_cast<Two*>(slope() + i * line + j) = {rounded(first), rounded(second)};
+    });
+  }
+
+  // Write slope @ other, or with the slope transposed, as the gradient of a map.
   __device__ __forceinline__ void gradient(int map) {
     const bool first = map % 2 == 0, teacher = map >= 2;
-    float scale = pair.norm == Norm::column ? pair.factor : 2 * pair.factor;
-    if (teacher) scale = -scale;
-    if (teacher && pair.residual == Residual::ready) {
-      write_matrix_gradient<CHANNELS, CHANNELS>(slope(), line, pair, sample, 0, 0, scale);
-      return;
-    }
     const Map& partner = pair.maps[map ^ 1];
     const int count = pair.positions[teacher];
+    const float ratio = teacher ? -static_cast<float>(pair.positions[0]) / count : 1.0f;
     const int own_channels = first ? pair.m : pair.n, other_channels = first ? pair.n : pair.m;
-    const Slope x{{slope(), first ? line : 1, first ? 1 : line}, scale / count};
     pipeline(
         0, (count + positions - 1) / positions, stages,
         [&](int block, int stage) {
@@ -107,9 +129,16 @@ struct OnePass {
         [&](int block, int stage) {
           Accumulator<CHANNELS, positions> result;
           result.clear();
-          const Operand<T> y = by_position<Other>(other(stage), partner);
-          multiply(result, x, y, other_channels, pair.split);
-          result.store(own(), Own::position_line);
+          by_position<Other>(other(stage), partner, [&](const auto& y) {
+            if (first) {
+              const Operand<Element, line, true> x{slope()};
+              multiply(result, x, y, other_channels, pair.split);
+            } else {
+              const Operand<Element, line, false> x{slope()};
+              multiply(result, x, y, other_channels, pair.split);
+            }
+          });
+          result.store(own(), Own::position_line, ratio);
           __syncthreads();
           write_gradient<CHANNELS, positions>(own(), pair.gradients[map], pair.maps[map], sample, 0,
                                               block * positions, own_channels, count);

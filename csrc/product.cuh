@@ -2,9 +2,9 @@
 // where the chip has them for the operands at hand, else by fused multiply-adds of fp32.
 //
 // Halves are multiplied as they are, exactly, into fp32. fp32 is multiplied in three products of
-// TF32 (`split`), which keep 22 bits, or in one. What a kernel computed itself, a residual, is
-// fp32; beside bf16 it is split in two terms of bf16, beside fp16, whose range it may exceed,
-// rounded to TF32, which holds fp16 exactly.
+// TF32 (`split`), which keep 22 bits, or in one. A slope, which a kernel computed, is rounded once
+// when it is stored: to bf16 beside bf16, else to TF32, which has the range of fp32 and holds fp16
+// exactly, unless products are split.
 #pragma once
 
 #include <type_traits>
@@ -13,44 +13,36 @@
 
 namespace fsp {
 
-// Lines `i` or `j` of an operand lie `line` elements apart, the summed elements `inner` apart; one
-// of the two is 1.
-template <class T>
+// Of lines `i` or `j` and summed elements `k` one lie next to each other, the others STRIDE apart.
+// The compiler knows which: addresses in a loop are constants, but for one.
+template <class T, int STRIDE, bool SUMMED_INNER>
 struct Operand {
+  using Element = T;
+  static constexpr int line = SUMMED_INNER ? STRIDE : 1, inner = SUMMED_INNER ? 1 : STRIDE;
   const T* data;
-  int line, inner;
 
   __device__ __forceinline__ float at(int i, int k) const {
     return widen(data[i * line + k * inner]);
   }
 };
 
-// x - y, in fp32: what is multiplied in the difference form.
-struct Difference {
-  Operand<float> x, y;
-
-  __device__ __forceinline__ float at(int i, int k) const { return x.at(i, k) - y.at(i, k); }
-};
-
-// A residual, times the scale of a gradient. The product of what is not scaled may overflow.
-struct Slope {
-  Operand<float> values;
-  float scale;
-
-  __device__ __forceinline__ float at(int i, int k) const { return values.at(i, k) * scale; }
-};
-
-// A tile as an operand whose lines are channels, or positions.
-template <class Shape, class T>
-__device__ __forceinline__ Operand<T> by_channel(const T* tile, const Map& map) {
-  return {tile, Shape::channel_stride(map.channels_inner),
-          Shape::position_stride(map.channels_inner)};
+// run(operand) with a tile whose lines are channels, or positions.
+template <class Shape, class T, class Run>
+__device__ __forceinline__ void by_channel(const T* tile, const Map& map, Run run) {
+  if (map.channels_inner) {
+    run(Operand<T, Shape::channel_line, false>{tile});
+  } else {
+    run(Operand<T, Shape::position_line, true>{tile});
+  }
 }
 
-template <class Shape, class T>
-__device__ __forceinline__ Operand<T> by_position(const T* tile, const Map& map) {
-  return {tile, Shape::position_stride(map.channels_inner),
-          Shape::channel_stride(map.channels_inner)};
+template <class Shape, class T, class Run>
+__device__ __forceinline__ void by_position(const T* tile, const Map& map, Run run) {
+  if (map.channels_inner) {
+    run(Operand<T, Shape::channel_line, true>{tile});
+  } else {
+    run(Operand<T, Shape::position_line, false>{tile});
+  }
 }
 
 // --- who computes what ---------------------------------------------------------------------------
@@ -87,9 +79,9 @@ struct Accumulator {
     for_each([](int, int, float& value) { value = 0; });
   }
 
-  // visit(line, column, value) of this thread's values.
+  // visit(line, column, first, second) of this thread's values, neighbours in a line.
   template <class Visit>
-  __device__ __forceinline__ void for_each(Visit visit) {
+  __device__ __forceinline__ void for_pairs(Visit visit) {
     if (Of::idle()) return;
     const int lane = threadIdx.x % 32;
     const int line = Of::first_line() + lane / 4, column = Of::first_column() + lane % 4 * 2;
@@ -98,10 +90,40 @@ struct Accumulator {
 #pragma unroll
       for (int j = 0; j < Of::across; ++j) {
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          visit(line + 16 * i + e / 2 % 2 * 8, column + 16 * j + e / 4 * 8 + e % 2,
-                values[i][j][e / 4][e % 4]);
+        for (int e = 0; e < 4; ++e) {
+          float* pair = &values[i][j][e / 2][e % 2 * 2];
+          visit(line + 16 * i + e % 2 * 8, column + 16 * j + e / 2 * 8, pair[0], pair[1]);
         }
+      }
+    }
+  }
+
+  // visit(line, column, value) of the same.
+  template <class Visit>
+  __device__ __forceinline__ void for_each(Visit visit) {
+    for_pairs([&](int line, int column, float& first, float& second) {
+      visit(line, column, first);
+      visit(line, column + 1, second);
+    });
+  }
+
+  // The sums of squares of this warp's part of each column: to its line of (warps_down, COLUMNS).
+  __device__ __forceinline__ void column_squares(float* sums) {
+    if (Of::idle()) return;
+    const int lane = threadIdx.x % 32, line = threadIdx.x / 32 % Of::warps_down;
+    sums += line * COLUMNS + Of::first_column() + lane % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < Of::across; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float total = 0;
+#pragma unroll
+        for (int i = 0; i < 2 * Of::down; ++i) {
+          const float value = values[i / 2][j][e / 2][i % 2 * 2 + e % 2];
+          total = fmaf(value, value, total);
+        }
+        for (int step = 4; step < 32; step *= 2) total += __shfl_xor_sync(~0u, total, step);
+        if (lane < 4) sums[16 * j + e / 2 * 8 + e % 2] = total;
       }
     }
   }
@@ -119,30 +141,66 @@ struct Accumulator {
 
   // Put into shared memory, in lines of `stride` elements.
   __device__ __forceinline__ void store(float* tile, int stride, float scale = 1) {
-    for_each([&](int line, int column, float& value) {
-      tile[line * stride + column] = value * scale;
+    for_pairs([&](int line, int column, float& first, float& second) {
+      *reinterpret_cast<float2*>(tile + line * stride + column) =
+          make_float2(first * scale, second * scale);
     });
   }
 };
 
+// --- slopes --------------------------------------------------------------------------------------
+
+// What slopes beside maps of T are multiplied as. They may exceed the range of fp16.
+template <class T>
+using SlopeOf = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, __nv_bfloat16, float>;
+
+// Rounding to fewer bits would make the largest finite numbers infinite. These stay finite.
+__device__ __forceinline__ float within_bf16(float x) {
+  constexpr float largest = 0x1.fep127f;
+  return fabsf(x) < INFINITY ? fminf(fmaxf(x, -largest), largest) : x;
+}
+
+// To the nearest number of 11 bits; tensor cores themselves cut off what is more.
+__device__ __forceinline__ float round_to_tf32(float x) {
+  const uint32_t half = fabsf(x) < 0x1.ffep127f ? 0x1000 : 0;
+  return __uint_as_float((__float_as_uint(x) + half) & 0xffffe000u);
+}
+
+// A slope, such that nothing but storing it as `stored` rounds it.
+__device__ __forceinline__ float storable_slope(float x, Scalar stored, bool split) {
+  if (stored == Scalar::bf16) return within_bf16(x);
+#if FSP_AMPERE
+  if (!split) return round_to_tf32(x);
+#endif
+  return x;
+}
+
 // --- fragments -----------------------------------------------------------------------------------
 
-// 16 lines of an operand by as many summed elements as one mma takes. As the first operand of an
-// mma it is `a`; as the second, registers 0 and 2 are `b` of lines 0 to 7, 1 and 3 of lines 8 to
-// 15.
+// 16 lines of an operand by as many summed elements as one mma takes: 16 halves or 8 of fp32. As the
+// first operand of an mma it is `a`; as the second (COLUMNS), registers 0 and 1 are `b` of lines 0 to
+// 7, 2 and 3 of lines 8 to 15.
 struct Fragment {
   uint32_t r[4];
 };
 
-template <class T>
-__device__ __forceinline__ Fragment load_fragment(const Operand<T>& x, int line, int k) {
-  const int lane = threadIdx.x % 32, half = lane % 16, other = lane / 16;
+// Of halves a lane has two neighbours `k`; or (SPREAD) two that are 4 apart, as mma of TF32 takes
+// them.
+template <bool COLUMNS, bool SPREAD = false, class X>
+__device__ __forceinline__ Fragment load_fragment(const X& x, int line, int k) {
+  constexpr int row = 16 / sizeof(typename X::Element);  // of ldmatrix
+  // Lane i gives row i % 8 of matrix i / 8.
+  const int lane = threadIdx.x % 32, second = lane / 8 % 2, third = lane / 16;
+  line += 8 * (COLUMNS ? third : second);
+  k += row * (COLUMNS ? second : third);
   Fragment result;
-  if (x.inner == 1) {
-    ldmatrix_x4(result.r, x.data + (line + half) * x.line + k + 8 * other);
-  } else {  // lines are neighbours: lane i has row i % 8 of matrix i / 8, a row being one k
-    ldmatrix_x4_trans(result.r,
-                      x.data + (k + lane % 8 + 8 * other) * x.inner + line + (half & 8));
+  if constexpr (X::inner == 1) {
+    static_assert(!SPREAD);
+    ldmatrix_x4(result.r, x.data + (line + lane % 8) * X::line + k);
+  } else {  // lines are neighbours, a row is one k
+    static_assert(row == 8);
+    const int at = SPREAD ? lane % 8 / 2 + lane % 2 * 4 : lane % 8;
+    ldmatrix_x4_trans(result.r, x.data + (k + at) * X::inner + line);
   }
   return result;
 }
@@ -168,17 +226,23 @@ struct Sixteen<__nv_bfloat16> {
   }
 };
 
-// Rounding to fewer bits makes the largest finite numbers infinite. These are cut off instead, and
-// what that leaves of them is finite, too.
-__device__ __forceinline__ uint32_t finite_tf32(float x) {
-  const uint32_t rounded = to_tf32(x);
-  const bool infinite = rounded << 1 == 0xff000000u;  // without the sign
-  return infinite ? __float_as_uint(x) & 0xffffe000u : rounded;
-}
-
-__device__ __forceinline__ float below_top_of_bf16(float x) {
-  const bool top = fabsf(x) >= 0x1.ffp127f;  // NaN is not
-  return top ? __uint_as_float(__float_as_uint(x) & 0xffff0000u) : x;
+// The same of fp32, the summed elements as they come or (PAIRS) in the order in which a lane has
+// those of halves.
+template <bool COLUMNS, bool PAIRS = false, class X>
+__device__ __forceinline__ Fragment load_fp32(const X& x, int line, int k) {
+  if constexpr (X::inner == 1 && !PAIRS) {
+    return load_fragment<COLUMNS>(x, line, k);
+  } else {
+    const int lane = threadIdx.x % 32;
+    Fragment result;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int down = COLUMNS ? i / 2 : i % 2, half = COLUMNS ? i % 2 : i / 2;
+      const int at = PAIRS ? lane % 4 * 2 + half : lane % 4 + half * 4;
+      result.r[i] = __float_as_uint(x.at(line + lane / 4 + down * 8, k + at));
+    }
+    return result;
+  }
 }
 
 // Elements of fp32 as TF32, and what that leaves of them.
@@ -186,50 +250,35 @@ struct Terms {
   Fragment high, low;
 };
 
-template <class X>
+template <bool COLUMNS, class X>
 __device__ __forceinline__ Terms load_terms(const X& x, int line, int k, bool split) {
-  const int lane = threadIdx.x % 32;
+  const Fragment whole = load_fp32<COLUMNS>(x, line, k);
   Terms result;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float value = x.at(line + lane / 4 + i % 2 * 8, k + lane % 4 + i / 2 * 4);
-    result.high.r[i] = finite_tf32(value);
-    result.low.r[i] = split ? to_tf32(value - __uint_as_float(result.high.r[i])) : 0;
-  }
-  return result;
-}
-
-// The same as two terms of bf16, which hold 16 bits.
-__device__ __forceinline__ Terms load_bf16_terms(const Slope& x, int line, int k) {
-  const int lane = threadIdx.x % 32;
-  Terms result;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int at_line = line + lane / 4 + i % 2 * 8, at = k + lane % 4 * 2 + i / 2 * 8;
-    const float first = x.at(at_line, at), second = x.at(at_line, at + 1);
-    const uint32_t high = bf16_pair(below_top_of_bf16(first), below_top_of_bf16(second));
-    result.high.r[i] = high;
-    result.low.r[i] = bf16_pair(first - __uint_as_float(high << 16),
-                                second - __uint_as_float(high & 0xffff0000u));
+    const float value = __uint_as_float(whole.r[i]), high = round_to_tf32(value);
+    result.high.r[i] = __float_as_uint(high);
+    result.low.r[i] = split ? __float_as_uint(value - high) + 0x1000 : 0;  // rounded, too
   }
   return result;
 }
 
 #endif  // FSP_AMPERE
 
-// --- one step: as many summed elements as an mma takes -------------------------------------------
+// --- one step: the first 16 summed elements -------------------------------------------------------
 
 // Without tensor cores: every thread multiplies for its own results.
 template <int LINES, int COLUMNS, class X, class Y>
-__device__ __forceinline__ void multiply_plainly(Accumulator<LINES, COLUMNS>& result, const X& x,
-                                                 const Y& y, int begin, int end, float sign) {
+__device__ __forceinline__ void step_plainly(Accumulator<LINES, COLUMNS>& result, const X& x,
+                                             const Y& y) {
   using Of = Share<LINES, COLUMNS>;
   const int line = Of::first_line() + threadIdx.x % 32 / 4;
   const int column = Of::first_column() + threadIdx.x % 4 * 2;
-  for (int k = begin; k < end; ++k) {
+#pragma unroll 1  // registers are scarce
+  for (int k = 0; k < 16; ++k) {
 #pragma unroll
     for (int i = 0; i < 2 * Of::down; ++i) {
-      const float left = sign * x.at(line + 8 * i, k);
+      const float left = x.at(line + 8 * i, k);
 #pragma unroll
       for (int j = 0; j < 4 * Of::across; ++j) {
         float& value = result.values[i / 2][j / 4][j / 2 % 2][i % 2 * 2 + j % 2];
@@ -239,139 +288,116 @@ __device__ __forceinline__ void multiply_plainly(Accumulator<LINES, COLUMNS>& re
   }
 }
 
-// Two maps of 16-bit elements. A negative sign subtracts, so that a residual never grows to what
-// it is the difference of.
-template <int LINES, int COLUMNS, class T>
-__device__ __forceinline__ void step(Accumulator<LINES, COLUMNS>& result, const Operand<T>& x,
-                                     const Operand<T>& y, int k, bool, float sign = 1) {
+// Two of the same 16-bit elements.
+template <int LINES, int COLUMNS, class X, class Y>
+__device__ __forceinline__ void step_halves(Accumulator<LINES, COLUMNS>& result, const X& x,
+                                            const Y& y) {
   using Of = Share<LINES, COLUMNS>;
-#if !FSP_AMPERE
-  if constexpr (!std::is_same_v<T, __half>) {
-    multiply_plainly(result, x, y, k, k + 16, sign);
-    return;
-  } else
-#endif
-  {
-    const uint32_t signs = sign < 0 ? 0x80008000u : 0;
-    Fragment lines[Of::down];
+  Fragment lines[Of::down];
+#pragma unroll
+  for (int i = 0; i < Of::down; ++i) {
+    lines[i] = load_fragment<false>(x, Of::first_line() + 16 * i, 0);
+  }
+#pragma unroll
+  for (int j = 0; j < Of::across; ++j) {
+    const Fragment columns = load_fragment<true>(y, Of::first_column() + 16 * j, 0);
 #pragma unroll
     for (int i = 0; i < Of::down; ++i) {
-      lines[i] = load_fragment(x, Of::first_line() + 16 * i, k);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) lines[i].r[e] ^= signs;
+      for (int e = 0; e < 2; ++e) {
+        Sixteen<typename X::Element>::mma(result.values[i][j][e], lines[i], columns.r[2 * e],
+                                          columns.r[2 * e + 1]);
+      }
     }
+  }
+}
+
+#if FSP_AMPERE
+
+// A slope, of TF32 by now, and a map of fp16.
+template <int LINES, int COLUMNS, class X, class Y>
+__device__ __forceinline__ void step_fp16_slope(Accumulator<LINES, COLUMNS>& result, const X& x,
+                                                const Y& y) {
+  using Of = Share<LINES, COLUMNS>;
+  constexpr bool pairs = Y::inner == 1;
+  Fragment lines[2][Of::down];
 #pragma unroll
-    for (int j = 0; j < Of::across; ++j) {
-      const Fragment columns = load_fragment(y, Of::first_column() + 16 * j, k);
+  for (int i = 0; i < 2 * Of::down; ++i) {
+    lines[i % 2][i / 2] = load_fp32<false, pairs>(x, Of::first_line() + i / 2 * 16, i % 2 * 8);
+  }
 #pragma unroll
-      for (int i = 0; i < Of::down; ++i) {
+  for (int j = 0; j < Of::across; ++j) {
+    const Fragment columns = load_fragment<true, !pairs>(y, Of::first_column() + 16 * j, 0);
+    const auto widened = [&](int half, int e, int shift) {
+      const auto bits = static_cast<uint16_t>(columns.r[2 * e + half] >> shift);
+      return __float_as_uint(widen(__ushort_as_half(bits)));
+    };
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          Sixteen<T>::mma(result.values[i][j][e], lines[i], columns.r[e], columns.r[2 + e]);
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const uint32_t b0 = widened(half, e, 0), b1 = widened(half, e, 16);
+#pragma unroll
+        for (int i = 0; i < Of::down; ++i) {
+          mma_tf32(result.values[i][j][e], lines[half][i].r, b0, b1);
         }
       }
     }
   }
 }
 
-// Two operands of fp32, maps or differences of maps; or, unsplit, a residual beside fp16.
+// Two operands of fp32.
 template <int LINES, int COLUMNS, class X, class Y>
 __device__ __forceinline__ void step_fp32(Accumulator<LINES, COLUMNS>& result, const X& x,
-                                          const Y& y, int k, bool split, float sign) {
-#if FSP_AMPERE
+                                          const Y& y, bool split) {
   using Of = Share<LINES, COLUMNS>;
 #pragma unroll 1
   for (int half = 0; half < 16; half += 8) {
     Terms lines[Of::down];
 #pragma unroll
     for (int i = 0; i < Of::down; ++i) {
-      lines[i] = load_terms(x, Of::first_line() + 16 * i, k + half, split);
-      if (sign < 0) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          lines[i].high.r[e] ^= 0x80000000u;
-          lines[i].low.r[e] ^= 0x80000000u;
-        }
-      }
+      lines[i] = load_terms<false>(x, Of::first_line() + 16 * i, half, split);
     }
 #pragma unroll
     for (int j = 0; j < Of::across; ++j) {
-      const Terms columns = load_terms(y, Of::first_column() + 16 * j, k + half, split);
+      const Terms columns = load_terms<true>(y, Of::first_column() + 16 * j, half, split);
 #pragma unroll
       for (int i = 0; i < Of::down; ++i) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float(&d)[4] = result.values[i][j][e];
           if (split) {  // the smallest terms first
-            mma_tf32(d, lines[i].low.r, columns.high.r[e], columns.high.r[2 + e]);
-            mma_tf32(d, lines[i].high.r, columns.low.r[e], columns.low.r[2 + e]);
+            mma_tf32(d, lines[i].low.r, columns.high.r[2 * e], columns.high.r[2 * e + 1]);
+            mma_tf32(d, lines[i].high.r, columns.low.r[2 * e], columns.low.r[2 * e + 1]);
           }
-          mma_tf32(d, lines[i].high.r, columns.high.r[e], columns.high.r[2 + e]);
+          mma_tf32(d, lines[i].high.r, columns.high.r[2 * e], columns.high.r[2 * e + 1]);
         }
       }
     }
   }
-#else
-  multiply_plainly(result, x, y, k, k + 16, sign);
-#endif
 }
 
-template <int LINES, int COLUMNS>
-__device__ __forceinline__ void step(Accumulator<LINES, COLUMNS>& result, const Operand<float>& x,
-                                     const Operand<float>& y, int k, bool split, float sign = 1) {
-  step_fp32(result, x, y, k, split, sign);
-}
+#endif  // FSP_AMPERE
 
-template <int LINES, int COLUMNS>
-__device__ __forceinline__ void step(Accumulator<LINES, COLUMNS>& result, const Difference& x,
-                                     const Operand<float>& y, int k, bool split) {
-  step_fp32(result, x, y, k, split, 1);
-}
-
-template <int LINES, int COLUMNS>
-__device__ __forceinline__ void step(Accumulator<LINES, COLUMNS>& result, const Operand<float>& x,
-                                     const Difference& y, int k, bool split) {
-  step_fp32(result, x, y, k, split, 1);
-}
-
-// A residual and a map.
-template <int LINES, int COLUMNS>
-__device__ __forceinline__ void step(Accumulator<LINES, COLUMNS>& result, const Slope& x,
-                                     const Operand<float>& y, int k, bool split) {
-  step_fp32(result, x, y, k, split, 1);
-}
-
-template <int LINES, int COLUMNS>
-__device__ __forceinline__ void step(Accumulator<LINES, COLUMNS>& result, const Slope& x,
-                                     const Operand<__half>& y, int k, bool) {
-  step_fp32(result, x, y, k, false, 1);
-}
-
-template <int LINES, int COLUMNS>
-__device__ __forceinline__ void step(Accumulator<LINES, COLUMNS>& result, const Slope& x,
-                                     const Operand<__nv_bfloat16>& y, int k, bool) {
+template <int LINES, int COLUMNS, class X, class Y>
+__device__ __forceinline__ void step(Accumulator<LINES, COLUMNS>& result, const X& x, const Y& y,
+                                     bool split) {
+  using Left = typename X::Element;
+  using Right = typename Y::Element;
+  if constexpr (std::is_same_v<Left, Right> && (std::is_same_v<Left, __half> ||
+                                                (FSP_AMPERE && sizeof(Left) == 2))) {
+    step_halves(result, x, y);
+  } else {
 #if FSP_AMPERE
-  using Of = Share<LINES, COLUMNS>;
-  Terms lines[Of::down];
-#pragma unroll
-  for (int i = 0; i < Of::down; ++i) {
-    lines[i] = load_bf16_terms(x, Of::first_line() + 16 * i, k);
-  }
-#pragma unroll
-  for (int j = 0; j < Of::across; ++j) {
-    const Fragment columns = load_fragment(y, Of::first_column() + 16 * j, k);
-#pragma unroll
-    for (int i = 0; i < Of::down; ++i) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        mma_bf16(result.values[i][j][e], lines[i].low.r, columns.r[e], columns.r[2 + e]);
-        mma_bf16(result.values[i][j][e], lines[i].high.r, columns.r[e], columns.r[2 + e]);
-      }
+    if constexpr (std::is_same_v<Right, __half>) {
+      step_fp16_slope(result, x, y);
+    } else {
+      step_fp32(result, x, y, split);
     }
-  }
 #else
-  multiply_plainly(result, x, y, k, k + 16, 1);
+    step_plainly(result, x, y);
 #endif
+  }
 }
 
 // result += x y^T over `count` summed elements, rounded up to whole steps: tiles are zero there.
@@ -379,8 +405,14 @@ template <int LINES, int COLUMNS, class X, class Y>
 __device__ __forceinline__ void multiply(Accumulator<LINES, COLUMNS>& result, const X& x,
                                          const Y& y, int count, bool split) {
   if (Share<LINES, COLUMNS>::idle()) return;
+  X left = x;
+  Y right = y;
 #pragma unroll 1
-  for (int k = 0; k < count; k += 16) step(result, x, y, k, split);
+  for (int k = 0; k < count; k += 16) {
+    step(result, left, right, split);
+    left.data += 16 * X::inner;
+    right.data += 16 * Y::inner;
+  }
 }
 
 // result += what add(sum) adds to a sum of its own. Tensor cores cut their sums off where fp32

@@ -117,7 +117,9 @@ void place(Map& map, const OptionalMap& spec, const std::vector<uintptr_t>& addr
   while (address % map.unit != 0) map.unit /= 2;
 }
 
-void place(Pair& pair, const PairSpec& spec, const std::vector<uintptr_t>& addresses) {
+void place(Pair& pair, const PairSpec& spec, const std::vector<uintptr_t>& addresses,
+           const std::vector<float>& weights) {
+  pair.factor *= weights.at(spec.weight);
   for (int i = 0; i < 4; ++i) {
     place(pair.maps[i], spec.maps[i], addresses);
     place(pair.gradients[i], spec.gradients[i], addresses);
@@ -125,7 +127,8 @@ void place(Pair& pair, const PairSpec& spec, const std::vector<uintptr_t>& addre
   place(pair.out, spec.out, addresses);
 }
 
-void place(Product& product, const ProductSpec& spec, const std::vector<uintptr_t>& addresses) {
+void place(Product& product, const ProductSpec& spec, const std::vector<uintptr_t>& addresses,
+           const std::vector<float>&) {
   Map* const maps[] = {&product.own, &product.gradient, &product.other, &product.slope};
   for (int i = 0; i < 4; ++i) place(*maps[i], spec.maps[i], addresses);
 }
@@ -208,8 +211,7 @@ class Launch : public Step {
     Group group = group_;
     group.partials = partials;
     for (int i = 0; i < group.count; ++i) {
-      place(group.entries[i], specs_[i], addresses);
-      group.entries[i].factor *= weights.at(specs_[i].weight);
+      place(group.entries[i], specs_[i], addresses, weights);
     }
     check(kernel_.launch(&group, blocks_, shared_bytes_, stream), what_);
   }

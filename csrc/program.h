@@ -29,9 +29,8 @@ struct PairSpec {
 };
 
 struct ProductSpec {
-  Product product;                  // likewise; its factor is that of the weight
+  Product product;                  // likewise
   std::array<OptionalMap, 4> maps;  // own, gradient, other, slope
-  int weight;
 };
 
 // Throws std::runtime_error with what CUDA says, unless all is well.

@@ -90,13 +90,6 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// To the nearest number of 11 bits; the tensor cores themselves would cut the rest off.
-__device__ __forceinline__ uint32_t to_tf32(float x) {
-  uint32_t result;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(x));
-  return result;
-}
-
 // Copy SIZE bytes, 4, 8 or 16, to shared memory: the first `bytes` of them, zeros for the rest. What
 // is read 16 bytes at a time stays out of the L1 cache: nobody reads it again.
 template <int SIZE>

@@ -38,7 +38,7 @@ __device__ __forceinline__ void residual_tile(Accumulator<CHANNELS, CHANNELS>& r
                                               int part, int stages, T* memory) {
   using Stages = Maps<T, CHANNELS, POSITIONS>;
   using Shape = typename Stages::Shape;
-  const bool both = pair.residual == Residual::difference || pair.residual == Residual::direct;
+  const bool difference = pair.residual == Residual::difference;
   const bool apart = pair.residual == Residual::apart;
   float scale = pair.residual == Residual::plain ? pair.factor : 1.0f / pair.positions[0];
   result.clear();
@@ -52,12 +52,13 @@ __device__ __forceinline__ void residual_tile(Accumulator<CHANNELS, CHANNELS>& r
       result.for_each([&](int, int, float& value) { value *= ratio; });
       scale = -1.0f / positions;
     }
+    const int last = difference ? 4 : first + 2;
     const Range blocks = blocks_of_part(positions, POSITIONS, part, pair.parts);
     pipeline(
         blocks.begin, blocks.end, stages,
         [&](int block, int stage) {
 #pragma unroll 1
-          for (int map = first; map < (both ? 4 : first + 2); ++map) {
+          for (int map = first; map < last; ++map) {
             const bool of_first = map % 2 == 0;
             load_tile<Shape>(Stages::tile(memory, map, stage), pair.maps[map], sample,
                              of_first ? line : column, block * POSITIONS,
@@ -65,32 +66,23 @@ __device__ __forceinline__ void residual_tile(Accumulator<CHANNELS, CHANNELS>& r
           }
         },
         [&](int block, int stage) {
+          const auto tile = [&](int map) { return Stages::tile(memory, map, stage); };
+          if (difference) {  // p in the place of a, q in that of d
+            subtract<Shape>(tile(0), tile(0), tile(2), pair.maps[0], pair.maps[2]);
+            subtract<Shape>(tile(3), tile(1), tile(3), pair.maps[1], pair.maps[3]);
+            __syncthreads();
+          }
           if (Accumulator<CHANNELS, CHANNELS>::Of::idle()) return;
           const int left = positions - block * POSITIONS;
           const int count = left < POSITIONS ? left : POSITIONS;
-          const auto operand = [&](int map) {
-            return by_channel<Shape>(Stages::tile(memory, map, stage), pair.maps[map]);
-          };
           in_short_sums(result, [&](auto& sum) {
-            if (!both) {
-              multiply(sum, operand(first), operand(first + 1), count, pair.split);
-              return;
-            }
-            const Operand<T> a = operand(0), b = operand(1), c = operand(2), d = operand(3);
-            if constexpr (sizeof(T) == 4) {
-              if (pair.residual == Residual::difference) {
 #pragma unroll 1
-                for (int k = 0; k < count; k += 16) {
-                  step(sum, Difference{a, c}, b, k, pair.split);
-                  step(sum, c, Difference{b, d}, k, pair.split);
-                }
-                return;
-              }
-            }
-#pragma unroll 1
-            for (int k = 0; k < count; k += 16) {
-              step(sum, a, b, k, pair.split);
-              step(sum, c, d, k, pair.split, -1);
+            for (int map = first; map < last; map += 2) {  // p b^T, then c q^T
+              by_channel<Shape>(tile(map), pair.maps[map], [&](const auto& x) {
+                by_channel<Shape>(tile(map + 1), pair.maps[map + 1], [&](const auto& y) {
+                  multiply(sum, x, y, count, pair.split);
+                });
+              });
             }
           });
         });
@@ -121,20 +113,10 @@ __device__ __forceinline__ float inverse_length(float length) {
   return length == 0 ? 0.0f : 1.0f / length;
 }
 
-// Write `scale` times `tile`, (LINES, COLUMNS) of D's derivative, as a ready matrix's gradient.
-template <int LINES, int COLUMNS>
-__device__ void write_matrix_gradient(const float* tile, int stride, const Pair& pair, int sample,
-                                      int line, int column, float scale) {
-  const Map& gradient = pair.gradients[2];
-  for (int e = threadIdx.x; e < LINES * COLUMNS; e += THREADS) {
-    const int i = e / COLUMNS, j = e % COLUMNS;
-    if (line + i < pair.m && column + j < pair.n) {
-      write(gradient.data, gradient.scalar,
-            sample * gradient.sample + (line + i) * gradient.channel +
-                (column + j) * gradient.width,
-            tile[i * stride + j] * scale);
-    }
-  }
+// A slope is so many times D / K, whose columns are divided by their lengths where that is the norm.
+// Slopes are scaled before they are multiplied: the product of what is not may overflow.
+__device__ __forceinline__ float slope_scale(const Pair& pair) {
+  return (pair.norm == Norm::column ? pair.factor : 2 * pair.factor) / pair.positions[0];
 }
 
 }  // namespace fsp

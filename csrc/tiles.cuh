@@ -1,9 +1,10 @@
 // The loss for maps whose residual no single block can hold: tile by tile, then the gradients.
 //
-// The first launch writes the residual to memory; where the tiles would not fill the device,
-// several blocks share one, each with a part of the positions. Then, or where the norm needs whole
-// columns, a second launch adds the parts and takes the norm. The last writes the gradients. The
-// first alone, without a teacher, computes FSP matrices and their derivatives.
+// The first launch writes slopes to memory, the loss's derivatives by a b^T: beside maps of bf16 in
+// bf16, else in fp32. Where the tiles would not fill the device, several blocks share one, each with
+// a part of the positions. Then, or where the norm needs whole columns, it writes D / K, and a second
+// launch adds the parts and takes the norm. The last writes the gradients. The first alone, without
+// a teacher, computes FSP matrices and their derivatives.
 #pragma once
 
 #include "group.cuh"
@@ -21,7 +22,7 @@ struct ResidualTiles {
   static constexpr int shared_bytes(int stages) { return scratch_bytes + stages * Stages::bytes; }
 };
 
-// D / K to `out`, if there is one, and the losses of the tiles of pairs that finish here.
+// Slopes and the losses of tiles, of pairs that finish here; else D / K. To `out`, if there is one.
 template <class T>
 __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 1 : 2)
     fsp_residual(const __grid_constant__ Pairs group) {
@@ -41,8 +42,10 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 1 : 2)
   if (pair.out.data != nullptr) {
     const Map& out = pair.out;
     const int64_t start = sample * out.sample + part * pair.out_part;
-    tile.for_each([&](int i, int j, float& value) {
+    const float scale = slope_scale(pair);
+    tile.for_each([&](int i, int j, float value) {
       if (line + i < pair.m && column + j < pair.n) {
+        if (pair.finishes) value = storable_slope(value * scale, out.scalar, pair.split);
         write(out.data, out.scalar,
               start + (line + i) * out.channel + (column + j) * out.width, value);
       }
@@ -57,7 +60,8 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 1 : 2)
 template <class T>
 struct GradientTiles {
   static constexpr int own = 128, other = 32, positions = 64;
-  using Slope = Tile<float, own, other>;
+  using Element = SlopeOf<T>;
+  using Slope = Tile<Element, own, other>;
   using Other = Tile<T, other, positions>;
   using Own = Tile<float, own, positions>;
   static constexpr int own_bytes = own * Own::position_line * sizeof(float);
@@ -67,7 +71,33 @@ struct GradientTiles {
   }
 };
 
-// (factor * slope) @ other for every gradient; a block has a tile of channels and positions.
+// A tile of slopes. Those of fp32 beside maps of bf16 are of pairs with a ready matrix, whose
+// gradient is not rounded to bf16.
+template <class Shape, class Element>
+__device__ __forceinline__ void load_slopes(Element* tile, const Product& product, int sample,
+                                            int own, int other) {
+  const Map& slope = product.slope;
+  if constexpr (sizeof(Element) == 2) {
+    if (slope.scalar == Scalar::fp32) {
+      const float* const data = static_cast<const float*>(slope.data) + sample * slope.sample;
+      const int line = Shape::channel_stride(slope.channels_inner);
+      const int step = Shape::position_stride(slope.channels_inner);
+      for_batches<Shape::channels, Shape::positions, 8>(
+          slope.channels_inner,
+          [&](int i, int j) {
+            const bool inside = own + i < product.own_channels && other + j < product.other_channels;
+            return inside ? data[(own + i) * slope.channel + (other + j) * slope.width] : 0.0f;
+          },
+          [&](int i, int j, float x) {
+            tile[i * line + j * step] = narrow<Element>(within_bf16(x));
+          });
+      return;
+    }
+  }
+  load_tile<Shape>(tile, slope, sample, own, other, product.own_channels, product.other_channels);
+}
+
+// ratio * slope @ other for every gradient; a block has a tile of channels and positions.
 template <class T>
 __global__ void __launch_bounds__(THREADS, 2)
     fsp_gradients(const __grid_constant__ Products group) {
@@ -82,34 +112,35 @@ __global__ void __launch_bounds__(THREADS, 2)
   const int map_sample = product.first_sample + sample;
 
   float* const own = reinterpret_cast<float*>(shared_memory());
-  float* const slopes = reinterpret_cast<float*>(shared_memory() + Of::own_bytes);
+  auto* const slopes = reinterpret_cast<typename Of::Element*>(shared_memory() + Of::own_bytes);
   T* const others = reinterpret_cast<T*>(slopes + group.stages * Of::Slope::size);
   Accumulator<Of::own, Of::positions> result;
   result.clear();
   pipeline(
       0, (product.other_channels + Of::other - 1) / Of::other, group.stages,
       [&](int block, int stage) {
-        load_tile<typename Of::Slope>(slopes + stage * Of::Slope::size, product.slope, sample,
-                                      channel, block * Of::other, product.own_channels,
-                                      product.other_channels);
+        load_slopes<typename Of::Slope>(slopes + stage * Of::Slope::size, product, sample, channel,
+                                        block * Of::other);
         load_tile<typename Of::Other>(others + stage * Of::Other::size, product.other, map_sample,
                                       block * Of::other, position, product.other_channels,
                                       product.positions);
       },
       [&](int, int stage) {
-        const Slope x{by_channel<typename Of::Slope>(slopes + stage * Of::Slope::size,
-                                                     product.slope),
-                      product.factor};
-        const auto y = by_position<typename Of::Other>(others + stage * Of::Other::size,
-                                                       product.other);
-        const auto add = [&](auto& sum) { multiply(sum, x, y, Of::other, product.split); };
+        const auto add = [&](auto& sum) {
+          by_channel<typename Of::Slope>(
+              slopes + stage * Of::Slope::size, product.slope, [&](const auto& x) {
+                by_position<typename Of::Other>(
+                    others + stage * Of::Other::size, product.other,
+                    [&](const auto& y) { multiply(sum, x, y, Of::other, product.split); });
+              });
+        };
         if constexpr (sizeof(T) == 4) {
           in_short_sums(result, add);
         } else {
           add(result);  // which will be rounded to 16 bits
         }
       });
-  result.store(own, Of::Own::position_line);
+  result.store(own, Of::Own::position_line, product.ratio);
   __syncthreads();
   write_gradient<Of::own, Of::positions>(own, product.gradient, product.own, map_sample, channel,
                                          position, product.own_channels, product.positions);

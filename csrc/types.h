@@ -12,10 +12,10 @@ constexpr int WARPS = THREADS / 32;
 enum class Scalar : uint8_t { fp32, fp16, bf16 };
 enum class Pool : uint8_t { none, max, avg };
 enum class Norm : uint8_t { squares, column };
-// How D / K = G^S - G^T comes about: from p = a - c and q = b - d; from both networks' products, in
-// one loop or (unequal positions) in two; or from the student's product and a ready matrix. The
-// last: a plain product, with no teacher.
-enum class Residual : uint8_t { difference, direct, apart, ready, plain };
+// How D / K = G^S - G^T comes about: from p = a - c and q = b - d; from the products of networks with
+// unequal positions; or from the student's product and a ready matrix. The last: a plain product,
+// with no teacher.
+enum class Residual : uint8_t { difference, apart, ready, plain };
 
 // A feature map (B, C, *spatial), or a gradient of one. Three spatial axes always, leading ones of
 // size 1 where there are fewer. A matrix is a map of `channel` by `width`.
@@ -37,8 +37,10 @@ struct Map {
 struct Pair {
   Map maps[4];
   Map gradients[4];
-  Map out;           // tiles.cuh: where D / K goes, a matrix for each sample
-  int64_t out_part;  // and from one part of the positions to the next
+  // tiles.cuh: where slopes go, or D / K if another launch adds its parts, a matrix for each sample.
+  // combine.cuh: where slopes go; the parts are a.
+  Map out;
+  int64_t out_part;  // from one part of the positions to the next
   int64_t partial;   // place of the first of its partial losses
   int32_t samples, first_sample;  // in the maps; `out` begins at it
   int32_t m, n;
@@ -53,13 +55,13 @@ struct Pair {
   bool finishes;  // whether the launch tells the loss
 };
 
-// One gradient as a product: factor * slope (own, other) @ other (other, K), for each sample.
+// One gradient as a product: ratio * slope (own, other) @ other (other, K), for each sample.
 struct Product {
   Map own, gradient, other, slope;
   int32_t samples, first_sample;  // in the maps; the slope begins at it
   int32_t own_channels, other_channels, positions;
   int32_t programs;
-  float factor;
+  float ratio;
   bool split;
 };
 

@@ -229,11 +229,6 @@ class PairPlan:
         """Of stored tiles: whether the launch that computes a tile can tell its loss."""
         return self.parts == 1 and self.norm != "column"
 
-    @property
-    def stores(self) -> bool:
-        """Of stored tiles: whether anything reads a tile after it was computed."""
-        return self.wants_gradients or not self.finishes
-
 
 def multiplied_dtypes(
     student: Sequence[MapPlan], teacher: Sequence[MapPlan]

@@ -95,27 +95,28 @@ def test_products(axis):
 def test_workspaces_in_parts(scalar):
     of = module()
     a, b = torch.randn(2, 2, 3, 65).to({"fp32": FP32, "bf16": BF16}[scalar])
-    pair = plain_product(
-        of,
-        maps=[*(flat_map(of, i, *x.stride(), scalar) for i, x in enumerate((a, b))), None, None],
-        out=flat_map(of, 2, 2 * FAR, 3, 1, "fp32"),
-        out_part=FAR,
-        samples=2,
-        channels=(3, 3),
-        positions=(65, 65),
-        parts=2,
-        split=True,
-        finishes=True,
-    )
+    maps = [flat_map(of, i, *x.stride(), scalar) for i, x in enumerate((a, b))]
+    parts = flat_map(of, 2, 2 * FAR, 3, 1, "fp32")
+    fields = {
+        "out": parts,
+        "out_part": FAR,
+        "samples": 2,
+        "channels": (3, 3),
+        "positions": (65, 65),
+        "parts": 2,
+        "split": True,
+    }
     residual, combine = of.Program(0, "a residual"), of.Program(0, "its parts")
+    pair = plain_product(of, maps=[*maps, None, None], **fields)
     residual.add_residual(getattr(of.Scalar, scalar), [pair])
-    combine.add_combine([pair])
+    combined = plain_product(of, maps=[parts, None, None, None], finishes=True, **fields)
+    combine.add_combine([combined])
     stored, loss = reserved(5 * FAR, FP32), torch.zeros(())
     for program in (residual, combine):
         partials = torch.zeros(program.partials)
         program(0, [x.data_ptr() for x in (a, b, stored, partials, loss)], [1.0])
     expected = torch.einsum("bik,bjk->bij", a.double(), b.double())
-    found = stored.as_strided((2, 3, 3), (2 * FAR, 3, 1))
+    found = stored.as_strided((2, 3, 3), (2 * FAR, 3, 1)) * 65 / 2  # slopes
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(loss.double(), expected.square().sum(), rtol=1e-5, atol=0)
 

@@ -60,14 +60,19 @@ def test_matrices():
     assert_near(fsp.fsp_matrix(first, second, backend="cuda"), exact, bound, "the matrix")
 
 
-def test_a_residual_beyond_bf16_beside_maps_of_bf16():
-    # D = a b - c d is finite in fp32, and nearer to infinity than to any number of bf16.
-    numbers = (torch.finfo(BF16).max, 0.99609375, -1.75 * 2.0**127, 2.0**-7)
-    a, b, c, d = (torch.full((1, 1, 1, 1), x, dtype=BF16, device=DEVICE) for x in numbers)
+@pytest.mark.parametrize("road", ["one pass", "tiles"])
+def test_a_slope_beyond_bf16_beside_maps_of_bf16(small, road):
+    if road == "tiles":
+        small(one_pass=())
+    # The slope, 2 weight a b, is finite in fp32, and nearer to infinity than to any number of bf16.
+    a, b, c, d = (
+        torch.full((1, 1, 1, 1), x, dtype=BF16, device=DEVICE)
+        for x in (1.5 * 2.0**7, 2.0**-7, 0.0, 2.0**-7)
+    )
     a.requires_grad_()
     c.requires_grad_()
-    student, teacher, weights = [(a, b)], [(c, d)], [0.25]
-    assert fsp.explain(student, teacher).pairs[0].evaluation == "one pass"
+    student, teacher, weights = [(a, b)], [(c, d)], [1.999 / 1.5 * 2.0**126]
+    assert fsp.explain(student, teacher).pairs[0].evaluation == road
     fsp.fsp_loss(student, teacher, weights=weights).backward()
     expected = oracle(student, teacher, weights).gradients
     for x, gradient in ((a, expected[0]), (c, expected[2])):

@@ -1,4 +1,4 @@
-// bfloat16, the upper half of a float: conversions only.
+// bfloat16, the upper half of a float: conversions and a difference.
 #pragma once
 
 #include "execution.h"
@@ -22,3 +22,13 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 }
 
 inline __nv_bfloat16 __float2bfloat16(float x) { return __float2bfloat16_rn(x); }
+
+struct alignas(4) __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+
+// By way of fp32, which has so many bits that rounding twice is rounding once.
+inline __nv_bfloat162 __hsub2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return {__float2bfloat16_rn(__bfloat162float(a.x) - __bfloat162float(b.x)),
+          __float2bfloat16_rn(__bfloat162float(a.y) - __bfloat162float(b.y))};
+}

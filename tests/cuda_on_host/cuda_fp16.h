@@ -1,4 +1,4 @@
-// IEEE binary16 in software: conversions only.
+// IEEE binary16 in software: conversions and a difference.
 #pragma once
 
 #include "execution.h"
@@ -49,3 +49,13 @@ inline __half __float2half_rn(float x) {
 }
 
 inline __half __float2half(float x) { return __float2half_rn(x); }
+
+struct alignas(4) __half2 {
+  __half x, y;
+};
+
+// By way of fp32, which has so many bits that rounding twice is rounding once.
+inline __half2 __hsub2(__half2 a, __half2 b) {
+  return {__float2half_rn(__half2float(a.x) - __half2float(b.x)),
+          __float2half_rn(__half2float(a.y) - __half2float(b.y))};
+}

@@ -32,13 +32,6 @@ void mma_bf16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std:
 void mma_tf32(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1,
               Site site = Site::here());
 
-// To nearest, ties away from zero.
-inline std::uint32_t to_tf32(float x) {
-  const std::uint32_t bits = on_host::bits_as<std::uint32_t>(x);
-  if ((bits & 0x7FFFFFFFU) > 0x7F800000U) return 0x7FFFFFFFU;
-  return (bits + 0x1000U) & ~0x1FFFU;
-}
-
 // Copies the first `bytes` and sets the rest of the 4, 8 or 16 to zero, both seen after the wait.
 template <int SIZE>
 inline void cp_async(void* shared, const void* global, int bytes, Site site = Site::here()) {

@@ -136,12 +136,6 @@ __global__ void multiply_tf32(const __grid_constant__ Params params) {
   for (int i = 0; i < 4; ++i) d_rows[8 * (row + i / 2 * 8) + i % 2] = d[i];
 }
 
-__global__ void round_to_tf32(const __grid_constant__ Params params) {
-  for (int i = global_thread(); i < params.n; i += static_cast<int>(blockDim.x)) {
-    params.out<uint32_t>()[i] = fsp::to_tf32(params.in<float>()[i]);
-  }
-}
-
 // ---- asynchronous copies
 
 // Two groups of copies of 16 bytes per thread; what is then seen of them.
@@ -294,7 +288,6 @@ constexpr Named kKernels[] = {
 #if FSP_AMPERE
     {"multiply_bf16", multiply_16_bits<fsp::mma_bf16>},
     {"multiply_tf32", multiply_tf32},
-    {"round_to_tf32", round_to_tf32},
     {"copy_and_wait_for_both", copy_two_groups<0>},
     {"copy_and_wait_for_the_first", copy_two_groups<1>},
     {"copy_and_wait_for_none", copy_two_groups<2>},

@@ -214,18 +214,6 @@ def test_mma_tf32_ignores_the_low_bits(kernels, rng):
     np.testing.assert_array_equal(out, product(a, b, d))
 
 
-def test_to_tf32_rounds_ties_away_from_zero(kernels):
-    pairs = [
-        (0x3F800000, 0x3F800000), (0x3F800FFF, 0x3F800000), (0x3F801000, 0x3F802000),
-        (0xBF801000, 0xBF802000), (0x3F802FFF, 0x3F802000), (0x7F7FFFFF, 0x7F800000),
-        (0x7F800000, 0x7F800000), (0x7FC00001, 0x7FFFFFFF), (0x00001000, 0x00002000),
-    ]  # fmt: skip
-    given, expected = np.array(pairs, np.uint32).T.copy()
-    out = np.zeros_like(given)
-    kernels.run("round_to_tf32", given, out, n=len(given))
-    np.testing.assert_array_equal(out, expected)
-
-
 # ---- asynchronous copies
 
 
@@ -354,7 +342,7 @@ def test_bfloat16(kernels, rng):
 # ---- the architecture, the sanitizers
 
 
-@pytest.mark.parametrize("call", ["mma_bf16", "mma_tf32", "cp_async<16>", "to_tf32"])
+@pytest.mark.parametrize("call", ["mma_bf16", "mma_tf32", "cp_async<16>"])
 def test_turing_lacks_what_ampere_brought(call):
     source = f"#include <ptx_on_host.h>\nauto* function = &fsp::{call};\n"
     compiler = os.environ.get("CXX", "g++")

@@ -81,6 +81,16 @@ def test_a_workspace_serves_some_samples_after_the_others(tiles, samples_at_a_ti
     assert plan.pairs[0].samples == samples
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_slopes_of_bf16_follow_the_parts_of_a_chunk(small, in_parts, norm, monkeypatch):
+    m, n = in_parts.channels
+    stored = (FP32.itemsize * in_parts.parts + BF16.itemsize) * m * n
+    monkeypatch.setitem(planning.CHUNK_BYTES, "cuda", 2 * stored)
+    small()
+    plan = check(*four_of(in_parts, batch=3, dtypes=(BF16, BF16)), in_parts, norm=norm)
+    assert plan.pairs[0].samples == 2
+
+
 def test_a_workspace_holds_the_parts_of_some_samples(tiles, samples_at_a_time, small):
     samples_at_a_time(2)
     small(GPU_PART_POSITIONS=math.prod(tiles.size) // 2)

@@ -13,10 +13,11 @@ from fsp_kernels.backends.cuda.extension import module
 from fsp_kernels.backends.cuda.maps import map_spec, matrix_spec, operand_of, splits
 from fsp_kernels.backends.fused import partner_of
 from fsp_kernels.loss_plan import MapPlan, PairPlan, multiplied_dtypes
+from fsp_kernels.plan import FP32_BYTES
 
-# Addresses of a pair: a, b, c, d, their gradients, and its stored residual.
-SLOTS = 9
-_STORED = 8
+# Addresses of a pair: a, b, c, d, their gradients, the parts of its residuals, and its slopes.
+SLOTS = 10
+_PARTS, _SLOPES = 8, 9
 
 
 class Pair:
@@ -47,11 +48,16 @@ class Pair:
         return map_spec(self._slot(i), x, plan.read.pooled_size, plan.read.pool)
 
     @property
-    def stored_elements(self) -> int:
-        """Of the workspace: the parts of the residuals of as many samples as one chunk has."""
-        if self.plan.evaluation != "tiles" or not self.plan.stores:
+    def slopes_offset(self) -> int:
+        """Bytes of the workspace before the slopes: they replace the first part where they can."""
+        if self.plan.finishes or self.plan.slope_dtype != torch.bfloat16:
             return 0
-        return self.plan.parts * self.plan.samples * math.prod(self.plan.channels)
+        return FP32_BYTES * self._part_elements * self.plan.parts
+
+    @property
+    def _part_elements(self) -> int:
+        """Of one part of the residuals of as many samples as a chunk has at most."""
+        return self.plan.samples * math.prod(self.plan.channels)
 
     def _has_gradient(self, own: int) -> bool:
         return self._maps[4 + own] is not None
@@ -60,10 +66,12 @@ class Pair:
         return self._entry()
 
     def residual_entry(self, chunk: int) -> Any:
-        return self._entry(finishes=self.plan.finishes, chunk=chunk, out=self._stored(chunk))
+        out = self._slopes(chunk) if self.plan.finishes else self._parts(chunk)
+        return self._entry(finishes=self.plan.finishes, chunk=chunk, out=out)
 
     def combine_entry(self, chunk: int) -> Any:
-        return self._entry(chunk=chunk, out=self._stored(chunk))
+        parts = [self._parts(chunk), None, None, None]
+        return self._entry(chunk=chunk, maps=parts, out=self._slopes(chunk))
 
     def gradient_entries(self, chunk: int) -> list[Any]:
         """One for each map that wants a gradient."""
@@ -72,16 +80,16 @@ class Pair:
         for own in range(2 if self._ready else 4):
             if self._has_gradient(own):
                 first, positions = own % 2 == 0, self.plan.maps[own].positions
-                sign = 1 if own < 2 else -1
+                ratio = 1 if own < 2 else -self.plan.positions / positions
                 found.append(
                     module().Product(
                         own=self._maps[own],
                         gradient=self._maps[4 + own],
                         other=self._maps[partner_of(own)],
-                        slope=self._stored(chunk, transposed=not first),
+                        slope=self._slopes(chunk, transposed=not first),
                         channels=(m, n) if first else (n, m),
                         positions=positions,
-                        factor=sign * self._slope_factor / positions,
+                        ratio=ratio,
                         **self._product_fields(chunk),
                     )
                 )
@@ -96,17 +104,13 @@ class Pair:
                 own=None,
                 gradient=self._maps[6],
                 other=None,
-                slope=self._stored(chunk),
+                slope=self._slopes(chunk),
                 channels=self.plan.channels,
                 positions=1,
-                factor=-self._slope_factor,
+                ratio=-self.plan.positions,
                 **self._product_fields(chunk),
             )
         ]
-
-    @property
-    def _slope_factor(self) -> float:
-        return self.plan.slope_scale / self.plan.divisor
 
     def _product_fields(self, chunk: int) -> dict[str, Any]:
         first, samples = self._samples_of(chunk)
@@ -114,7 +118,6 @@ class Pair:
             "samples": samples,
             "first_sample": first,
             "split": self._split,
-            "weight": self._index,
         }
 
     def _samples_of(self, chunk: int) -> tuple[int, int]:
@@ -122,24 +125,35 @@ class Pair:
         first = chunk * self.plan.samples
         return first, min(self.plan.samples, self.plan.batch - first)
 
-    def _stored(self, chunk: int, transposed: bool = False) -> Any:
-        """The workspace as the first part of the residuals of a chunk."""
-        if not self.plan.stores:
-            return None
-        _, samples = self._samples_of(chunk)
-        x = torch.empty(samples, *self.plan.channels, device="meta")
-        return matrix_spec(self._slot(_STORED), x.mT if transposed else x)
+    def _parts(self, chunk: int) -> Any:
+        return matrix_spec(self._slot(_PARTS), self._matrices(chunk, torch.float32))
 
-    def _entry(self, finishes: bool = True, chunk: int | None = None, out: Any = None) -> Any:
+    def _slopes(self, chunk: int, transposed: bool = False) -> Any:
+        if self.plan.slope_dtype is None:
+            return None
+        x = self._matrices(chunk, self.plan.slope_dtype)
+        return matrix_spec(self._slot(_SLOPES), x.mT if transposed else x)
+
+    def _matrices(self, chunk: int, dtype: torch.dtype) -> Tensor:
+        _, samples = self._samples_of(chunk)
+        return torch.empty(samples, *self.plan.channels, dtype=dtype, device="meta")
+
+    def _entry(
+        self,
+        finishes: bool = True,
+        chunk: int | None = None,
+        out: Any = None,
+        maps: list[Any] | None = None,
+    ) -> Any:
         """Of a chunk of samples or of all."""
         first, samples = (0, self.plan.batch) if chunk is None else self._samples_of(chunk)
         m, n = self.plan.channels
         positions = self.plan.positions
         return module().Pair(
-            maps=self._maps[:4],
+            maps=self._maps[:4] if maps is None else maps,
             gradients=self._maps[4:],
             out=out,
-            out_part=samples * m * n,
+            out_part=self._part_elements,
             samples=samples,
             first_sample=first,
             channels=(m, n),

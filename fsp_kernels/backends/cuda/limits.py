@@ -22,7 +22,7 @@ def limits_of(student: Sequence[MapPlan], teacher: Sequence[MapPlan], device: in
         evaluations=("one pass", "tiles"),
         one_pass=one_pass,
         gram_positions=GPU_GRAM_POSITIONS if gram else 0,
-        exact_halves=True,
+        bf16_slopes=True,
         kernels=operand,
         launch_pairs=kernels.most_pairs,
         launch_products=kernels.most_products,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from operator import itemgetter
 from typing import Any
 
@@ -18,9 +19,9 @@ from fsp_kernels.backends.cuda.entries import Pair
 from fsp_kernels.backends.cuda.extension import index_of, module, scalar_of
 from fsp_kernels.backends.fused import raw_stream, slots_of, tensors_at
 from fsp_kernels.loss_plan import LossPlan, Step
+from fsp_kernels.plan import FP32_BYTES
 
-_NUMBER = torch.float32.itemsize
-_ALIGNMENT = 4  # numbers, 16 bytes: where each workspace begins
+_ALIGNMENT = 16  # bytes: where each workspace begins
 
 
 class Program:
@@ -34,32 +35,34 @@ class Program:
         ]
         self._launches = module().Program(index_of(tensors[0]), _description(plan))
         # One tensor holds the workspaces, which those of the next step take over, and after them
-        # the partial losses.
-        self._workspaces = [0] * len(pairs)
-        self._partials = 0
+        # the partial losses: of each its first byte, and of a workspace that of its slopes.
+        workspaces = [(0, p.slopes_offset) for p in pairs]
+        partials = 0
         for step in plan.steps:
             self._add(step, [pairs[i] for i in step.pairs])
             stop = 0
             for i in step.pairs if step.chunk == 0 else ():
-                self._workspaces[i] = stop
-                stop += math.ceil(pairs[i].stored_elements / _ALIGNMENT) * _ALIGNMENT
-            self._partials = max(self._partials, stop)
-        self._scratch = self._partials + self._launches.partials
+                workspaces[i] = stop, stop + pairs[i].slopes_offset
+                stop += math.ceil(plan.pairs[i].scratch_bytes / _ALIGNMENT) * _ALIGNMENT
+            partials = max(partials, stop)
+        self._scratch = partials // FP32_BYTES + self._launches.partials
         # What the launches find where: the last of what a call brings is no address.
+        count = len(tensors)
         places = [
             -1 if x is None else x
             for i, slots in enumerate(all_slots)
-            for x in (*slots, len(tensors) + i)
+            for x in (*slots, count + 2 * i, count + 2 * i + 1)
         ]
-        count = len(tensors) + len(pairs)
+        count += 2 * len(pairs)
         self._arrange = itemgetter(*places, count, count + 1)
+        self._offsets = [*chain.from_iterable(workspaces), partials]
 
     def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         scratch = tensors[0].new_empty(self._scratch, dtype=torch.float32)
         result = tensors[0].new_empty((), dtype=torch.float32)
         start = scratch.data_ptr()
         brought = list(map(Tensor.data_ptr, tensors))
-        brought += [start + _NUMBER * first for first in (*self._workspaces, self._partials)]
+        brought += [start + offset for offset in self._offsets]
         addresses = self._arrange([*brought, result.data_ptr(), 0])
         self._launches(raw_stream(tensors[0].device), addresses, weights)
         return result
