@@ -71,7 +71,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser().error("--device cuda: torch sees no GPU here")
-    competing = [contender.name for contender in contenders.on(options.device)]
+    timed = options.part != ["accuracy"]
+    competing = [contender.name for contender in contenders.on(options.device, timed)]
     if not set(options.contender) <= set(competing):
         parser().error(f"--contender: on {options.device} there are {', '.join(competing)}")
     if options.rounds is not None and options.rounds < 1:

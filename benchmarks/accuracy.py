@@ -34,10 +34,19 @@ from fsp_kernels.backends.fused import fp32_precision
 from fsp_kernels.loss_plan import Form, MapSpec
 from fsp_kernels.plan import alternatives
 
-# Both maps of the pair: of the last stage of a ResNet-18, which kernels evaluate in Gram form, and
-# of an early one, which they evaluate in matrix form. Of a larger batch errors are the same.
-SHAPES = {"512 @ 7 x 7": (8, 512, 7, 7), "64 @ 28 x 28": (8, 64, 28, 28)}
-QUICK_SHAPES = {"128 @ 7 x 7": (4, 128, 7, 7)}
+# Both maps of the pair: of the last stages of a ResNet-18, which kernels evaluate in Gram form and
+# by tiles, and of an early one, in one pass. Of a larger batch errors are the same.
+SHAPES = {
+    "512 @ 7 x 7": (8, 512, 7, 7),
+    "256 @ 14 x 14": (8, 256, 14, 14),
+    "64 @ 28 x 28": (8, 64, 28, 28),
+}
+# For these, too, in this order.
+QUICK_SHAPES = {
+    "192 @ 7 x 7": (2, 192, 7, 7),
+    "144 @ 9 x 9": (2, 144, 9, 9),
+    "64 @ 9 x 9": (2, 64, 9, 9),
+}
 NOISES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 TORCH_BACKEND = "ours (torch)"
 FORMS: tuple[Form, ...] = ("matrix", "gram")

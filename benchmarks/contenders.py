@@ -45,25 +45,28 @@ ALL = (*map(by_backend, registered_backends()), *PEERS)
 BY_NAME = {contender.name: contender for contender in ALL}
 
 
-def serves(name: str, device: str) -> bool:
-    """Whether a backend works here unasked, on that device, in every dtype of the benchmark."""
+def serves(name: str, device: str, timed: bool = True) -> bool:
+    """Whether a backend works here, on that device, in every dtype of the benchmark.
+
+    Triton's interpreter, which nobody gets unasked, has errors to be measured, but no times.
+    """
     backend = registered_backends()[name]
-    if not backend.automatic or backend.why_unavailable() is not None:
+    if (timed and not backend.automatic) or backend.why_unavailable() is not None:
         return False
     return backend.why_unsupported(torch.device(device), tuple(DTYPES.values())) is None
 
 
-def backends_on(device: str) -> list[str]:
+def backends_on(device: str, timed: bool = True) -> list[str]:
     """Our backends that serve a device, best first."""
-    return [name for name in registered_backends() if serves(name, device)]
+    return [name for name in registered_backends() if serves(name, device, timed)]
 
 
-def on(device: str) -> tuple[Contender, ...]:
+def on(device: str, timed: bool = True) -> tuple[Contender, ...]:
     """Who competes on a device: each of our backends that serves it, best first, and the peers.
 
     So the first contender is always what users get by default.
     """
-    return (*map(by_backend, backends_on(device)), *PEERS)
+    return (*map(by_backend, backends_on(device, timed)), *PEERS)
 
 
 def why_not(contender: Contender, case: Case, device: str) -> str | None:

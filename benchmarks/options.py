@@ -26,7 +26,8 @@ def chosen(config: pytest.Config, option: str, table: Iterable[str]) -> list[str
 
 def competing(config: pytest.Config) -> list[Contender]:
     """The contenders asked for, of those the device has."""
-    on_device = {c.name: c for c in contenders.on(config.getoption("--device"))}
+    device, asked = config.getoption("--device"), config.getoption("--contender")
+    on_device = {c.name: c for c in contenders.on(device, timed=not asked)}
     return [on_device[name] for name in chosen(config, "--contender", on_device)]
 
 

@@ -80,6 +80,16 @@ def test_where_there_is_a_gpu_it_is_used(monkeypatch: pytest.MonkeyPatch) -> Non
     assert parse(["--device", "cpu"]).device == "cpu"
 
 
+def test_an_interpreter_has_errors_to_be_measured_but_no_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    interpreted = ["--contender", "ours (triton)"]
+    assert parse(["accuracy", *interpreted]).contender == ["ours (triton)"]
+    with pytest.raises(SystemExit):
+        parse(["loss", "accuracy", *interpreted])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -62,13 +62,14 @@ def test_on_a_cpu_ours_is_what_users_get() -> None:
 def test_an_interpreter_does_not_compete(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert contenders.backends_on("cpu") == ["torch"]
+    assert contenders.backends_on("cpu", timed=False) == ["triton", "torch"]
 
 
 def test_on_a_gpu_ours_is_each_backend_that_serves_it_best_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(contenders, "registered_backends", lambda: dict.fromkeys("abc"))
-    monkeypatch.setattr(contenders, "serves", lambda name, device: (name, device) != ("b", "cuda"))
+    monkeypatch.setattr(contenders, "serves", lambda *x: x[:2] != ("b", "cuda"))
     competing = contenders.on("cuda")
     assert [c.name for c in competing if c.ours] == ["ours (a)", "ours (c)"]
     assert competing[2:] == contenders.PEERS
