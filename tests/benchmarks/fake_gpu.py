@@ -179,6 +179,6 @@ def install(patch: pytest.MonkeyPatch) -> None:
     for make in ("ones", "randn"):
         patch.setattr(torch, make, on_cpu(getattr(torch, make)))
     patch.setattr(floor, "MATRIX_SIZE", {"cpu": 8, "cuda": 8})
-    patch.setattr(contenders, "serves", lambda name, _: name == "torch")
+    patch.setattr(contenders, "serves", lambda name, *_: name == "torch")
     patch.setattr(floor, "_fastest", {})
     cuda.sleep_cycles_per_second.cache_clear()
