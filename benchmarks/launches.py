@@ -280,7 +280,9 @@ def work_of(kernel: str, pair: PairPlan, own: int, blocks: int, precision: str) 
         return Work(flops, maps * (1 + wanted / 2), written)
     if kernel == "residual":
         again = math.sqrt(blocks / pair.parts)
-        return Work(2 * product * terms, maps * again, pair.scratch_bytes / pair.samples)
+        return Work(
+            2 * product * terms, maps * again, stored * pair.parts * (pair.scratch_bytes > 0)
+        )
     if kernel == "combine":
         return Work(0, stored * pair.parts, stored)
     read = pair.maps[partner_of(own)].bytes / pair.batch + stored

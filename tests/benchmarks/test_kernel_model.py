@@ -91,7 +91,7 @@ def test_launches_of_cuda_are_those_of_the_plan_and_loops_are_read():
     for launch in (residual, gradients):
         loops = launch["loops"]
         assert launch["registers"] > 100
-        assert launch["shared"] > 64 << 10
+        assert launch["shared"] >= 64 << 10
         assert any("HMMA" in name for loop in loops for name in loop)
         assert any("LDGSTS 16" in loop for loop in loops)  # rows are multiples of 16 bytes
         assert any(loop.get("BAR") for loop in loops)

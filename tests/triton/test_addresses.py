@@ -67,7 +67,7 @@ class Memory:
 
 @pytest.fixture
 def memory(monkeypatch, small) -> Memory:
-    """Calls launch the last program alone, which loads zeros and stores nothing."""
+    """Calls launch the last programs alone, which load zeros and store nothing."""
     memory = Memory()
     builder = interpreter.InterpreterBuilder
 
@@ -89,9 +89,10 @@ def memory(monkeypatch, small) -> Memory:
         if self.kernel.__name__ == "fsp_finish":  # whose only program starts at 0
             return
         assert self.grid[0] < LIMIT
-        last = interpreter.TensorHandle(np.array([self.grid[0] - 1], np.int32), tl.int32)
-        monkeypatch.setattr(builder, "create_get_program_id", lambda *_: last)
-        self.kernel[(1,)](*placed(self.arrange(tensors)), *self.constants, *scalars)
+        for program in last_programs(self):
+            last = interpreter.TensorHandle(np.array([program], np.int32), tl.int32)
+            monkeypatch.setattr(builder, "create_get_program_id", lambda *_, last=last: last)
+            self.kernel[(1,)](*placed(self.arrange(tensors)), *self.constants, *scalars)
 
     monkeypatch.setattr(builder, "create_masked_load", load)
     monkeypatch.setattr(builder, "create_masked_store", store)
@@ -99,6 +100,18 @@ def memory(monkeypatch, small) -> Memory:
     monkeypatch.setattr(TritonBackend, "why_unsupported", lambda *_: None)
     small(CHUNK_BYTES={"cpu": 1 << 60, "cuda": 1 << 60})
     return memory
+
+
+def last_programs(launch: Launch) -> list[int]:
+    """Of a launch; in Gram form, of each side, and of each gradient."""
+    grid = launch.grid[0]
+    if launch.kernel.__name__ == "fsp_gram":
+        return [grid - 2, grid - 1]
+    if launch.kernel.__name__ == "fsp_gram_gradients":
+        ((entry,), *_) = launch.constants
+        gradients = sum(x is not None for x in entry.gradients)
+        return [grid // gradients * (i + 1) - 1 for i in range(gradients)]
+    return [grid - 1]
 
 
 def huge(shape, strides, dtype=FP32, grad=True) -> torch.Tensor:

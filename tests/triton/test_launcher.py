@@ -20,6 +20,8 @@ HERE = Path(__file__).parent
 KERNELS = (
     "fsp_one_pass",
     "fsp_gram",
+    "fsp_gram_combine",
+    "fsp_gram_gradients",
     "fsp_residual",
     "fsp_combine",
     "fsp_gradients",
