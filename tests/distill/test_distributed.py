@@ -23,10 +23,9 @@ from fsp_kernels.distill import checkpoint, records
 from fsp_kernels.distill.models import CifarResNet
 
 # The same sums in another order: single precision rounds at 6e-8, and 20 steps of three trainings
-# made 1.3e-6 of it on a CPU with AVX-512 and 1.2e-3 on one without, relative to the largest weight
-# of each tensor. Statistics of half a batch in place of those of the whole make 0.6, weights of the
-# wrong half more.
-BOUND = 1e-2
+# made 1.3e-6 of it, relative to the largest weight of each tensor. Statistics of half a batch in
+# place of those of the whole make 0.6, weights of the wrong half more.
+BOUND = 1e-4
 SYNCED = "execution.sync_batch_norm=true"
 ALL_AT_ONCE = (
     "one-stage-kd",
@@ -158,7 +157,7 @@ def test_statistics_of_parts_of_a_batch_would_be_told_from_those_of_the_whole(
     tiny: Path, alone: Path
 ) -> None:
     parts = in_two_processes(tiny, tiny.parent / "parts")
-    assert distance(parts, alone) > 10 * BOUND
+    assert distance(parts, alone) > 1000 * BOUND
 
 
 def test_two_passes_for_each_step_end_with_the_weights_of_one(tiny: Path) -> None:
