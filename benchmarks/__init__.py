@@ -9,8 +9,7 @@ and draws their results:
 
 Gates and tools for the kernels: ``kernels.py`` and ``extension.py`` (what each takes of a chip),
 ``kernel_model.py`` (what a workload's launches do and may take, found by ``launches.py`` and read
-by ``machine_code.py``),
-``sanitize.py`` over ``smoke.py`` (compute-sanitizer, whose hazards ``racecheck.py`` judges),
-``tune.py`` (their configurations, by ``trials.py`` in processes of ``apart.py``), and ``first.py``
-(what to run first on a GPU).
+by ``machine_code.py``), ``sanitize.py`` over ``smoke.py`` (compute-sanitizer, whose hazards
+``racecheck.py`` judges), ``tune.py`` (their configurations, by ``trials.py`` in processes of
+``apart.py``), and ``first.py`` (what to run first on a GPU).
 """

@@ -69,8 +69,8 @@ GPU_GRAM_POSITIONS = 64
 GPU_PROGRAMS = 256
 GPU_PART_POSITIONS = 512  # and no part is shorter than this
 GPU_PART_CHANNELS = 128  # the same, of a sum over channels
-# The flops for each byte of a gradient's product from which BLAS is faster than our own kernel, by
-# what the machine code of that says: below, memory binds both.
+# The flops for each byte of a gradient's product from which BLAS should be faster than our own
+# kernel. Predicted from the machine code of that, not measured: below, memory binds both.
 GPU_BLAS_INTENSITY = 128
 GRAM_BLOCKS = 6  # of each sample
 FP32_BYTES = torch.float32.itemsize

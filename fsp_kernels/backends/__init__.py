@@ -70,8 +70,8 @@ class Backend(Protocol):
 
         ``maps`` are the tensors of ``plan.pairs``, with the strides that these have, flattened:
         student first, student second, teacher first, teacher second (or the teacher's ready
-        matrix), next pair. Gradients come in
-        that order, each in its ``gradient_dtype`` and with the strides of ``torch.empty_like``.
+        matrix), next pair. Gradients come in that order, each in its ``gradient_dtype`` and with
+        the strides of ``torch.empty_like``.
         """
 
     def scale(

@@ -1,11 +1,11 @@
-"""The Triton backend: NVIDIA GPUs from Ampere on; loss and gradients of all pairs in one launch.
+"""The Triton backend: NVIDIA GPUs from Ampere on; all pairs of a call share few launches.
 
     maps.py         reading a tile of a map, pooled on the way, and writing its gradient
     arithmetic.py   products on tensor cores
     residual.py     the residual and its norms
-    one_pass.py     the loss, one program for each sample: matrix form
-    gram.py         the same, Gram form
+    one_pass.py     the loss, one program for each sample
     tiles.py        the loss with the residual stored by tiles
+    gram.py         the loss in Gram form, its blocks stored
     product.py      FSP matrices and their derivatives
     elementwise.py  the sum of the partial losses; backward's scaling
     loss.py         what is launched for a plan

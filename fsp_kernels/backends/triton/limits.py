@@ -62,15 +62,13 @@ def _access_of_map(plan: MapPlan) -> str:
 
 
 def _suits_blas(student: Sequence[MapPlan], teacher: Sequence[MapPlan]) -> bool:
-    """Whether bf16 maps, as they lie, and tiles beside them have rows of whole 16 bytes.
+    """Whether maps, as they lie, and tiles of bf16 beside them have rows of whole 16 bytes.
 
     BLAS has its fast kernels for such operands alone.
     """
     slope_row = student[1].shape[1] * torch.bfloat16.itemsize
-    maps = (*student, *teacher)
     return slope_row % 16 == 0 and all(
-        x.dtype == torch.bfloat16 and _access_of_map(x) == "aligned" and _row_bytes(x) % 16 == 0
-        for x in maps
+        _access_of_map(x) == "aligned" and _row_bytes(x) % 16 == 0 for x in (*student, *teacher)
     )
 
 
