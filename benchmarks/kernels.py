@@ -179,7 +179,7 @@ def maps_of(case: Case, batch: int, device: str) -> list[Tensor]:
     channels, size, odd = {
         "one_pass": (limit, (32, 32), (7, 7)),
         "gram": (2048, (4, limit // 4), {16: (3, 3), 32: (5, 5), 64: (7, 7)}.get(limit)),
-    }.get(kernel, (256, (32, 32), (21, 21)))
+    }.get(kernel, (limit, (64, 64), (21, 21)) if limit else (256, (32, 32), (21, 21)))
     shape = (batch, channels, *(odd if case.row.access == "odd" else size))
     offset = 1 if case.row.access == "odd" else 0  # which begins beside a multiple of 16 bytes
     if kernel == "product":

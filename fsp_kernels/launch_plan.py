@@ -18,10 +18,7 @@ def steps_of(chosen: Sequence[Chosen]) -> Iterator[Step]:
     """What pairs do together: those that share kernels, as many at a time as a launch takes."""
     groups: dict[Hashable, list[int]] = {}
     for index, (pair, limits) in enumerate(chosen):
-        size = None  # of the kernel of one pass
-        if pair.evaluation == "one pass" and pair.form == "matrix":
-            size = next(x for x in limits.one_pass if x >= max(pair.channels))
-        key = (pair.evaluation, pair.form, limits.kernels, size)
+        key = (pair.evaluation, pair.form, limits.kernels.get(pair.evaluation))
         groups.setdefault(key, []).append(index)
     for members in groups.values():
         # Tiles whose loss the first launch tells come first; then the largest samples, since small

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -128,25 +129,27 @@ class Limits(NamedTuple):
     """What a backend can do for one pair on one device, as far as planning depends on it.
 
     ``evaluations`` are those that it has. The other fields bound them: ``one_pass`` are the most
-    channels of the residuals that its kernels keep on chip, ascending, one for each kernel;
-    ``gram_positions`` are the most that the Gram form can have, ``None`` for any.
-    ``gram_flop_cost`` is the time of a flop of a Gram block over that of any other.
+    channels of a residual that a kernel keeps on chip, and ``one_pass_parts`` the fewest parts of
+    the positions for which tiles are faster; ``gram_positions`` are the most that the Gram form can
+    have, ``None`` for any. ``gram_flop_cost`` is the time of a flop of a Gram block over that of
+    any other.
 
     ``exact_halves`` says that products of half-precision maps are exact, while their differences
     would be rounded; ``bf16_slopes`` that tiles beside maps of bf16 are stored in it;
     ``blas_gradients`` that BLAS has fast kernels for the products of such tiles and these maps.
-    Pairs share a launch where ``kernels`` are equal: at most ``launch_pairs`` of them,
-    ``launch_products`` gradients.
+    Pairs share a launch where the ``kernels`` of their evaluation are equal: at most
+    ``launch_pairs`` of them, ``launch_products`` gradients.
     """
 
     evaluations: tuple[Evaluation, ...] = ("chunks",)
-    one_pass: tuple[int, ...] = ()
+    one_pass: int = 0
+    one_pass_parts: float = math.inf
     gram_positions: int | None = None
     gram_flop_cost: float = 1.0
     exact_halves: bool = False
     bf16_slopes: bool = False
     blas_gradients: bool = False
-    kernels: Hashable = None
+    kernels: Mapping[Evaluation, Hashable] = MappingProxyType({})
     launch_pairs: int = 1
     launch_products: int = 1
 

@@ -67,7 +67,7 @@ GPU_GRAM_POSITIONS = 64
 # Programs that fill a large GPU (two for each of about 130 multiprocessors): with fewer tiles the
 # positions are split. A constant, not the device's, so that results do not depend on the device.
 GPU_PROGRAMS = 256
-GPU_PART_POSITIONS = 512  # and no part is shorter than this
+GPU_PART_POSITIONS = 128  # and no part is shorter than this
 GPU_PART_CHANNELS = 128  # the same, of a sum over channels
 # The flops for each byte of a gradient's product from which BLAS should be faster than our own
 # kernel. Predicted from the machine code of that, not measured: below, memory binds both.
@@ -331,9 +331,13 @@ def _fused_evaluations(
         samples = _chunk_of_stored(batch, stored)
         yield _Evaluation("blocks", samples, 2, samples * stored, pooled, parts)
         return
-    if max(m, n) <= max(limits.one_pass, default=0):
-        yield _Evaluation("one pass", batch, 1, 0, pooled)
     k = max(plan.positions for plan in networks)
+    one_pass = _Evaluation("one pass", batch, 1, 0, pooled)
+    fits = max(m, n) <= limits.one_pass
+    # With more parts, one program for each sample would leave most of a device idle for too long.
+    first = parts_of(batch, k) < limits.one_pass_parts
+    if fits and first:
+        yield one_pass
     gradients = any(plan.gradient_dtype for plan in maps)
     programs = batch * math.ceil(m / GPU_TILE_CHANNELS) * math.ceil(n / GPU_TILE_CHANNELS)
     parts = parts_of(programs, k)
@@ -345,6 +349,8 @@ def _fused_evaluations(
     tiles = _Evaluation("tiles", samples, 2, samples * stored, pooled, parts, slope_dtype)
     suits_blas = limits.blas_gradients and slope_dtype == torch.bfloat16
     yield from _with_blas(tiles, m, n, k) if suits_blas else [tiles]
+    if fits and not first:
+        yield one_pass
 
 
 def _with_blas(tiles: _Evaluation, m: int, n: int, k: int) -> list[_Evaluation]:
@@ -453,7 +459,7 @@ def _forms(flops: dict[Form, int], m: int, n: int, k: int, limits: Limits) -> li
     """Best first."""
     if "gram" not in flops or (limits.gram_positions is not None and k > limits.gram_positions):
         return ["matrix"]
-    if max(m, n) <= max(limits.one_pass, default=0):
+    if max(m, n) <= limits.one_pass:
         # Memory-bound either way; one accumulator is simpler than six.
         return ["matrix", "gram"]
     costs: dict[Form, float] = {**flops}

@@ -55,8 +55,9 @@ def pair_of(*args, **options) -> PairPlan:
 
 # m, n, side: the evaluation of half-precision maps and of fp32 ones.
 TABLE = [
-    (16, 16, 32, "one pass", "one pass"),
-    (64, 64, 56, "one pass", "one pass"),
+    (16, 16, 32, "one pass", "tiles"),
+    (64, 64, 56, "one pass", "tiles"),
+    (32, 32, 16, "one pass", "one pass"),
     (128, 64, 16, "one pass", "tiles"),
     (128, 128, 28, "one pass", "tiles"),
     (512, 512, 7, "blocks", "blocks"),
@@ -80,6 +81,13 @@ def test_evaluation_of_half_precision_maps(m, n, size, halves, _fp32, dtype):
 def test_evaluation_of_fp32_maps(m, n, size, _halves, fp32):
     assert pair_of(m, n, size, dtype=FP32).evaluation == fp32
     assert pair_of(m, n, size, teacher_dtype=FP32).evaluation == fp32
+
+
+@pytest.mark.parametrize(("dtype", "batch"), [(BF16, 16), (FP32, 85)])
+def test_one_pass_only_where_its_programs_keep_a_device_busy(dtype, batch):
+    assert pair_of(64, 64, 56, dtype=dtype, batch=batch).evaluation == "tiles"
+    assert pair_of(64, 64, 56, dtype=dtype, batch=batch + 1).evaluation == "one pass"
+    assert pair_of(64, 64, 8, dtype=dtype, batch=1).evaluation == "one pass"  # soon done
 
 
 @pytest.mark.parametrize(("m", "n", "size", "_halves", "_fp32"), TABLE)

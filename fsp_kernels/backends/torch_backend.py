@@ -59,7 +59,7 @@ class TorchBackend:
         if device.type == "cpu":
             return Limits(gram_flop_cost=GRAM_FLOP_COST)
         return Limits(
-            one_pass=(GPU_TILE_CHANNELS,), gram_positions=GPU_GRAM_POSITIONS, exact_halves=True
+            one_pass=GPU_TILE_CHANNELS, gram_positions=GPU_GRAM_POSITIONS, exact_halves=True
         )
 
     def matrix(self, first: Tensor, second: Tensor) -> Tensor:

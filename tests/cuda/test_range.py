@@ -63,7 +63,7 @@ def test_matrices():
 @pytest.mark.parametrize("road", ["one pass", "tiles"])
 def test_a_slope_beyond_bf16_beside_maps_of_bf16(small, road):
     if road == "tiles":
-        small(one_pass=())
+        small(one_pass=0)
     # The slope, 2 weight a b, is finite in fp32, and nearer to infinity than to any number of bf16.
     a, b, c, d = (
         torch.full((1, 1, 1, 1), x, dtype=BF16, device=DEVICE)

@@ -26,10 +26,10 @@ from fsp_kernels.backends.triton.configurations import (
 
 
 def limit_of(kernel: str, kind: str) -> int:
-    """The largest size of a kernel that some chip has a row for."""
+    """The largest size of a kernel that some chip has a row for, if there is one."""
     if kernel == "one_pass":
         return 128 if kind == "half" else 64
-    return plan.GPU_GRAM_POSITIONS if kernel == "gram" else 0
+    return plan.GPU_GRAM_POSITIONS if kernel == "gram" else 1024
 
 
 # A product has no windows, and one stride.
@@ -101,8 +101,18 @@ def test_the_order_of_a_table_does_not_matter(row):
     trial = row._replace(configuration=Configuration(7, 7, 7, 7, 7))
     for table in ([trial, *(r for r in rows() if r != row)], replaced(rows(), row, trial)[::-1]):
         with using(table):
-            found = configuration_of(row.kernel, row.kind, row.family, row.access, row.limit)
+            size = row.limit or 1024
+            found = configuration_of(row.kernel, row.kind, row.family, row.access, size)
         assert found == trial.configuration
+
+
+def test_a_row_without_a_limit_serves_what_no_other_does():
+    row = rows()[0]
+    small, large = (Configuration(size, size, 32, 4, 2) for size in (64, 128))
+    with using([row._replace(limit=0, configuration=large), row._replace(configuration=small)]):
+        key = row.kernel, row.kind, row.family, row.access
+        assert configuration_of(*key, row.limit) == small
+        assert configuration_of(*key, row.limit + 1) == large
 
 
 def test_another_table_is_in_force_for_a_while():

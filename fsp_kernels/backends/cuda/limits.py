@@ -14,16 +14,16 @@ def limits_of(student: Sequence[MapPlan], teacher: Sequence[MapPlan], device: in
     """See :meth:`fsp_kernels.backends.Backend.limits`; ``device`` is a number."""
     kernels, operand = module(), operand_of(multiplied_dtypes(student, teacher))
     scalar = scalar_of(operand)
-    # Tiles of 32 and of 64 channels share a kernel, those of 128 have one of their own.
     fitting = [t for t in (32, 64, 128) if kernels.one_pass_tile(device, scalar, t) == t]
-    one_pass = tuple(t for t in fitting if t != 32 or 64 not in fitting)
+    # Tiles of 32 and of 64 channels share a kernel, those of 128 have one of their own.
+    wide = max(plan.shape[1] for plan in student) > 64
     gram = kernels.gram_fits(device, GPU_GRAM_POSITIONS)
     return Limits(
         evaluations=("one pass", "tiles"),
-        one_pass=one_pass,
+        one_pass=max(fitting, default=0),
         gram_positions=GPU_GRAM_POSITIONS if gram else 0,
         bf16_slopes=True,
-        kernels=operand,
+        kernels={"one pass": (operand, wide), "tiles": operand},
         launch_pairs=kernels.most_pairs,
         launch_products=kernels.most_products,
     )

@@ -7,6 +7,7 @@ which chip it was measured, or ``null``: chosen by what compiles there without s
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,10 +44,9 @@ class Configuration(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One configuration; it serves shapes up to ``limit`` of what its kernel is limited by.
+    """One configuration; it serves shapes up to ``limit``, or all if that is 0.
 
-    That is the larger channel count for "one_pass", positions for "gram" and nothing (0) for the
-    others.
+    The limit is of positions for "gram", and of the larger channel count for the others.
     """
 
     family: str
@@ -150,11 +150,11 @@ def _order(row: Row) -> tuple[int, ...]:
 def configuration_of(
     kernel: str, kind: str, family: str, access: str, size: int = 0
 ) -> Configuration | None:
-    """Of the row with the smallest limit that is not below ``size``; ``None`` if there is none.
+    """Of the first row that serves ``size``; ``None`` if there is none.
 
     A chip has no row for what would not fit its registers.
     """
-    fitting = (r for r in rows_of(kernel, kind, family, access) if r.limit >= size)
+    fitting = (r for r in rows_of(kernel, kind, family, access) if not 0 < r.limit < size)
     row = next(fitting, None)
     return None if row is None else row.configuration
 
@@ -163,7 +163,7 @@ def rows_of(kernel: str, kind: str, family: str, access: str) -> list[Row]:
     """The rows that :func:`configuration_of` chooses among, by ascending limit."""
     wanted = (family, kernel, kind, access)
     found = [r for r in rows() if (r.family, r.kernel, r.kind, r.access) == wanted]
-    return sorted(found, key=lambda row: row.limit)
+    return sorted(found, key=lambda row: row.limit or math.inf)
 
 
 def family_of(capability: int) -> str:

@@ -77,9 +77,9 @@ class Pair:
         return min(self.plan.samples, self.plan.batch - start), start
 
     def residual_entry(self, chunk: int) -> tuple[Entry, int]:
-        c = self._configuration("residual")
-        samples, start = self._samples_of(chunk)
         m, n = self.plan.channels
+        c = self._configuration("residual", max(m, n))
+        samples, start = self._samples_of(chunk)
         tiles = triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n)
         if c.block_n > c.block_m and samples * self.plan.parts * tiles < GPU_PROGRAMS:
             c = c._replace(block_n=c.block_m)  # more programs, to fill a device
@@ -92,8 +92,8 @@ class Pair:
 
     def gradient_entries(self, residual: Entry) -> list[tuple[int, GradientEntry, int]]:
         """Of each map that wants one: its number, the entry, warps."""
-        c = self._configuration("gradients")
         m, n = self.plan.channels
+        c = self._configuration("gradients", max(m, n))
         found = []
         for own in range(2 if self._ready else 4):
             if self._gradients[own] is None:
@@ -120,7 +120,7 @@ class Pair:
             found.append((own, entry, c.warps))
         return found
 
-    def _configuration(self, kernel: str, size: int = 0) -> Configuration:
+    def _configuration(self, kernel: str, size: int) -> Configuration:
         c = configuration_of(kernel, self._kind, self._family, self._access, size)
         assert c is not None, f"the table has no row of {kernel} for {self._family}"
         return c

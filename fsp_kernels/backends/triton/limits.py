@@ -7,12 +7,20 @@ from collections.abc import Sequence
 import torch
 
 from fsp_kernels.backends.fused import axes_of
-from fsp_kernels.backends.triton.configurations import ACCESSES, rows_of
+from fsp_kernels.backends.triton.configurations import (
+    ACCESSES,
+    Configuration,
+    configuration_of,
+    rows_of,
+)
 from fsp_kernels.backends.triton.maps import unit_of
-from fsp_kernels.loss_plan import Limits, MapPlan, multiplied_dtypes
+from fsp_kernels.loss_plan import Evaluation, Limits, MapPlan, multiplied_dtypes
 from fsp_kernels.plan import HALF
 
 SMALLEST_COPY = 4  # bytes that a GPU copies to shared memory while it computes
+# Parts of the positions from which tiles in parts are faster than one pass, which takes longer for
+# each position in fp32. Predicted from the machine code, not measured.
+ONE_PASS_PARTS = {"half": 16, "tf32": 3, "tf32x3": 3}
 # Of one launch: a kernel has code for each of its pairs, and takes as long to compile.
 MOST_PAIRS = 8
 
@@ -21,24 +29,25 @@ def limits_of(
     student: Sequence[MapPlan], teacher: Sequence[MapPlan], precision: str, family: str
 ) -> Limits:
     """See :meth:`fsp_kernels.backends.Backend.limits`, for chips of a family."""
-    row = kind_of(student, teacher, precision), family, access_of(student, teacher)
+    kind = kind_of(student, teacher, precision)
+    row = kind, family, access_of(student, teacher)
+    channels = max(plan.shape[1] for plan in student)
+    configured: dict[Evaluation, Configuration | None] = {
+        "one pass": configuration_of("one_pass", *row, channels),
+        "tiles": configuration_of("residual", *row, channels),
+    }
     return Limits(
         evaluations=("one pass", "tiles", "blocks"),
-        one_pass=_one_pass_sizes(*row),
+        one_pass=max((r.limit for r in rows_of("one_pass", *row)), default=0),
+        one_pass_parts=ONE_PASS_PARTS[kind],
         gram_positions=max((r.limit for r in rows_of("gram", *row)), default=0),
         bf16_slopes=True,
         blas_gradients=_suits_blas(student, teacher),
+        # A launch takes as many warps as the pair that takes most.
+        kernels={name: c and c.warps for name, c in configured.items()},
         launch_pairs=MOST_PAIRS,
         launch_products=4 * MOST_PAIRS,
     )
-
-
-def _one_pass_sizes(kind: str, family: str, access: str) -> tuple[int, ...]:
-    """The most channels of each launch: pairs share one if they take equally many warps."""
-    by_warps = {
-        row.configuration.warps: row.limit for row in rows_of("one_pass", kind, family, access)
-    }
-    return tuple(sorted(by_warps.values()))
 
 
 def kind_of(student: Sequence[MapPlan], teacher: Sequence[MapPlan], precision: str) -> str:
