@@ -167,10 +167,11 @@ def facts_of(launch: Launched, memory: Memory, chip: Chip) -> dict[str, Any]:
         longest = max(longest, program)
     from_memory = memory.bytes_of(launch.reads, launch.writes)
     if launch.kernel == "fsp_one_pass":
-        # The second sweep finds in the L2 what the programs that run beside it leave there.
-        under_way = min(grid, fits * chip.sms) / grid * sum(x.nbytes for x in launch.reads)
-        if under_way > chip.l2_bytes:
-            from_memory += sum(x.nbytes for x in launch.reads) // 2
+        # What the L2 does not hold of the student's half is read twice, but for the end of the map
+        # that the second sweep begins with.
+        read = sum(x.nbytes for x in launch.reads)
+        held = chip.l2_bytes / (min(grid, fits * chip.sms) / grid * read)
+        from_memory += int((1 - held / 2) * read / 2) if held < 1 else 0
     times = {name: count / chip.clock for name, count in cycles.items()}
     work = max(sum(times.values()), longest / chip.clock)
     bounds = {

@@ -44,6 +44,7 @@ from fsp_kernels.backends.triton.elementwise import BLOCK
 from fsp_kernels.backends.triton.gram import COMBINED_ROWS
 from fsp_kernels.backends.triton.launch import Launch
 from fsp_kernels.loss_plan import LossPlan, PairPlan, Step
+from fsp_kernels.plan import GRAM_BLOCKS
 
 LANES = 32
 FP32_BYTES = torch.float32.itemsize
@@ -106,7 +107,7 @@ STEPS = {
     "residual.residual_tile": _residual_steps,
     "tiles.fsp_residual": _residual_steps,  # where no instruction of the loop says more
     "one_pass._sweep": lambda e: _cdiv(e.student_positions, e.block_k.value),
-    "gram._write_blocks": _gram_steps,
+    "gram._write_block": _gram_steps,
     "gram._total": lambda e: e.parts.value,
     "gram._total_of_columns": lambda e: e.parts.value,
     "gram._sweep": _gram_steps,
@@ -147,7 +148,7 @@ def _programs_of(kernel: str, entry: Any) -> int:
 def _branches_of(kernel: str, entry: Any) -> int:
     """Ways through a kernel for an entry, each with code of its own; a program takes one."""
     wanted = sum(x is not None for x in getattr(entry, "gradients", ()))
-    return {"fsp_gram": 2, "fsp_gram_gradients": wanted}.get(kernel, 1)
+    return {"fsp_gram": GRAM_BLOCKS, "fsp_gram_gradients": wanted}.get(kernel, 1)
 
 
 def _touched_by(kernel: str, tensors: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:

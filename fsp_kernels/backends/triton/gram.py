@@ -34,42 +34,38 @@ COMBINED_ROWS = tl.constexpr(8)
 def fsp_gram(pointers, workspaces, entries, COUNT: tl.constexpr):
     """Write the blocks of parts of the channels, ``(parts, samples, BLOCKS, block_k, block_k)``.
 
-    A program has one part of one side.
+    A program has one part of one block: all of a side would need more registers than it has.
     """
     program = tl.program_id(0)
     start = 0
     for i in tl.static_range(COUNT):
-        stop = start + 2 * entries[i].parts * entries[i].samples
+        stop = start + BLOCKS * entries[i].parts * entries[i].samples
         if (program >= start) & (program < stop):
-            index = (program - start) // 2
+            # The blocks of a part are neighbours, so that they find its maps in cache.
+            index = (program - start) // BLOCKS
             part = index % entries[i].parts
             sample = index // entries[i].parts
-            slot = part * entries[i].samples + sample
-            sample += entries[i].first_sample
-            if (program - start) % 2 == 0:
-                _write_blocks(pointers[i], workspaces[i], entries[i], 0, sample, part, slot)
-            else:
-                _write_blocks(pointers[i], workspaces[i], entries[i], 1, sample, part, slot)
+            for block in tl.static_range(BLOCKS):
+                if (program - start) % BLOCKS == block:
+                    _write_block(pointers[i], workspaces[i], entries[i], block, sample, part)
         start = stop
 
 
 @triton.jit
-def _write_blocks(pointers, workspace, entry, SIDE: tl.constexpr, sample, part, slot):
-    """``x^T x``, ``y^T x`` and ``y^T y``, of one side."""
-    xx = tl.zeros((entry.block_k, entry.block_k), tl.float32)
-    yx = tl.zeros((entry.block_k, entry.block_k), tl.float32)
-    yy = tl.zeros((entry.block_k, entry.block_k), tl.float32)
+def _write_block(pointers, workspace, entry, INDEX: tl.constexpr, sample, part):
+    """A part of ``x^T x``, ``y^T x`` or ``y^T y`` of one side."""
+    SIDE: tl.constexpr = INDEX // 3
     C: tl.constexpr = entry.m if SIDE == 0 else entry.n
+    block = tl.zeros((entry.block_k, entry.block_k), tl.float32)
     begin, end = range_of(part, entry.parts, C, entry.block_m)
     for channel in tl.range(begin, end, entry.block_m, num_stages=entry.stages):
-        x, y = _load_sides(pointers, entry, SIDE, C, sample, channel)
-        xx = multiply(tl.trans(x), x, xx, entry.precision)
-        yx = multiply(tl.trans(y), x, yx, entry.precision)
-        yy = multiply(tl.trans(y), y, yy, entry.precision)
+        x, y = _load_sides(pointers, entry, SIDE, C, sample + entry.first_sample, channel)
+        left = x if INDEX % 3 == 0 else y
+        right = y if INDEX % 3 == 2 else x
+        block = multiply(tl.trans(left), right, block, entry.precision)
+    slot = part * entry.samples + sample
     rows = tl.arange(0, entry.block_k)
-    tl.store(_rows(workspace, entry, BLOCKS, slot, 3 * SIDE, rows), xx)
-    tl.store(_rows(workspace, entry, BLOCKS, slot, 3 * SIDE + 1, rows), yx)
-    tl.store(_rows(workspace, entry, BLOCKS, slot, 3 * SIDE + 2, rows), yy)
+    tl.store(_rows(workspace, entry, BLOCKS, slot, INDEX, rows), block)
 
 
 @triton.jit

@@ -130,7 +130,7 @@ class _Blocks:
             if e.kept.value
         ]
 
-        grid = 2 * sum(programs)
+        grid = GRAM_BLOCKS * sum(programs)
         self._gram = Launch(fsp_gram, grid, warps, entries, len(entries), places=(slots, blocks))
         grid = sum(
             e.samples * k // COMBINED_ROWS.value for e, k in zip(entries, sides, strict=True)

@@ -1,7 +1,8 @@
 """The loss in one pass, matrix form: one program for each sample of each pair.
 
 For pairs whose residual fits one program's registers (m, n <= 128). The first sweep over the
-positions accumulates it; the second, over maps that should still be in cache, writes the gradients.
+positions accumulates it. The second writes the gradients. It begins at the end, at what was read
+last: where the maps of all programs at work exceed the cache, the rest of them is read again.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def _sweep(slope, ratio, pointers, entry, OTHER: tl.constexpr, OWN: tl.constexpr
     OWN_BLOCK: tl.constexpr = slope.shape[0]
     OTHER_BLOCK: tl.constexpr = slope.shape[1]
     BLOCK_K: tl.constexpr = entry.block_k
-    for k in tl.range(0, K, BLOCK_K, num_stages=entry.stages):
+    last = tl.cdiv(K, BLOCK_K) * BLOCK_K - BLOCK_K
+    for swept in tl.range(0, K, BLOCK_K, num_stages=entry.stages):
+        k = last - swept
         other = load_tile(
             pointers[OTHER],
             entry.layouts[OTHER],
