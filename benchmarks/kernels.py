@@ -37,11 +37,10 @@ from fsp_kernels.backends import registered_backends
 from fsp_kernels.backends.fused import fp32_precision, raw_stream
 from fsp_kernels.backends.triton import configurations
 from fsp_kernels.backends.triton.configurations import FAMILIES, Row
-from fsp_kernels.backends.triton.elementwise import scale
 from fsp_kernels.backends.triton.launch import Launch
 from fsp_kernels.backends.triton.loss import Program
 from fsp_kernels.backends.triton.product import prepare
-from fsp_kernels.loss_plan import LossPlan, MapSpec
+from fsp_kernels.loss_plan import LossPlan, MapSpec, Scaling
 from fsp_kernels.plan import plan_loss
 
 # Chips each family's table is compiled for, and the shared memory a program may have on them: CUDA
@@ -370,9 +369,11 @@ def compile_variant(variant: Variant, family: str) -> list[Usage]:
 
     def call() -> None:
         _loss_call(maps, variant.wanted, variant.pool, variant.norm)()
-        factor = torch.empty((), device="meta")
+        factor, gradients = torch.empty((), device="meta"), [x.float() for x in maps]
+        held, dtypes = (tuple(x.dtype for x in some) for some in (gradients, maps))
+        scaling = Scaling(tuple(map(Tensor.numel, maps)), held, dtypes)
         for in_place in (True, False):
-            scale([x.float() for x in maps], [x.dtype for x in maps], factor, in_place)
+            registered_backends()["triton"].scale(gradients, scaling, factor, in_place)
 
     return [usage_of(x) for x in compile_call(call, family, "tf32x3")]
 

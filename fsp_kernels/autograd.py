@@ -111,11 +111,9 @@ class FSPLossFunction(torch.autograd.Function):
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         plan: LossPlan = ctx.plan
         if _is_differentiated(incoming):
-            scaled = scaled_by_torch(ctx.gradients, plan.wanted_dtypes, incoming, ctx.wanted)
+            scaled = scaled_by_torch(ctx.gradients, plan.scaling.dtypes, incoming, ctx.wanted)
         else:
-            scaled = planned_backend(plan).scale(
-                ctx.gradients, plan.wanted_dtypes, incoming, in_place=not keep
-            )
+            scaled = planned_backend(plan).scale(ctx.gradients, plan.scaling, incoming, not keep)
         if not keep:
             ctx.gradients = ctx.wanted = None
         return None, None, *plan.spread(scaled)

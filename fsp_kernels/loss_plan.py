@@ -241,6 +241,14 @@ def multiplied_dtypes(
     return tuple(m.multiplied_dtype for m in maps)
 
 
+class Scaling(NamedTuple):
+    """Gradients between forward and backward: their sizes and dtypes, and the dtypes wanted."""
+
+    sizes: tuple[int, ...]
+    held: tuple[torch.dtype, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+
 class Step(NamedTuple):
     """What some pairs of one evaluation do together, for one chunk of their samples.
 
@@ -334,9 +342,14 @@ class LossPlan:
         return tuple(i for i, m in enumerate(self.maps) if m.gradient_dtype is not None)
 
     @cached_property
-    def wanted_dtypes(self) -> tuple[torch.dtype, ...]:
-        """Their dtypes."""
-        return tuple(self.maps[i].dtype for i in self.wanted)
+    def scaling(self) -> Scaling:
+        """What backward does to their gradients."""
+        maps = [self.maps[i] for i in self.wanted]
+        return Scaling(
+            sizes=tuple(math.prod(m.shape) for m in maps),
+            held=tuple(m.gradient_dtype for m in maps if m.gradient_dtype is not None),
+            dtypes=tuple(m.dtype for m in maps),
+        )
 
     @cached_property
     def fused_windows(self) -> bool:

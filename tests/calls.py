@@ -14,6 +14,7 @@ from tolerances import flatten, oracle
 
 import fsp_kernels as fsp
 from fsp_kernels.backends.triton import configurations
+from fsp_kernels.loss_plan import Scaling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -104,6 +105,13 @@ def small_rows(warps: int) -> list[configurations.Row]:
 def tensor(*shape: int, dtype=FP32, layout="contiguous", grad=True) -> torch.Tensor:
     x = torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype)
     return LAYOUTS[layout](x).requires_grad_(grad)
+
+
+def scaling_of(gradients: Sequence[torch.Tensor], dtypes=None) -> Scaling:
+    """What backward does to gradients that are wanted in these dtypes, by default their own."""
+    held = tuple(g.dtype for g in gradients)
+    sizes = tuple(g.numel() for g in gradients)
+    return Scaling(sizes, held, held if dtypes is None else tuple(dtypes))
 
 
 def pair_of(

@@ -525,8 +525,8 @@ class Literal:
             torch.autograd.grad(loss, [x for x in wanted if x.requires_grad])
         )
 
-    def scale(self, gradients, dtypes, factor, in_place):  # noqa: ARG002
-        return [(g * factor).to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
+    def scale(self, gradients, scaling, factor, in_place):  # noqa: ARG002
+        return [(g * factor).to(dtype) for g, dtype in zip(gradients, scaling.dtypes, strict=True)]
 
 
 def test_a_backend_is_a_class_and_an_entry_of_the_registry(monkeypatch):

@@ -21,7 +21,7 @@ from fsp_kernels.backends.cuda import CudaBackend
 from fsp_kernels.backends.torch_backend import TorchBackend
 from fsp_kernels.backends.triton import TritonBackend
 from fsp_kernels.checks import check_choice
-from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan
+from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan, Scaling
 
 
 class Backend(Protocol):
@@ -75,13 +75,9 @@ class Backend(Protocol):
         """
 
     def scale(
-        self,
-        gradients: Sequence[Tensor],
-        dtypes: Sequence[torch.dtype],
-        factor: Tensor,
-        in_place: bool,
+        self, gradients: list[Tensor], scaling: Scaling, factor: Tensor, in_place: bool
     ) -> list[Tensor]:
-        """``gradients * factor`` in ``dtypes``; only ``in_place`` may overwrite ``gradients``."""
+        """``gradients * factor`` in ``scaling.dtypes``; only ``in_place`` may overwrite them."""
 
 
 # Best first. Adding a backend is a folder and a line here.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fsp_kernels.loss_plan import LossPlan, MapPlan
+from fsp_kernels.loss_plan import LossPlan, MapPlan, Scaling
 from fsp_kernels.pooling import pool, unpool
 
 # --- the backend ----------------------------------------------------------------------------------
@@ -82,6 +82,36 @@ class FusedBackend:
             x.unpool()
         return result, gradients
 
+    def scale(
+        self, gradients: list[Tensor], scaling: Scaling, factor: Tensor, in_place: bool
+    ) -> list[Tensor]:
+        device = factor.get_device()
+        if device >= 0 and device != torch._C._cuda_getDevice():
+            with torch.cuda.device(device):
+                return self.scale(gradients, scaling, factor, in_place)
+        scaled = gradients
+        if not in_place or scaling.held != scaling.dtypes:
+            scaled = [
+                g if in_place and g.dtype == dtype else torch.empty_like(g, dtype=dtype)
+                for g, dtype in zip(gradients, scaling.dtypes, strict=True)
+            ]
+        self.scale_into(scaled, gradients, scaling, factor, in_place)
+        return scaled
+
+    def scale_into(
+        self,
+        scaled: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        scaling: Scaling,
+        factor: Tensor,
+        in_place: bool,
+    ) -> None:
+        """``scaled = gradients * factor``, where their device is current.
+
+        With ``in_place`` and a factor of 1, tensors that are among both may be left as they are.
+        """
+        raise NotImplementedError
+
     def product(self, x: Tensor, y: Tensor, out: Tensor, positions: int) -> None:
         """``out = x @ y / positions``: ``(B, M, R), (B, R, N) -> (B, M, N)``."""
         raise NotImplementedError
@@ -101,16 +131,6 @@ class FusedBackend:
             out = gradient.new_empty(batch, channels, positions, dtype=dtype)
         self.product(gradient, other, out, positions)
         return out
-
-
-def targets_of(
-    gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype], in_place: bool
-) -> list[Tensor]:
-    """Where scaled gradients go: their own place, or a new one."""
-    return [
-        g if in_place and g.dtype == dtype else torch.empty_like(g, dtype=dtype)
-        for g, dtype in zip(gradients, dtypes, strict=True)
-    ]
 
 
 # --- how maps lie -------------------------------------------------------------------------------

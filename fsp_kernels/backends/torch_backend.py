@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan, PairPlan
+from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan, PairPlan, Scaling
 from fsp_kernels.plan import (
     GPU_GRAM_POSITIONS,
     GPU_TILE_CHANNELS,
@@ -88,17 +88,13 @@ class TorchBackend:
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum(), gradients
 
     def scale(
-        self,
-        gradients: Sequence[Tensor],
-        dtypes: Sequence[torch.dtype],
-        factor: Tensor,
-        in_place: bool,
+        self, gradients: Sequence[Tensor], scaling: Scaling, factor: Tensor, in_place: bool
     ) -> list[Tensor]:
         if not in_place:
             gradients = [g * factor for g in gradients]
         elif factor.device.type != "cpu" or factor.item() != 1:  # reading it would stall a device
             gradients = [g.mul_(factor) for g in gradients]
-        return [g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
+        return [g.to(dtype) for g, dtype in zip(gradients, scaling.dtypes, strict=True)]
 
 
 def _scaled_product(x: Tensor, y: Tensor, positions: int) -> Tensor:

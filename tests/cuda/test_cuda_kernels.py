@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calls import DEVICE, FP32, Regime, check, four_of, tensor
+from calls import DEVICE, Regime, check, four_of, scaling_of, tensor
 
 from fsp_kernels.backends import get_backend
 from fsp_kernels.backends.cuda.extension import module
@@ -21,7 +21,7 @@ def test_the_sum_takes_every_partial_loss():
 def test_a_gradient_is_scaled_that_has_more_elements_than_a_launch_has_threads(size):
     gradient = tensor(size, grad=False)
     factor = torch.tensor(3.0, device=DEVICE)
-    (found,) = get_backend("cuda").scale([gradient], [FP32], factor, in_place=False)
+    (found,) = get_backend("cuda").scale([gradient], scaling_of([gradient]), factor, False)
     assert torch.equal(found, 3 * gradient)
 
 

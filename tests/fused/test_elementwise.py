@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calls import DEVICE, DTYPES, FP16, FP32, Regime, four_of, tensor
+from calls import DEVICE, DTYPES, FP16, FP32, Regime, four_of, scaling_of, tensor
 from tolerances import TOLERANCES, assert_near, flatten, oracle
 
 import fsp_kernels as fsp
@@ -20,8 +20,8 @@ def factor_of(value: float) -> torch.Tensor:
 @pytest.fixture
 def scale(backend):
     def call(gradients, factor, in_place, dtypes=None):
-        dtypes = [g.dtype for g in gradients] if dtypes is None else dtypes
-        return get_backend(backend).scale(gradients, dtypes, factor_of(factor), in_place)
+        scaling = scaling_of(gradients, dtypes)
+        return get_backend(backend).scale(gradients, scaling, factor_of(factor), in_place)
 
     return call
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calls import BF16, DEVICE, DTYPES, FP32, ROADS, Regime, check, four_of, tensor
+from calls import BF16, DEVICE, DTYPES, FP32, ROADS, Regime, check, four_of, scaling_of, tensor
 from tolerances import assert_near
 
 import fsp_kernels as fsp
@@ -91,19 +91,18 @@ def test_a_chip_without_the_registers_for_one_pass_goes_by_tiles(
 # --- sums and scalings ----------------------------------------------------------------------------
 
 
-def scaled(gradients, factor, in_place):
-    dtypes = [g.dtype for g in gradients]
+def scaled(gradients, factor, in_place, dtypes=None):
     return get_backend("triton").scale(
-        gradients, dtypes, torch.tensor(factor, device=DEVICE), in_place
+        gradients, scaling_of(gradients, dtypes), torch.tensor(factor, device=DEVICE), in_place
     )
 
 
 def test_more_elements_than_programs_times_block(monkeypatch):
     monkeypatch.setattr(elementwise, "_PROGRAMS", 2)
-    elementwise._scale_launch.cache_clear()
+    elementwise._scale_launches.cache_clear()
     gradient = tensor(5 * elementwise.BLOCK + 3, grad=False)
     (found,) = scaled([gradient], 3.0, in_place=False)
-    elementwise._scale_launch.cache_clear()
+    elementwise._scale_launches.cache_clear()
     assert torch.equal(found, 3 * gradient)
 
 
@@ -120,6 +119,9 @@ def test_each_launch_sees_tensors_of_the_same_dtypes_every_time(monkeypatch):
     kinds = [FP32] * elementwise._MOST_TENSORS + [BF16] * elementwise._MOST_TENSORS
     scaled([tensor(4, dtype=dtype, grad=False) for dtype in kinds], 3.0, in_place=True)
     assert len(seen) == 2
+    for held in (FP32, BF16):
+        scaled([tensor(4, dtype=held, grad=False)], 3.0, in_place=True, dtypes=[BF16])
+    assert len(seen) == 4
     assert all(len(dtypes) == 1 for dtypes in seen.values())
 
 

@@ -13,6 +13,8 @@ are prepared once for all shapes and strides of a call, which then brings addres
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +35,8 @@ from fsp_kernels.backends.fused import (
     Program,
     on_device,
     raw_stream,
-    targets_of,
 )
-from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan
+from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan, Scaling
 
 
 class CudaBackend(FusedBackend):
@@ -69,24 +70,25 @@ class CudaBackend(FusedBackend):
     def prepare(self, plan: LossPlan, tensors: Sequence[Tensor]) -> Program:
         return loss.Program(plan, tensors)
 
-    def scale(
+    def scale_into(
         self,
+        scaled: Sequence[Tensor],
         gradients: Sequence[Tensor],
-        dtypes: Sequence[torch.dtype],
+        scaling: Scaling,
         factor: Tensor,
         in_place: bool,
-    ) -> list[Tensor]:
-        return on_device(factor, _scale, gradients, dtypes, factor, in_place)
+    ) -> None:
+        kernels = module()
+        described = [
+            (g.data_ptr(), out.data_ptr(), *facts)
+            for g, out, facts in zip(gradients, scaled, _facts(kernels, scaling), strict=True)
+        ]
+        stream = raw_stream(factor.device)
+        kernels.scale(index_of(factor), stream, described, factor.data_ptr(), in_place)
 
 
-def _scale(
-    gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype], factor: Tensor, in_place: bool
-) -> list[Tensor]:
-    scaled = targets_of(gradients, dtypes, in_place)
-    pointers = [
-        (g.data_ptr(), out.data_ptr(), g.numel(), scalar_of(g.dtype), scalar_of(out.dtype))
-        for g, out in zip(gradients, scaled, strict=True)
-    ]
-    stream = raw_stream(factor.device)
-    module().scale(index_of(factor), stream, pointers, factor.data_ptr(), in_place)
-    return scaled
+@lru_cache(maxsize=1024)
+def _facts(kernels: Any, scaling: Scaling) -> list[tuple[int, Any, Any]]:  # noqa: ARG001
+    """What a module's kernels are told of gradients beside their addresses."""
+    held, wanted = (map(scalar_of, dtypes) for dtypes in (scaling.held, scaling.dtypes))
+    return list(zip(scaling.sizes, held, wanted, strict=True))

@@ -75,20 +75,11 @@ class TritonBackend(FusedBackend):
 
         return loss.Program(plan, tensors)
 
-    def scale(
-        self,
-        gradients: Sequence[Tensor],
-        dtypes: Sequence[torch.dtype],
-        factor: Tensor,
-        in_place: bool,
-    ) -> list[Tensor]:
-        return on_device(factor, self._scale, gradients, dtypes, factor, in_place)
-
     @cached_property
-    def _scale(self) -> Callable[..., list[Tensor]]:
-        from fsp_kernels.backends.triton.elementwise import scale
+    def scale_into(self) -> Callable[..., None]:
+        from fsp_kernels.backends.triton.elementwise import scale_into
 
-        return scale
+        return scale_into
 
 
 def _interpreting() -> bool:

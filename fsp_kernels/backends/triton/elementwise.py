@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fsp_kernels.backends.fused import raw_stream, targets_of
+from fsp_kernels.backends.fused import raw_stream
 from fsp_kernels.backends.triton.arithmetic import cast
 from fsp_kernels.backends.triton.launch import Launch
+from fsp_kernels.loss_plan import Scaling
 
 BLOCK = 1024  # fp32 elements: 16 bytes for each thread of 8 warps
 
@@ -59,28 +60,33 @@ _WARPS = 8
 _MOST_TENSORS = 32  # of one launch, whose parameters must fit 4 KB
 
 
-def scale(
-    gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype], factor: Tensor, in_place: bool
-) -> list[Tensor]:
-    """See :meth:`fsp_kernels.backends.Backend.scale`; on the current device."""
-    scaled = targets_of(gradients, dtypes, in_place)
-    stream = raw_stream(factor.device)
-    for start in range(0, len(gradients), _MOST_TENSORS):
-        some = slice(start, start + _MOST_TENSORS)
-        sizes = tuple(map(Tensor.numel, gradients[some]))
-        launch = _scale_launch(sizes, in_place, factor.device, tuple(dtypes[some]))
-        launch(stream, [*gradients[some], *scaled[some], factor])
-    return scaled
+def scale_into(
+    scaled: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    scaling: Scaling,
+    factor: Tensor,
+    in_place: bool,
+) -> None:
+    """See :meth:`fsp_kernels.backends.fused.FusedBackend.scale_into`."""
+    device, tensors = factor.device, [*gradients, *scaled, factor]
+    for launch in _scale_launches(scaling, in_place, device):
+        launch(raw_stream(device), tensors)
 
 
 @lru_cache(maxsize=1024)
-def _scale_launch(
-    sizes: tuple[int, ...],
+def _scale_launches(
+    scaling: Scaling,
     in_place: bool,
     device: torch.device,  # noqa: ARG001  (a compiled kernel belongs to one)
-    dtypes: tuple[torch.dtype, ...],  # noqa: ARG001
-) -> Launch:
-    grid = min(_PROGRAMS, triton.cdiv(max(sizes), BLOCK))
-    count = len(sizes)
-    places = tuple((i, count + i) for i in range(count)), 2 * count
-    return Launch(fsp_scale, grid, _WARPS, sizes, in_place, count, BLOCK, places=places)
+) -> list[Launch]:
+    """Each is for some of the gradients, and finds them among all."""
+    count = len(scaling.sizes)
+    launches = []
+    for start in range(0, count, _MOST_TENSORS):
+        sizes = scaling.sizes[start : start + _MOST_TENSORS]
+        grid = min(_PROGRAMS, triton.cdiv(max(sizes), BLOCK))
+        pointers = tuple((start + i, count + start + i) for i in range(len(sizes)))
+        constants = sizes, in_place, len(sizes), BLOCK
+        places = pointers, 2 * count
+        launches.append(Launch(fsp_scale, grid, _WARPS, *constants, places=places))
+    return launches
