@@ -108,7 +108,7 @@ class FSPLossFunction(torch.autograd.Function):
             )
         # Gradients that no later backward can ask for are given away: scaled in place, and taken
         # by the leaves without a copy.
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        keep = _keeps_graph()
         plan: LossPlan = ctx.plan
         if _is_differentiated(incoming):
             scaled = scaled_by_torch(ctx.gradients, plan.scaling.dtypes, incoming, ctx.wanted)
@@ -129,10 +129,12 @@ def _is_differentiated(incoming: Tensor) -> bool:
         torch.is_grad_enabled()
         or forward_ad._current_level >= 0
         or _is_batched(incoming)
-        or torch._C._functorch.is_functorch_wrapped_tensor(incoming)
+        or _is_wrapped(incoming)
     )
 
 
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # by ``is_grads_batched`` and the like
 
 

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from operator import itemgetter
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -356,12 +357,14 @@ class LossPlan:
         """Whether kernels can pool all maps while they read them."""
         return all(m.fused_windows for m in self.maps)
 
-    def spread(self, gradients: Sequence[Tensor]) -> list[Tensor | None]:
+    def spread(self, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """The gradients in the places of the maps that want them, ``None`` in the others."""
-        spread: list[Tensor | None] = [None] * len(self.maps)
-        for i, gradient in zip(self.wanted, gradients, strict=True):
-            spread[i] = gradient
-        return spread
+        return self._spread((*gradients, None))
+
+    @cached_property
+    def _spread(self) -> Callable[[Sequence[Tensor | None]], tuple[Tensor | None, ...]]:
+        places = {i: k for k, i in enumerate(self.wanted)}
+        return itemgetter(*(places.get(i, -1) for i in range(len(self.maps))))
 
     def __str__(self) -> str:
         head = (
