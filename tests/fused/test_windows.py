@@ -71,6 +71,20 @@ def test_pooled_maps_may_lie_in_memory_in_any_way(sizes, pool, layout):
     check(student, [pooled_pair(sizes)], ONE_PASS, pool=pool)
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_gradient_of_a_pooled_map_may_lie_otherwise_than_the_map(pool, dtype):
+    wide, second = pooled_pair(((4, 12), (2, 3)), dtype, grad=False)
+    first = wide[..., ::2].requires_grad_()
+    assert torch.empty_like(first).stride(-1) == 1
+    check(
+        [(first, second.requires_grad_())],
+        [pooled_pair(((4, 6), (2, 3)), dtype)],
+        ONE_PASS,
+        pool=pool,
+    )
+
+
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("norm", NORMS)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton
 import triton.language as tl
 from calls import BF16, FP32, ROADS
 from triton.runtime import interpreter
@@ -20,6 +21,7 @@ import fsp_kernels as fsp
 from fsp_kernels.backends import get_backend
 from fsp_kernels.backends.triton import TritonBackend, configurations
 from fsp_kernels.backends.triton.launch import Launch
+from fsp_kernels.backends.triton.maps import layout_of, load_tile
 from fsp_kernels.backends.triton.product import batched_product
 
 pytestmark = pytest.mark.skipif(
@@ -200,6 +202,31 @@ def test_elements_of_a_window(memory, regimes, pool, axis):
     second = [huge((2, n, 1, 2, 1), (2 * n, 2, 2, 1, 1)) for _ in range(2)]
     check(memory, compute((first[0], second[0]), (first[1], second[1]), pool=pool))
     assert memory.touched(first[0]).max() > LIMIT
+
+
+@pytest.mark.parametrize("axis", ["depth", "height"])
+@pytest.mark.parametrize("pool", ["max", "avg"])
+def test_two_neighbours_of_a_window(memory, regimes, pool, axis):
+    m, n = regimes["one pass"].channels
+    strides = [FAR if axis == name else 4 for name in ("depth", "height")]
+    first = [huge((2, m, 3, 6, 4), (1 << 12, 1, *strides, 1)) for _ in range(2)]
+    second = [huge((2, n, 1, 2, 2), (4 * n, 4, 4, 2, 1)) for _ in range(2)]
+    check(memory, compute((first[0], second[0]), (first[1], second[1]), pool=pool))
+    assert memory.touched(first[0]).max() > LIMIT
+
+
+@triton.jit
+def last_tile(pointer, layout, position, positions, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
+    sample = tl.program_id(0)
+    load_tile(pointer, layout, sample, 0, position, 1, positions, BLOCK_C, BLOCK_K)
+
+
+@pytest.mark.parametrize("size", [LIMIT, LIMIT + 64, 2 * LIMIT - 64])
+def test_elements_of_a_pooled_row(memory, size):
+    x = huge((1, 1, size), (size, size, 1))
+    layout = layout_of(x.shape, x.stride(), (size // 2,), "max")
+    last_tile[(1,)](memory.pointer(x), layout, size // 2 - 16, size // 2, 16, 16)
+    assert memory.touched(x).tolist() == [*range(size - 32, size)]
 
 
 # --- within a matrix ------------------------------------------------------------------------------

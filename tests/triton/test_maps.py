@@ -108,6 +108,12 @@ def test_offsets_within_a_sample_take_64_bits_where_32_do_not_do(shape, wide):
     assert layout(torch.empty(shape, device="meta")).wide.value is wide
 
 
+def test_elements_of_a_pooled_row_are_counted_too():
+    x = torch.empty(1, 1, 1 << 31, device="meta")  # the last at 2^31 - 1
+    assert layout(x, (1 << 30,)).wide.value
+    assert not layout(x[..., 2:], ((1 << 30) - 1,)).wide.value
+
+
 def test_strides_count_not_elements():
     x = torch.empty(1, 4, 1 << 30, device="meta")[:, :, :2]
     assert layout(x).wide.value
@@ -127,12 +133,58 @@ def test_strides_count_not_elements():
         ((2, 8, 7, 7), "channels last", 8),
         ((2, 6, 7, 7), "channels last", 2),
         ((2, 8, 8, 8), "every second channel", 16),
-        ((2, 3, 8, 8), "cropped", 1),
+        ((2, 3, 8, 14), "cropped", 2),
+        ((2, 3, 7, 7), "cropped", 1),
     ],
     ids=str,
 )
 def test_rows_are_read_by_the_largest_unit_that_always_lies_together(shape, kind, unit):
     assert layout(empty(*shape, kind=kind)).unit.value == unit
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "kind", "unit"),
+    [
+        ((2, 3, 16, 16), (8, 8), "contiguous", 16),
+        ((2, 3, 14, 28), (7, 14), "contiguous", 4),
+        ((2, 3, 14, 12), (7, 6), "contiguous", 4),
+        ((2, 3, 6, 8), (2, 8), "contiguous", 8),
+        ((2, 3, 4, 4, 24), (2, 2, 12), "contiguous", 8),
+        ((2, 8, 6, 14), (3, 7), "cropped", 2),  # rows of 14 elements, 16 apart
+        ((2, 3, 8, 12), (4, 3), "contiguous", 1),  # windows of 4, of which one element is read
+        ((2, 16, 8, 8), (4, 4), "channels last", 1),
+        ((2, 3, 8, 8), (4, 4), "spatial axes permuted", 1),
+    ],
+    ids=str,
+)
+def test_rows_of_pooled_maps_have_units_too(shape, size, kind, unit):
+    assert layout(empty(*shape, kind=kind), size).unit.value == unit
+
+
+def test_every_stride_but_that_of_a_row_is_divisible_by_its_unit():
+    strides = [64, 32, 16, 1]
+    assert layout(torch.empty(512).as_strided((2, 2, 2, 16), strides), (1, 8)).unit.value == 16
+    for axis in range(3):
+        odd = [*strides[:axis], strides[axis] + 4, *strides[axis + 1 :]]
+        x = torch.empty(512).as_strided((2, 2, 2, 16), odd)
+        assert layout(x, (1, 8)).unit.value == 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "kind", "span"),
+    [
+        ((2, 3, 6, 8), (3, 4), "contiguous", 2),
+        ((2, 3, 6, 8), (6, 4), "cropped", 2),
+        ((2, 3, 6, 8), (3, 8), "contiguous", 1),
+        ((2, 3, 6, 8), (3, 2), "contiguous", 1),
+        ((2, 3, 6, 9), (3, 3), "contiguous", 1),
+        ((2, 3, 6, 8), (3, 4), "channels last", 1),
+        ((2, 3, 6, 8), (3, 4), "spatial axes permuted", 1),
+    ],
+    ids=str,
+)
+def test_two_neighbours_of_a_window_are_read_at_once(shape, size, kind, span):
+    assert layout(empty(*shape, kind=kind), size).span.value == span
 
 
 def test_of_positions_that_are_apart_none_lie_together():

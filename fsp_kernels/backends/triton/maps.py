@@ -2,7 +2,8 @@
 
 A map is read as it lies, by strides, one ``(channels, positions)`` tile at a time. Where it is
 pooled to its partner's size each position of the tile stands for a window, and nothing pooled is
-ever stored: the maximum is found again when its gradient is written.
+ever stored: the maximum is found again when its gradient is written. Windows of two neighbours are
+read and written by whole rows, others element by element.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class MapLayout(NamedTuple):
     pool: Any  # constant: "none", "max" or "avg"
     flat: Any  # constant: positions lie `width` apart, whatever their axis
     wide: Any  # constant: offsets within a sample need 64 bits
+    span: Any  # constant: elements of a window that lie together; see `span_of`
     unit: Any  # constant: elements that are read and written at once; see `unit_of`
     inner: Any  # constant: whether channels, rather than positions, are neighbours in memory
 
@@ -47,7 +49,9 @@ def layout_of(
 ) -> MapLayout:
     """The layout of a map that is pooled to ``size``, a divisor of its own axis by axis."""
     axes = axes_of(shape, strides, size)
+    span = span_of(axes)
     reach = sum((s - 1) * abs(t) for s, t in zip(shape[1:], strides[1:], strict=True))
+    reach = max(reach, span * math.prod(axes.sizes))  # to where positions are counted
     constant = tl.constexpr
     return MapLayout(
         sample=strides[0],
@@ -61,25 +65,33 @@ def layout_of(
         pool=constant("none" if axes.windows == (1, 1, 1) else pool),
         flat=constant(axes.flat),
         wide=constant(reach > INT32_LIMIT),
+        span=constant(span),
         unit=constant(unit_of(strides, axes)),
         inner=constant(strides[1] == 1 and axes.strides[2] != 1),
     )
+
+
+def span_of(axes: Axes) -> int:
+    """How many elements of a window are read at once: 2 if it has two neighbours in a row, else 1.
+
+    A row of the map is then read without gaps, and a thread has both neighbours.
+    """
+    return 2 if axes.strides[2] == 1 and axes.windows[2] == 2 else 1
 
 
 def unit_of(strides: Sequence[int], axes: Axes) -> int:
     """The largest power of two, at most 16, of elements that always lie together in a row.
 
     Rows begin at multiples of it, and end there: all strides but that of a row are divisible by it,
-    and the positions if it is these that are neighbours. A compiler that knows it reads 14 x 14
-    maps of bf16 by 8 bytes; Triton by itself looks for multiples of 16 elements, and reads them
-    by 2.
+    and the length of a row if it is positions that are neighbours. A compiler that knows it reads
+    14 x 14 maps of bf16 by 8 bytes; Triton by itself looks for multiples of 16 elements, and reads
+    them by 2. Rows of windows that are not read whole have gaps, and no units.
     """
     sample, channel, position = *strides[:2], axes.strides[2]
-    if not axes.flat:
-        return 1
-    if position == 1:
-        return math.gcd(16, sample, channel, math.prod(axes.sizes))
-    return math.gcd(16, sample, position) if channel == 1 else 1
+    if position == 1 and axes.windows[2] == span_of(axes):
+        row = math.prod(axes.sizes) if axes.flat else axes.sizes[2] * axes.windows[2]
+        return math.gcd(16, sample, channel, *axes.strides[:2], row)
+    return math.gcd(16, sample, position) if axes.flat and channel == 1 else 1
 
 
 @triton.jit
@@ -138,21 +150,26 @@ def write_gradient(
     dtype: tl.constexpr = gradient_pointer.dtype.element_ty
     if layout.pool == "none":
         tl.store(first, cast(gradient, dtype), mask)
-    elif layout.pool == "avg":
-        share = gradient * (1.0 / (layout.window[0] * layout.window[1] * layout.window[2]))
-        for d in tl.static_range(layout.window[0]):
-            for h in tl.static_range(layout.window[1]):
-                for w in tl.static_range(layout.window[2]):
-                    tl.store(first + _within(gradient_layout, d, h, w), cast(share, dtype), mask)
     else:
-        _, choice = _load(
-            pointer, layout, sample, channel, position, channels, positions, BLOCK_C, BLOCK_K
-        )
+        if layout.pool == "max":
+            _, choice = _load(
+                pointer, layout, sample, channel, position, channels, positions, BLOCK_C, BLOCK_K
+            )
+        else:
+            gradient *= 1.0 / (layout.window[0] * layout.window[1] * layout.window[2])
+        span: tl.constexpr = gradient_layout.span
+        # A third axis from here on: Triton then converts the product's layout once, before it.
+        shared = tl.broadcast_to(cast(gradient, dtype)[:, :, None], (BLOCK_C, BLOCK_K, span))
+        neighbours = tl.arange(0, span)[None, None, :]
         for d in tl.static_range(layout.window[0]):
             for h in tl.static_range(layout.window[1]):
-                for w in tl.static_range(layout.window[2]):
-                    value = tl.where(choice == _element(layout, d, h, w), gradient, 0.0)
-                    tl.store(first + _within(gradient_layout, d, h, w), cast(value, dtype), mask)
+                for w in tl.static_range(0, layout.window[2], span):
+                    row = shared
+                    if layout.pool == "max":
+                        taken = choice[:, :, None] == neighbours + _element(layout, d, h, w)
+                        row = tl.where(taken, shared, 0.0)
+                    row = tl.reshape(row, (BLOCK_C, BLOCK_K * span))
+                    tl.store(first + _within(gradient_layout, d, h, w), row, mask)
 
 
 @triton.jit
@@ -174,27 +191,35 @@ def _load(
     choice = tl.zeros((BLOCK_C, BLOCK_K), tl.int32)
     if layout.pool == "none":
         tile = tl.load(first, mask, other=0.0)
-    elif layout.pool == "avg":
-        total = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
-        for d in tl.static_range(layout.window[0]):
-            for h in tl.static_range(layout.window[1]):
-                for w in tl.static_range(layout.window[2]):
-                    value = tl.load(first + _within(layout, d, h, w), mask, other=0.0)
-                    total += value.to(tl.float32)
-        tile = total * (1.0 / (layout.window[0] * layout.window[1] * layout.window[2]))
     else:
-        best = tl.full((BLOCK_C, BLOCK_K), -float("inf"), tl.float32)
+        # In fp32, in which averages stay; a maximum is one of its elements.
+        start = 0.0 if layout.pool == "avg" else -float("inf")
+        tile = tl.full((BLOCK_C, BLOCK_K), start, tl.float32)
         for d in tl.static_range(layout.window[0]):
             for h in tl.static_range(layout.window[1]):
-                for w in tl.static_range(layout.window[2]):
-                    value = tl.load(first + _within(layout, d, h, w), mask, other=0.0)
-                    value = value.to(tl.float32)
-                    # As PyTorch has it: the first among ties, the last among NaN.
-                    take = (value > best) | (value != value)
-                    best = tl.where(take, value, best)
-                    choice = tl.where(take, _element(layout, d, h, w), choice)
-        tile = best.to(pointer.dtype.element_ty)
+                for w in tl.static_range(0, layout.window[2], layout.span):
+                    row = tl.load(first + _within(layout, d, h, w), mask, other=0.0)
+                    values = _apart(row, layout, BLOCK_C, BLOCK_K)
+                    for i in tl.static_range(layout.span):
+                        value = values[i].to(tl.float32)
+                        if layout.pool == "avg":
+                            tile += value
+                        else:
+                            # As PyTorch has it: the first among ties, the last among NaN.
+                            take = (value > tile) | (value != value)
+                            tile = tl.maximum(tile, value, propagate_nan=tl.PropagateNan.ALL)
+                            choice = tl.where(take, _element(layout, d, h, w + i), choice)
+        if layout.pool == "avg":
+            tile *= 1.0 / (layout.window[0] * layout.window[1] * layout.window[2])
+        else:
+            tile = tile.to(pointer.dtype.element_ty)
     return tile, choice
+
+
+@triton.jit
+def _apart(row, layout, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The ``span`` neighbours of each window that lie in a row, a tile of each."""
+    return tl.split(tl.reshape(row, (BLOCK_C, BLOCK_K, 2))) if layout.span == 2 else (row,)
 
 
 @triton.jit
@@ -225,24 +250,29 @@ def _addresses(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``(BLOCK_C, BLOCK_K)`` pointers, to the first element of each window, and their mask."""
+    """``(BLOCK_C, BLOCK_K * span)`` pointers and their mask: the first ``span`` of each window."""
+    span = layout.span
+    if layout.wide:
+        span = tl.full((), span, tl.int64)
     c = channel + tl.arange(0, BLOCK_C)
-    k = position + tl.arange(0, BLOCK_K)
-    end = positions if layout.inner else _in_units(positions, layout)
+    k = position * span + tl.arange(0, BLOCK_K * layout.span)
+    end = positions * span
+    if not layout.inner:
+        end = _in_units(end, layout)
     mask = (k < end)[None, :]
     if channels % BLOCK_C != 0:
         mask = mask & (c < channels)[:, None]
     if layout.wide:
         c = c.to(tl.int64)
-        k = k.to(tl.int64)
     if layout.flat:
         offsets = k * layout.width if layout.width == 1 else k * _in_units(layout.width, layout)
     else:
-        line = k // layout.columns
+        row = _in_units(layout.columns * span, layout)
+        line = k // row
         offsets = (
-            (k % layout.columns) * layout.width * layout.window[2]
-            + (line % layout.rows) * layout.height * layout.window[1]
-            + (line // layout.rows) * layout.depth * layout.window[0]
+            (k % row) * layout.width * (layout.window[2] // layout.span)
+            + (line % layout.rows) * _in_units(layout.height, layout) * layout.window[1]
+            + (line // layout.rows) * _in_units(layout.depth, layout) * layout.window[0]
         )
     start = pointer + sample.to(tl.int64) * _in_units(layout.sample, layout)
     if not layout.inner:
