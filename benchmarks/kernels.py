@@ -330,7 +330,8 @@ class Variant(NamedTuple):
     cropped: bool = False
 
 
-def _square(channels: int, side: int, batch: int = 8) -> tuple[int, ...]:
+def _square(channels: int, side: int, batch: int = 128) -> tuple[int, ...]:
+    """By default a batch that takes one pass where channels are few."""
     return (batch, channels, side, side)
 
 
@@ -339,8 +340,8 @@ _FP32, _BF16, _FP16 = torch.float32, torch.bfloat16, torch.float16
 VARIANTS = (
     Variant("averages", _BF16, (_square(64, 32), _square(64, 16)) * 2, pool="avg"),
     Variant("apart", _FP32, (_square(64, 32),) * 2 + (_square(64, 16),) * 2),
-    Variant("ready", _BF16, (_square(64, 32),) * 2 + ((8, 64, 64),), _READY),
-    Variant("ready, tiles", _FP32, (_square(256, 32),) * 2 + ((8, 256, 256),), _READY),
+    Variant("ready", _BF16, (_square(64, 32),) * 2 + ((128, 64, 64),), _READY),
+    Variant("ready, tiles", _FP32, (_square(256, 32),) * 2 + ((128, 256, 256),), _READY),
     Variant("columns", _FP32, (_square(64, 32),) * 4, norm="column"),
     Variant("columns, tiles", _BF16, (_square(256, 32),) * 4, norm="column"),
     Variant("parts", _FP32, (_square(256, 64, batch=1),) * 4),
@@ -355,7 +356,7 @@ VARIANTS = (
     Variant("rows of 4 bytes, tiles", _BF16, ((8, 256, 7, 14),) * 4),
     Variant("rows of 4 bytes, Gram", _FP32, (_square(512, 7),) * 4),
     Variant("one element", _FP16, ((1, 1, 1),) * 4),
-    Variant("64-bit offsets", _BF16, (_square(16, 20000, batch=1),) * 4),
+    Variant("64-bit offsets", _BF16, (_square(16, 20000),) * 4),
 )
 # Kernels without a configuration of their own, which may not spill in any variant.
 UNCONFIGURED = ("fsp_combine", "fsp_matrix_gradients", "fsp_finish", "fsp_scale")

@@ -375,7 +375,7 @@ def parts_of(tiles: int, positions: int) -> int:
 def gram_operands(maps: Sequence[MapPlan]) -> int:
     """Blocks of each sample that the gradients of a Gram form are products with.
 
-    Two for each gradient, with places for the teacher's if any of these is wanted.
+    Two for each gradient; the teacher's only if one of these is wanted.
     """
     wanted = [plan.gradient_dtype is not None for plan in maps]
     return 8 if any(wanted[2:]) else 4 if any(wanted) else 0

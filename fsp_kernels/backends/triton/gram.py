@@ -107,13 +107,10 @@ def _combine(workspaces, entry, factor, sample, rows):
         pc = _total_of_columns(blocks, entry, 1, sample, rows)
         bq = _total_of_columns(blocks, entry, 4, sample, rows)
         scale = 2 * factor * inverse
-        if entry.gradients[0] is not None:
-            _keep(scale, bb, bq, operands, entry, 0, sample, rows)
-        if entry.gradients[1] is not None:
-            _keep(scale, pp + cp, pc + cc, operands, entry, 1, sample, rows)
-        if entry.gradients[2] is not None:
+        _keep(scale, bb, bq, operands, entry, 0, sample, rows)
+        _keep(scale, pp + cp, pc + cc, operands, entry, 1, sample, rows)
+        if entry.kept > 4:
             _keep(-scale, bb - qb, bq - qq, operands, entry, 2, sample, rows)
-        if entry.gradients[3] is not None:
             _keep(-scale, cp, cc, operands, entry, 3, sample, rows)
     return tl.sum(tl.sum(products, axis=1))
 
