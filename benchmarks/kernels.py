@@ -176,7 +176,7 @@ def maps_of(case: Case, batch: int, device: str) -> list[Tensor]:
     """
     kernel, limit = case.row.kernel, case.row.limit
     channels, size, odd = {
-        "one_pass": (limit, (32, 32), (7, 7)),
+        "one_pass": (limit, (16, 16), (7, 7)),  # few positions, which are never split
         "gram": (2048, (4, limit // 4), {16: (3, 3), 32: (5, 5), 64: (7, 7)}.get(limit)),
     }.get(kernel, (limit, (64, 64), (21, 21)) if limit else (256, (32, 32), (21, 21)))
     shape = (batch, channels, *(odd if case.row.access == "odd" else size))
