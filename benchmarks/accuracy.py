@@ -35,7 +35,8 @@ from fsp_kernels.loss_plan import Form, MapSpec
 from fsp_kernels.plan import alternatives
 
 # Both maps of the pair: of the last stages of a ResNet-18, which kernels evaluate in Gram form and
-# by tiles, and of an early one, in one pass. Of a larger batch errors are the same.
+# by tiles, and of an early one, in one pass (fp32: by tiles in parts). Of a larger batch errors are
+# the same.
 SHAPES = {
     "512 @ 7 x 7": (8, 512, 7, 7),
     "256 @ 14 x 14": (8, 256, 14, 14),
