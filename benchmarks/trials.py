@@ -37,6 +37,7 @@ from benchmarks.workloads import BY_NAME, WORKLOADS
 from fsp_kernels.backends.triton.configurations import Configuration, Row, replaced, using
 
 BATCHES = (32, 64, 256)
+SMALL_BATCH = 8  # where a pair made for a row leads to it in no other: many samples are not split
 LARGEST = 4 << 30  # bytes of a situation's maps: two copies, gradients and results fit 80 GB
 # A candidate multiplies and sums the same numbers in another order. A wrong one errs by far more.
 TOLERANCES = {"half": 1e-2, "tf32": 1e-3, "tf32x3": 1e-4}
@@ -110,17 +111,21 @@ class Situation(NamedTuple):
 def situations(row: Row, table: Sequence[Row]) -> list[Situation]:
     """Every workload that launches something else if the row changes, in each batch; needs no GPU.
 
-    Where there is none, a pair that leads to the row.
+    Where there is none, a pair that leads to the row, in each batch in which it does.
     """
     case = Case(row, DTYPES[row.kind][0])
     changed = row.configuration._replace(stages=row.configuration.stages + 1)
     trial = replaced(table, row, row._replace(configuration=changed))
+
+    def differs(s: Situation) -> bool:
+        return _launches(s, table) != _launches(s, trial)
+
     shapes = {(w.layers, w.tokens): w.name for w in reversed(WORKLOADS)}  # the first of each
     found = [
         Situation(case, name, batch) for name in reversed(shapes.values()) for batch in BATCHES
     ]
-    used = [s for s in found if _launches(s, table) != _launches(s, trial)]
-    used = used or [Situation(case, None, batch) for batch in BATCHES]
+    own = [Situation(case, None, batch) for batch in (SMALL_BATCH, *BATCHES)]
+    used = [s for s in found if differs(s)] or [s for s in own if differs(s)]
     fitting = [s for s in used if sum(x.nbytes for x in s.maps("meta")) <= LARGEST]
     return fitting or used[:1]
 

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 from benchmarks import trials
 from benchmarks.kernels import DTYPES, Case, call_on, launches_of, maps_of
-from benchmarks.trials import Bench, Situation, candidates, measure, situations
+from benchmarks.trials import SMALL_BATCH, Bench, Situation, candidates, measure, situations
 from benchmarks.workloads import Workload
 from fsp_kernels.backends.triton import configurations
 from fsp_kernels.backends.triton.configurations import (
@@ -94,7 +94,7 @@ def launched(maps, row, table):
 @every_row
 def test_the_pair_made_for_a_row_launches_what_its_row_says(row):
     """And so would a candidate in its place: no other row is timed instead."""
-    maps = maps_of(Case(row, DTYPES[row.kind][0]), 32, "meta")
+    maps = maps_of(Case(row, DTYPES[row.kind][0]), SMALL_BATCH, "meta")
     changed = row._replace(configuration=row.configuration._replace(stages=6))
     before, after = (launched(maps, row, t) for t in (rows(), replaced(rows(), row, changed)))
     assert before != after
@@ -114,7 +114,16 @@ def test_a_row_is_timed_on_whole_workloads_in_every_batch():
 def test_a_row_that_no_workload_uses_is_timed_on_a_pair_of_its_own(kernel):
     row = next(r for r in ROWS if r.kernel == kernel and r.access == "odd")
     found = situations(row, rows())
-    assert [(s.workload, s.batch) for s in found] == [(None, batch) for batch in (32, 64, 256)]
+    assert [(s.workload, s.batch) for s in found] == [(None, batch) for batch in (8, 32, 64, 256)]
+
+
+@every_row
+def test_every_situation_launches_what_the_row_says(row):
+    changed = row._replace(configuration=row.configuration._replace(stages=6))
+    for situation in situations(row, rows()):
+        maps = situation.maps("meta")
+        before, after = (launched(maps, row, t) for t in (rows(), replaced(rows(), row, changed)))
+        assert before != after
 
 
 def test_equal_workloads_are_timed_once_and_too_large_ones_not_at_all():
