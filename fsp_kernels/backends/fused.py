@@ -85,17 +85,13 @@ class FusedBackend:
     def scale(
         self, gradients: list[Tensor], scaling: Scaling, factor: Tensor, in_place: bool
     ) -> list[Tensor]:
-        device = factor.get_device()
-        if device >= 0 and device != torch._C._cuda_getDevice():
-            with torch.cuda.device(device):
-                return self.scale(gradients, scaling, factor, in_place)
         scaled = gradients
         if not in_place or scaling.held != scaling.dtypes:
             scaled = [
                 g if in_place and g.dtype == dtype else torch.empty_like(g, dtype=dtype)
                 for g, dtype in zip(gradients, scaling.dtypes, strict=True)
             ]
-        self.scale_into(scaled, gradients, scaling, factor, in_place)
+        on_device(factor, self.scale_into, scaled, gradients, scaling, factor, in_place)
         return scaled
 
     def scale_into(

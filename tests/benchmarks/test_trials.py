@@ -91,13 +91,17 @@ def launched(maps, row, table):
         return launches_of(lambda: call_on(maps)(), row.family, row.kind)
 
 
+def follow(maps, row):
+    """Whether the launches of maps change with the row."""
+    changed = row._replace(configuration=row.configuration._replace(stages=6))
+    before, after = (launched(maps, row, t) for t in (rows(), replaced(rows(), row, changed)))
+    return before != after
+
+
 @every_row
 def test_the_pair_made_for_a_row_launches_what_its_row_says(row):
     """And so would a candidate in its place: no other row is timed instead."""
-    maps = maps_of(Case(row, DTYPES[row.kind][0]), SMALL_BATCH, "meta")
-    changed = row._replace(configuration=row.configuration._replace(stages=6))
-    before, after = (launched(maps, row, t) for t in (rows(), replaced(rows(), row, changed)))
-    assert before != after
+    assert follow(maps_of(Case(row, DTYPES[row.kind][0]), SMALL_BATCH, "meta"), row)
 
 
 def test_a_row_is_timed_on_whole_workloads_in_every_batch():
@@ -119,11 +123,7 @@ def test_a_row_that_no_workload_uses_is_timed_on_a_pair_of_its_own(kernel):
 
 @every_row
 def test_every_situation_launches_what_the_row_says(row):
-    changed = row._replace(configuration=row.configuration._replace(stages=6))
-    for situation in situations(row, rows()):
-        maps = situation.maps("meta")
-        before, after = (launched(maps, row, t) for t in (rows(), replaced(rows(), row, changed)))
-        assert before != after
+    assert all(follow(situation.maps("meta"), row) for situation in situations(row, rows()))
 
 
 def test_equal_workloads_are_timed_once_and_too_large_ones_not_at_all():

@@ -19,7 +19,7 @@ from fsp_kernels.plan import HALF
 
 SMALLEST_COPY = 4  # bytes that a GPU copies to shared memory while it computes
 # Parts of the positions from which tiles in parts are faster than one pass, which takes longer for
-# each position in fp32. Predicted from the machine code, not measured.
+# each position in fp32. Predicted from the machine code, not measured; for "tf32" not even that.
 ONE_PASS_PARTS = {"half": 16, "tf32": 3, "tf32x3": 3}
 # Of one launch: a kernel has code for each of its pairs, and takes as long to compile.
 MOST_PAIRS = 8
