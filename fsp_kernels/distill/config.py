@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
+from pydantic import Discriminator, Field, Tag
 
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.settings import (
-    Rule,
-    at_least,
-    between,
+    AS_TUPLE,
+    SettingError,
+    Settings,
     load_yaml,
-    more_than,
+    must,
     override,
     read,
-    setting,
     to_tree,
 )
 
-_FOLDER_NAME = Rule(
-    lambda name: re.fullmatch(r"\w[\w.-]*", name) is not None,
-    "a folder name of letters, digits, '.', '_' and '-'",
-)
-_SHARE = Rule(lambda value: 0 < value <= 1, "more than 0 and at most 1")
+T = TypeVar("T")
+
+# No value is without an upper bound: what cannot be meant is told at once, not by what breaks.
+_MOST_STEPS = 10**8  # of which the names of checkpoints have digits
+_LARGEST = 1e38  # about what single precision holds
+Count = Annotated[int, Field(ge=1, le=_MOST_STEPS)]
+Images = Annotated[int, Field(ge=10, le=10**9)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[float, Field(gt=0, le=_LARGEST)]
+NotNegative = Annotated[float, Field(ge=0, le=_LARGEST)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Part = Annotated[float, Field(ge=0, lt=1)]
+FilePath = Annotated[str, Field(min_length=1, max_length=4096)]
+ModulePath = Annotated[str, Field(min_length=1, max_length=1000)]
+TwoPaths = Annotated[tuple[ModulePath, ModulePath], AS_TUPLE]
+Many = Annotated[tuple[T, ...], Field(min_length=1, max_length=1000), AS_TUPLE]
 
 Dataset = Literal["digits", "mnist5k", "cifar10", "cifar100", "imagefolder"]
 ArmName = Literal[
@@ -37,8 +45,7 @@ ArmName = Literal[
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Data:
+class Data(Settings):
     """Which images, and how many of the training pool the networks may see.
 
     Attributes:
@@ -56,19 +63,19 @@ class Data:
     """
 
     dataset: Dataset = "digits"
-    root: str | None = None
+    root: FilePath | None = None
     download: bool = False
-    image_size: int | None = setting(at_least(4), None)
-    train_images: int | None = setting(at_least(10), None)
-    teacher_images: int | None = setting(at_least(10), None)
-    validation_images: int | None = setting(at_least(0), None)
+    image_size: Annotated[int, Field(ge=4, le=4096)] | None = None
+    train_images: Images | None = None
+    teacher_images: Images | None = None
+    validation_images: Annotated[int, Field(ge=0, le=10**9)] | None = None
     augment: bool = True
-    batch_size: int = setting(at_least(2), 32)  # batch normalisation needs two images
-    workers: int = setting(at_least(0), 0)
+    # Batch normalisation needs two images.
+    batch_size: Annotated[int, Field(ge=2, le=10**6)] = 32
+    workers: Annotated[int, Field(ge=0, le=256)] = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Network:
+class Network(Settings):
     """A network by name; ``fsp_kernels.distill.models`` says which names there are.
 
     Attributes:
@@ -79,25 +86,23 @@ class Network:
         pretrained: start from the weights that torchvision or timm publish, downloaded.
     """
 
-    model: str
-    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
-    weights: str | None = None
+    model: ModulePath
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    weights: FilePath | None = None
     pretrained: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stop:
+class Stop(Settings):
     """End a stage early: after ``patience`` evaluations without a loss lower by ``min_delta``.
 
     The loss is the stage's own, on the validation split.
     """
 
-    patience: int = setting(at_least(1))
-    min_delta: float = setting(at_least(0), 0.0)
+    patience: Count
+    min_delta: NotNegative = 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Training:
+class Training(Settings):
     """One run of an optimiser.
 
     Attributes:
@@ -112,31 +117,29 @@ class Training:
         stop: when to stop before ``steps``.
     """
 
-    steps: int | None = setting(at_least(1), None)
-    epochs: int | None = setting(at_least(1), None)
+    steps: Count | None = None
+    epochs: Count | None = None
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    learning_rate: float = setting(more_than(0))
-    momentum: float = setting(between(0, 1), 0.9)
+    learning_rate: Positive
+    momentum: Part = 0.9
     nesterov: bool = False
-    weight_decay: float = setting(at_least(0), 1e-4)
+    weight_decay: NotNegative = 1e-4
     schedule: Literal["multistep", "cosine", "constant"] = "multistep"
-    milestones: tuple[float, ...] = setting(_SHARE, (0.5, 0.75))
-    decay: float = setting(_SHARE, 0.1)
-    warmup: float = setting(between(0, 1), 0.0)
-    clip: float | None = setting(more_than(0), None)
+    milestones: Many[Share] = (0.5, 0.75)
+    decay: Share = 0.1
+    warmup: Part = 0.0
+    clip: Positive | None = None
     stop: Stop | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
+class Source(Settings):
     """Another data set, which the teacher is trained on first (the paper's section 4.3)."""
 
     data: Data
     training: Training
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pair:
+class Pair(Settings):
     """The two feature maps of one FSP matrix, by module path, in each network.
 
     ``channel_dim`` is the axis of the maps' channels, as in ``fsp_kernels.fsp_loss``: 1 for
@@ -144,14 +147,30 @@ class Pair:
     need it.
     """
 
-    student: tuple[str, str]
-    teacher: tuple[str, str]
-    weight: float = setting(at_least(0), 1.0)
-    channel_dim: int | None = setting(Rule(lambda value: value in (1, -1), "1 or -1"), None)
+    student: TwoPaths
+    teacher: TwoPaths
+    weight: NotNegative = 1.0
+    channel_dim: Annotated[int, Field(ge=-1, le=1), must(bool, "1 or -1")] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fsp:
+def _kind_of_pairs(value: object) -> str | None:
+    """Which member of ``Pairs`` a value is to be, so that an error is about that one."""
+    if isinstance(value, (list, tuple)):
+        return "list"
+    return "name" if isinstance(value, str) else None
+
+
+Pairs = Annotated[
+    Annotated[Literal["auto", "family"], Tag("name")] | Annotated[Many[Pair], Tag("list")],
+    Discriminator(
+        _kind_of_pairs,
+        custom_error_type="pairs",
+        custom_error_message="'auto', 'family', or a list of pairs",
+    ),
+]
+
+
+class Fsp(Settings):
     """The FSP loss: ``pool`` and ``norm`` as in ``fsp_kernels.fsp_loss``.
 
     Attributes:
@@ -164,20 +183,18 @@ class Fsp:
     pool: Literal["max", "avg"] = "max"
     norm: Literal["frobenius", "mse", "column"] = "frobenius"
     projection: bool = False
-    beta: float = setting(more_than(0), 1.0)
+    beta: Positive = 1.0
     cache_teacher: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class SoftTargets:
+class SoftTargets(Settings):
     """Soft targets (Hinton, Vinyals, Dean, 2015): ``(1 - weight) * task + weight * T^2 KL``."""
 
-    weight: float = setting(_SHARE, 0.9)
-    temperature: float = setting(more_than(0), 4.0)
+    weight: Share = 0.9
+    temperature: Positive = 4.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Execution:
+class Execution(Settings):
     """How the arithmetic is done.
 
     Attributes:
@@ -190,44 +207,49 @@ class Execution:
     """
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    accumulation: int = setting(at_least(1), 1)
+    accumulation: Annotated[int, Field(ge=1, le=10**6)] = 1
     channels_last: bool = False
     compile: bool = False
     sync_batch_norm: bool = False
-    threads: int | None = setting(at_least(1), None)
+    threads: Annotated[int, Field(ge=1, le=512)] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Evaluation(Settings):
     """Which split is quoted, how often (steps), and which accuracies the step counts are about."""
 
     split: Literal["validation", "test"] = "test"
-    every: int = setting(at_least(1), 10)
-    targets: tuple[float, ...] = setting(_SHARE, (0.8, 0.9))
+    every: Count = 10
+    targets: Many[Share] = (0.8, 0.9)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Checkpoints:
+class Checkpoints(Settings):
     """What a run can be resumed from: written each ``every`` steps, the last ``keep`` are kept."""
 
-    every: int = setting(at_least(1), 500)
-    keep: int = setting(at_least(2), 2)  # of a damaged one and the one before, the latter serves
+    every: Count = 500
+    # Of a damaged one and the one before, the latter serves.
+    keep: Annotated[int, Field(ge=2, le=1000)] = 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """One whole recipe."""
 
-    name: str = setting(_FOLDER_NAME)
-    seeds: tuple[int, ...] = setting(at_least(0), (0,))
-    teacher_seed: int = setting(at_least(0), 1000)
-    arms: tuple[ArmName, ...] = ("baseline", "baseline-long", "two-stage")
+    name: Annotated[
+        str,
+        Field(max_length=100),
+        must(
+            re.compile(r"\w[\w.-]*").fullmatch,
+            "a folder name of letters, digits, '.', '_' and '-'",
+        ),
+    ]
+    seeds: Many[Seed] = (0,)
+    teacher_seed: Seed = 1000
+    arms: Many[ArmName] = ("baseline", "baseline-long", "two-stage")
     data: Data
     source: Source | None = None
     teacher: Network
     teacher_training: Training | None = None
     student: Network
-    pairs: Literal["auto", "family"] | tuple[Pair, ...] = "auto"
+    pairs: Pairs = "auto"
     fsp: Fsp = Fsp()
     stage1: Training
     stage2: Training
@@ -247,11 +269,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         DistillError: the file, a key or a value is wrong; the message names it.
     """
-    tree = load_yaml(path)
+    tree, lines = load_yaml(path)
     tree.setdefault("name", path.stem)
-    override(tree, overrides)
-    config = read(Config, tree)
-    _check(config)
+    overridden = override(tree, overrides)
+    try:
+        config = read(Config, tree)
+        _check(config)
+    except SettingError as error:
+        raise error.in_file(path, lines, overridden) from None
     return config
 
 
@@ -265,49 +290,49 @@ def _check(config: Config) -> None:
     for key in ("seeds", "arms"):
         values = getattr(config, key)
         if len(set(values)) < len(values):
-            raise DistillError(f"{key}: is {list(values)}, must not hold one twice")
+            raise SettingError((key, f"is {list(values)}, must not hold one twice"))
     _check_data(config.data, "data")
     trainings = {name: getattr(config, name) for name in ("stage1", "stage2", "teacher_training")}
     if config.source is not None:
         _check_data(config.source.data, "source.data")
         trainings["source.training"] = config.source.training
         if config.teacher_training is None:
-            raise DistillError("teacher_training: missing; the source is trained on before it")
+            raise SettingError(("teacher_training", "missing; the source is trained on before it"))
     for name, training in trainings.items():
         if training is not None and (training.steps is None) == (training.epochs is None):
-            raise DistillError(f"{name}: must have steps or epochs, one of the two")
+            raise SettingError((name, "must have steps or epochs, one of the two"))
     if config.teacher_training is None and not (
         config.teacher.weights or config.teacher.pretrained
     ):
-        raise DistillError(
-            "teacher_training: missing; a teacher needs it, or else teacher.weights or "
-            "teacher.pretrained"
-        )
+        problem = "missing; a teacher needs it, or else teacher.weights or teacher.pretrained"
+        raise SettingError(("teacher_training", problem))
     if config.fsp.cache_teacher and config.data.augment:
-        raise DistillError(
-            "fsp.cache_teacher: is true, must be false while data.augment is true: each epoch "
-            "shows the teacher other images"
+        problem = (
+            "is true, must be false while data.augment is true: each epoch shows the teacher other "
+            "images"
         )
-    if config.data.batch_size % config.execution.accumulation:
-        raise DistillError(
-            f"data.batch_size: is {config.data.batch_size}, must be a multiple of "
-            f"execution.accumulation ({config.execution.accumulation})"
+        raise SettingError(("fsp.cache_teacher", problem))
+    accumulation = config.execution.accumulation
+    if config.data.batch_size % accumulation:
+        problem = (
+            f"is {config.data.batch_size}, must be a multiple of execution.accumulation "
+            f"({accumulation})"
         )
+        raise SettingError(("data.batch_size", problem))
 
 
 def _check_data(data: Data, where: str) -> None:
     if data.dataset in ("digits", "mnist5k"):
         for key in ("root", "download"):
             if getattr(data, key):
-                raise DistillError(f"{where}.{key}: {data.dataset} has none")
+                raise SettingError((f"{where}.{key}", f"{data.dataset} has none"))
     elif data.root is None:
-        raise DistillError(f"{where}.root: missing; the folder that {data.dataset} is in")
+        raise SettingError((f"{where}.root", f"missing; the folder that {data.dataset} is in"))
     if data.dataset == "imagefolder" and data.download:
-        raise DistillError(f"{where}.download: is true, which an imagefolder can't be")
+        raise SettingError((f"{where}.download", "is true, which an imagefolder can't be"))
     counts = ("batch_size", "train_images", "teacher_images")
     given = [(key, getattr(data, key)) for key in counts if getattr(data, key) is not None]
     for (key, count), (limit_key, limit) in pairwise(given):
         if count > limit:
-            raise DistillError(
-                f"{where}.{key}: is {count}, must be at most {where}.{limit_key} ({limit})"
-            )
+            problem = f"is {count}, must be at most {where}.{limit_key} ({limit})"
+            raise SettingError((f"{where}.{key}", problem))

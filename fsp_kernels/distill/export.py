@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ def _data_of(run: records.Run, config: Config) -> Data:
 def _network_of(run: records.Run, config: Config, splits: Splits) -> nn.Module:
     """The architecture; the weights that it once started from are not asked for."""
     where = "teacher" if run.arm in ("teacher", "source") else "student"
-    network = replace(getattr(config, where), weights=None, pretrained=False)
+    network = getattr(config, where).model_copy(update={"weights": None, "pretrained": False})
     channels, classes = splits.image_shape[0], splits.classes
     return build_model(network, in_channels=channels, classes=classes, where=where).eval()
 

@@ -221,7 +221,7 @@ class StageRun:
             | numbered("after", fsp.matrices(self._plain_objective))
         )
         if self._accelerator.is_main_process:
-            note = {"pairs": to_tree(tuple(self._job.pairs))}
+            note = {"pairs": [to_tree(pair) for pair in self._job.pairs]}
             checkpoint.save(self._job.folder / MATRICES, tensors, note)
 
     def _save(self) -> None:

@@ -122,7 +122,7 @@ class Study:
         }
         if distilled:
             settings["teacher"] = checkpoint.digest_of(self.teacher.network.state_dict())
-            settings["pairs"] = to_tree(self.pairs)
+            settings["pairs"] = [to_tree(pair) for pair in self.pairs]
         job = Job(
             arm=arm,
             label=f"{arm} seed {seed}",

@@ -62,9 +62,9 @@ def test_a_pair_says_where_its_channels_are(recipe: Path, given: str) -> None:
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("stage1.learning_rate=0", r"stage1\.learning_rate: is 0\.0, must be more than 0"),
-        ("stage2.momentum=1", r"stage2\.momentum: is 1\.0, must be at least 0 and less than 1"),
-        ("stage2.milestones=[0.5,2]", r"stage2\.milestones\.1: is 2\.0, must be more than 0 and"),
+        ("stage1.learning_rate=0", r"stage1\.learning_rate: is 0, must be more than 0"),
+        ("stage2.momentum=1", r"stage2\.momentum: is 1, must be less than 1"),
+        ("stage2.milestones=[0.5,2]", r"stage2\.milestones\.1: is 2, must be at most 1"),
         ("stage1.optimizer=sdg", r"stage1\.optimizer: is 'sdg', .*; did you mean 'sgd'"),
         ("evaluation.split=train", r"evaluation\.split: is 'train', must be one of 'validation'"),
         ("checkpoints.keep=1", r"checkpoints\.keep: is 1, must be at least 2"),
@@ -72,13 +72,14 @@ def test_a_pair_says_where_its_channels_are(recipe: Path, given: str) -> None:
         ("seeds=[1,1]", r"seeds: is \[1, 1\], must not hold one twice"),
         ("arms=[kd,kd]", r"arms: is \['kd', 'kd'\], must not hold one twice"),
         ("arms=[kdd]", r"arms\.0: is 'kdd', must be one of 'baseline', .*; did you mean 'kd'"),
-        (PAIR.format("channel_dim: 2"), r"pairs\.0\.channel_dim: is 2, must be 1 or -1"),
+        (PAIR.format("channel_dim: 2"), r"pairs\.0\.channel_dim: is 2, must be at most 1"),
+        (PAIR.format("channel_dim: 0"), r"pairs\.0\.channel_dim: is 0, must be 1 or -1"),
         (PAIR.format("channel_dim: true"), r"pairs\.0\.channel_dim: is True, must be a whole"),
         (
             PAIR.format("channels: last"),
             r"pairs\.0\.channels: unknown key; did you mean 'channel_d",
         ),
-        ("pairs=automatic", r"pairs: is 'automatic', must be one of 'auto', 'family'"),
+        ("pairs=automatic", r"pairs: is 'automatic', must be one of 'auto' or 'family'"),
         ("data.batch_size=41", r"data\.batch_size: is 41, must be at most data\.train_images"),
         ("data.teacher_images=39", r"data\.train_images: is 40, must be at most data\.teacher"),
     ],
@@ -126,6 +127,58 @@ def test_combinations_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(DistillError, match=message):
         load_config(recipe, assignments)
+
+
+def test_an_error_names_the_file_and_the_line_unless_an_override_made_it(recipe: Path) -> None:
+    text = recipe.read_text().replace("{steps: 8, ", "{steps: 0, ")
+    recipe.write_text(text)
+    line = 1 + text[: text.index("stage1:")].count("\n")
+    with pytest.raises(DistillError) as caught:
+        load_config(recipe, ["stage2.steps=-1", "data.batch_size=1e3"])
+    assert str(caught.value).splitlines() == [
+        "data.batch_size: is 1000.0, must be a whole number",
+        f"{recipe}, line {line}: stage1.steps: is 0, must be at least 1",
+        "stage2.steps: is -1, must be at least 1",
+    ]
+
+
+def test_an_error_about_several_keys_names_the_line_too(recipe: Path) -> None:
+    text = recipe.read_text().replace("batch_size: 20", "batch_size: 41")
+    recipe.write_text(text)
+    line = 1 + text[: text.index("data:")].count("\n")
+    with pytest.raises(DistillError, match=f"^{recipe}, line {line}: data.batch_size: is 41, must"):
+        load_config(recipe)
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "stage1.steps=" + "9" * 31,
+        "stage1.steps=" + "9" * 400,
+        "stage1.learning_rate=" + "9" * 400,
+        "stage1.learning_rate=1e400",
+        "stage1.learning_rate=1e39",
+        "stage2.epochs=1000000000",
+        "execution.threads=100000000",
+        "data.workers=100000",
+        "data.image_size=100000",
+        "data.batch_size=99999999999",
+        "checkpoints.keep=1000000000000",
+        "evaluation.every=1000000000000",
+        "kd.temperature=1e300",
+        "teacher_seed=" + "9" * 100,
+        "name=" + "x" * 101,
+        "data.root=" + "x" * 5000,
+        "student.model=" + "x" * 5000,
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_refused_in_few_words(
+    recipe: Path, assignment: str
+) -> None:
+    key = assignment.partition("=")[0].replace(".", r"\.")
+    with pytest.raises(DistillError, match=f"^{key}: is .*, must be ") as caught:
+        load_config(recipe, [assignment])
+    assert len(str(caught.value)) < 300
 
 
 def test_a_teacher_that_comes_trained_needs_no_training(recipe: Path) -> None:
