@@ -19,6 +19,7 @@ import torch
 from benchmarks import contenders, report, workloads
 from benchmarks.environment import cores, device_slug, load
 from benchmarks.options import DEFAULT_DTYPES, ROUNDS
+from fsp_kernels._machine import prepare_terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("loss", "step", "scaling", "plan", "accuracy")
@@ -34,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     options.add_argument(
-        "part", nargs="*", choices=[*PARTS, []], help=f"of {', '.join(PARTS)}; default: all"
+        "part", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all"
     )
     options.add_argument(
         "--device", choices=list(ROUNDS), help="default: cuda where there is a GPU, else cpu"
@@ -67,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options, complete and checked."""
     options = parser().parse_args(arguments)
+    if unknown := [part for part in options.part if part not in PARTS]:
+        parser().error(f"PART: {unknown[0]!r}, must be of {', '.join(PARTS)}, or report")
     options.part = [part for part in PARTS if not options.part or part in options.part]
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -137,4 +140,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    prepare_terminal()
     sys.exit(main(sys.argv[1:]))

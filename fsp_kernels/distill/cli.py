@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 
+from fsp_kernels._machine import prepare_terminal
+
 
 def main() -> None:
     """Run the command line; exit code 2 when the extra ``train`` is not installed."""
+    prepare_terminal()
     try:
         from fsp_kernels.distill.commands import app
     except ModuleNotFoundError as error:

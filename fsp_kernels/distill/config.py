@@ -263,14 +263,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe and apply ``section.key=value`` overrides.
 
     Args:
-        path: a YAML file; its stem is the recipe's name unless the file sets ``name``.
+        path: a YAML file; unless it sets ``name``, the recipe's name is its stem, with ``-`` for
+            what a name can't have.
         overrides: applied in order, values read as YAML.
 
     Raises:
         DistillError: the file, a key or a value is wrong; the message names it.
     """
     tree, lines = load_yaml(path)
-    tree.setdefault("name", path.stem)
+    tree.setdefault("name", re.sub(r"[^\w.-]+", "-", path.stem).lstrip("-.") or "recipe")
     overridden = override(tree, overrides)
     try:
         config = read(Config, tree)

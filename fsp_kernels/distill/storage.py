@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import uuid
@@ -17,6 +18,8 @@ from fsp_kernels.distill.errors import DistillError
 
 _LOCK = ".lock"
 _UNFINISHED = ".unfinished-"  # what a killed process leaves behind begins so
+# What network shares, FUSE and Windows say of a folder, and some of a file, that they can't flush.
+_CANT_FLUSH = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM)
 
 
 @contextmanager
@@ -31,8 +34,11 @@ def replacing(path: Path) -> Iterator[Path]:
     unfinished = path.with_name(f"{_UNFINISHED}{uuid.uuid4().hex[:8]}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
         yield unfinished
         _flush(unfinished)
+        unfinished.chmod(mode)  # whoever wrote it may have made it private, as safetensors does
         os.replace(unfinished, path)
         _flush(path.parent)
     except (OSError, SafetensorError) as error:  # the latter wraps the former of its writes
@@ -44,9 +50,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """``text`` as the whole of ``path``, in UTF-8."""
+    """``text`` as the whole of ``path``, in UTF-8; what isn't text, as a path may be, escaped."""
     with replacing(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -62,14 +68,30 @@ def is_in_use(folder: Path) -> bool:
     )
 
 
+def check_is_folder(folder: Path) -> None:
+    """``folder`` is one, or could be made, under a path that all who write in it can use.
+
+    Raises:
+        DistillError: not so.
+    """
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        raise DistillError(
+            f"{folder.absolute()}: is no UTF-8 path, which safetensors and TensorBoard need; "
+            f"choose another with --output"
+        ) from None
+    if folder.exists() and not folder.is_dir():
+        raise DistillError(f"{folder}: is not a folder; choose another with --output")
+
+
 def check_writable(folder: Path, needed: int) -> None:
     """Files can be written in ``folder`` and its disk has ``needed`` bytes left; makes the folder.
 
     Raises:
         DistillError: it is no folder, cannot be written to, or the disk is too full.
     """
-    if folder.exists() and not folder.is_dir():
-        raise DistillError(f"{folder}: is not a folder; choose another with --output")
+    check_is_folder(folder)
     probe = folder / f"{_UNFINISHED}probe"
     write_text(probe, "can this be written?\n")
     probe.unlink()
@@ -115,9 +137,14 @@ def require_agreement(found: object, folder: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Have the disk hold what was written to a file, or which names a folder has."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Have the disk hold what was written to a file, or which names a folder has, if it can."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        # Windows flushes only what is open for writing, and opens no folder.
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _CANT_FLUSH:
+            raise

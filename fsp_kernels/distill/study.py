@@ -25,6 +25,7 @@ from fsp_kernels.distill.pairs import check_pairs, resolve_pairs
 from fsp_kernels.distill.records import MODEL, Phase, Run
 from fsp_kernels.distill.settings import to_tree
 from fsp_kernels.distill.storage import (
+    check_is_folder,
     check_writable,
     is_in_use,
     lock,
@@ -354,8 +355,7 @@ def check_evaluation(
 
 def check_folder(folder: Path, resume: bool | None) -> None:
     """``folder`` is ours to write to: absent, empty, or holding an earlier study, all finished."""
-    if folder.exists() and not folder.is_dir():
-        raise DistillError(f"{folder}: is not a folder; choose another with --output")
+    check_is_folder(folder)
     if not is_in_use(folder):
         return
     if not (folder / MARKER).is_file():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
@@ -23,6 +25,16 @@ from fsp_kernels.distill.state import State, load_part
 from fsp_kernels.distill.storage import require_agreement
 from fsp_kernels.distill.sync_norm import synchronised
 from fsp_kernels.distill.teacher import Teacher
+
+# How accelerate launch asks for what it can do and the trainer doesn't.
+_REFUSED = (
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
+    "ACCELERATE_USE_SAGEMAKER",
+    "ACCELERATE_DYNAMO_BACKEND",
+)
 
 
 class Trainer:
@@ -112,9 +124,15 @@ class Trainer:
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """For the recipe's ``execution``, on what there is: one device, or the launcher's processes."""
+    """For the recipe's ``execution``, on what there is: one device, or the launcher's processes.
+
+    Raises:
+        DistillError: the launcher, or the recipe, asks for what can't be had here.
+    """
     execution = config.execution
+    _check_launcher()
     accelerator = Accelerator(
+        cpu=_processes() > 1 and not _gpus(),  # else each would take itself for the only one
         mixed_precision={"fp32": "no"}.get(execution.precision, execution.precision),
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=execution.accumulation, sync_with_dataloader=False
@@ -123,3 +141,30 @@ def make_accelerator(config: Config) -> Accelerator:
     if execution.precision == "fp16" and accelerator.device.type == "cpu":
         raise DistillError("execution.precision: is 'fp16', must be 'fp32' or 'bf16' on a CPU")
     return accelerator
+
+
+def _check_launcher() -> None:
+    """What torchrun and accelerate launch say of the processes can be done here."""
+    for name in _REFUSED:
+        if os.environ.get(name, "no").lower() not in ("no", "false", "0", ""):
+            raise DistillError(
+                f"{name}: is {os.environ[name]!r}, must be unset: networks are trained by "
+                "DistributedDataParallel, compiled where execution.compile says so; choose none of "
+                "it in accelerate config"
+            )
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if _gpus() and here > _gpus():
+        raise DistillError(
+            f"the launcher started {here} processes on this machine, which has {_gpus()} GPUs; "
+            f"start at most as many"
+        )
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _gpus() -> int:
+    """How many there are that processes can train on together, which a Mac's GPU isn't made for."""
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    return 0 if kind is None or kind.type == "mps" else torch.accelerator.device_count()

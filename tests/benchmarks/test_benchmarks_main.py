@@ -98,7 +98,7 @@ def test_an_interpreter_has_errors_to_be_measured_but_no_times(
         (["--dtype", "fp64"], "invalid choice"),
         (["--layout", "tokens"], "invalid choice"),
         (["--rounds", "0"], "--rounds: 0, must be at least 1"),
-        (["speed"], "invalid choice: 'speed'"),
+        (["speed"], "PART: 'speed', must be of loss, step, scaling, plan, accuracy, or report"),
     ],
 )
 def test_what_cannot_be_is_refused(
@@ -142,6 +142,27 @@ def test_nothing_measured_is_said_and_fails(
     monkeypatch.setattr("benchmarks.__main__.run", lambda *_: 1)
     assert main(["loss", "--output", str(tmp_path)]) == 1
     assert "holds no results" in capsys.readouterr().err
+
+
+def test_the_help_offers_the_parts_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = capsys.readouterr().out
+    assert "PART" in text
+    assert "of loss, step, scaling, plan, accuracy; default: all" in text
+    assert "[]" not in text
+
+
+def test_results_can_be_read_in_an_ascii_terminal_from_a_notebook(tmp_path: Path) -> None:
+    results = next((ROOT / "benchmarks" / "results").glob("cpu-*"))
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "report", results, "--output", tmp_path],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "module://not.installed"},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"\\xb1" in done.stdout
 
 
 def test_reports_need_no_measurement(capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,12 +41,18 @@ def environments(count: int) -> list[dict[str, str]]:
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": port,
         "OMP_NUM_THREADS": 1,
-        "ACCELERATE_USE_CPU": 1,
-    }
+    } | without_gpus()
     return [
         {name: str(value) for name, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
         for rank in range(count)
     ]
+
+
+def without_gpus() -> dict[str, str]:
+    """Variables for a process that is to train on the CPU; none where it would anyway."""
+    import torch
+
+    return {"CUDA_VISIBLE_DEVICES": ""} if torch.cuda.is_available() else {}
 
 
 def run_group(count: int, function: Callable[..., Any], *arguments: Any) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.processes import environments, finish, run_group, start_cli
+from distill.processes import environments, finish, run_group, start_cli, without_gpus
 from distill.studies import TINY_RECIPE, interrupted, leftovers, open_study, results, trained
 from fsp_kernels.distill import checkpoint, records
 from fsp_kernels.distill.models import CifarResNet
@@ -95,13 +95,8 @@ def launch(recipe: Path, folder: Path, *options: str) -> subprocess.Popen[str]:
     command = ["-m", "fsp_kernels.distill", "train", recipe, SYNCED, *options, "--output", folder]
     return subprocess.Popen(
         [sys.executable, *torchrun, *map(str, command)],
-        env=os.environ
-        | {
-            "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "1",
-            "COLUMNS": "500",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        },
+        # The models are in a module of the tests; but for that, no variable that users don't set.
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | without_gpus(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.storage import (
@@ -86,6 +89,72 @@ def test_a_disk_that_fails_at_the_end_is_an_error_that_names_the_file(
         write_text(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("system", ["network share", "Windows"])
+def test_a_file_system_that_cannot_flush_a_folder_is_good_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    flush, open_ = os.fsync, os.open
+
+    def flush_files(file: int) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        flush(file)
+
+    def open_files(path: Path, flags: int) -> int:
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        assert flags == os.O_RDWR  # a file opened for reading alone could not be flushed there
+        return open_(path, flags)
+
+    if system == "Windows":
+        monkeypatch.setattr(os, "open", open_files)
+    else:
+        monkeypatch.setattr(os, "fsync", flush_files)
+    write_text(tmp_path / "a", "x")
+    assert (tmp_path / "a").read_text() == "x"
+
+
+def test_a_folder_that_the_disk_fails_to_flush_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush = os.fsync
+
+    def fail(file: int) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        flush(file)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(DistillError, match="/a: cannot be written: Input/output error"):
+        write_text(tmp_path / "a", "x")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_all_files_may_be_read_by_the_same_people(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "text", "x")
+        with replacing(tmp_path / "tensors") as unfinished:
+            save_file({"x": torch.zeros(1)}, unfinished)
+            assert unfinished.stat().st_mode & 0o777 == 0o600  # or there would be nothing to mend
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("text", "tensors")]
+    assert modes == [0o666 & ~umask] * 2
+
+
+def test_a_path_in_a_text_need_not_be_text(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", f"in {os.fsdecode(b'r' + bytes([255]))}")
+    assert (tmp_path / "a").read_text() == r"in r\udcff"
+
+
+def test_a_folder_whose_path_is_no_text_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"r\xff")
+    with pytest.raises(DistillError, match=r"is no UTF-8 path, which safetensors and TensorBoard"):
+        check_writable(folder, needed=1)
+    assert not folder.exists()
 
 
 def test_a_full_disk_is_an_error_that_names_the_file(full_disk: Path) -> None:

@@ -262,6 +262,43 @@ def test_fp16_is_refused_on_a_cpu(recipe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_USE_FSDP", "true"),
+        ("ACCELERATE_USE_DEEPSPEED", "true"),
+        ("ACCELERATE_USE_MEGATRON_LM", "1"),
+        ("ACCELERATE_DYNAMO_BACKEND", "inductor"),
+    ],
+)
+def test_what_accelerate_launch_can_do_and_the_trainer_does_not_is_refused_by_name(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(DistillError, match=f"^{name}: is '{value}', must be unset"):
+        open_study(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", ["no", "false", ""])
+def test_what_accelerate_launch_leaves_alone_is_not(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", value)
+    open_study(recipe, tmp_path / "run")
+
+
+def test_more_processes_than_gpus_are_refused(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: gpu)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(DistillError, match="started 3 processes on this machine, which has 2 GPUs"):
+        open_study(recipe, tmp_path / "run")
+
+
 def test_compiled_networks_learn_the_same(recipe: Path, tmp_path: Path) -> None:
     plain = bench_with(recipe, tmp_path)
     plain.run("two-stage", 0)
