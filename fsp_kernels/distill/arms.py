@@ -15,6 +15,7 @@ class Stage:
 
     Attributes:
         name: for people, "stage 1".
+        section: the recipe's that ``training`` is.
         training: the optimiser, its schedule and stopping rule.
         steps: how many; ``training.epochs`` are worked out.
         task: whether the cross-entropy with the labels is in it.
@@ -23,6 +24,7 @@ class Stage:
     """
 
     name: str
+    section: str
     training: Training
     steps: int
     task: bool = True
@@ -74,14 +76,15 @@ def _two(*, kd: bool = False) -> MakeStages:
     """The paper's two stages (section 3.4)."""
 
     def stages(config: Config, count: Count) -> tuple[Stage, ...]:
-        first = Stage("stage 1", config.stage1, count(config.stage1), task=False, fsp=1.0)
+        steps = count(config.stage1)
+        first = Stage("stage 1", "stage1", config.stage1, steps, task=False, fsp=1.0)
         return first, _task(config, "stage 2", count(config.stage2), 0.0, kd)
 
     return stages
 
 
 def _task(config: Config, name: str, steps: int, fsp: float, kd: bool) -> Stage:
-    return Stage(name, config.stage2, steps, fsp=fsp, kd=config.kd if kd else None)
+    return Stage(name, "stage2", config.stage2, steps, fsp=fsp, kd=config.kd if kd else None)
 
 
 ARMS = {

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.distill.errors import DamagedError, DistillError
 from fsp_kernels.distill.storage import replacing
 
 
@@ -63,7 +63,7 @@ def load_mapped(path: Path) -> Checkpoint:
         if metadata["digest"] != digest_of(tensors, metadata["note"]):
             raise ValueError("its contents are not those that were written")
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise DistillError(
+        raise DamagedError(
             f"{path}: not a checkpoint of this program, or damaged: {error}"
         ) from None
     return Checkpoint(tensors, note)
@@ -86,7 +86,7 @@ def restore(model: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
     try:
         model.load_state_dict(checkpoint.tensors)
     except RuntimeError as error:
-        raise DistillError(f"{path}: its weights do not fit the network: {error}") from error
+        raise DamagedError(f"{path}: its weights do not fit the network: {error}") from error
 
 
 class Series:

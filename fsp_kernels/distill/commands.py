@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +17,7 @@ from rich.markup import escape
 from fsp_kernels.distill import export as exporting
 from fsp_kernels.distill import inspection, records
 from fsp_kernels.distill.arms import ARMS
-from fsp_kernels.distill.config import Network, load_config
+from fsp_kernels.distill.config import Config, Network, load_config
 from fsp_kernels.distill.errors import DistillError, did_you_mean
 from fsp_kernels.distill.interruption import InterruptedRunError, Interruption
 from fsp_kernels.distill.models import build_model
@@ -98,7 +98,7 @@ def teacher(
     recipe: Recipe, overrides: Overrides = None, output: Output = None, resume: Resume = None
 ) -> None:
     """Train the teacher and keep its weights in the run folder."""
-    with _study(recipe, overrides, output, resume) as opened:
+    with _study(recipe, overrides, output, resume, lambda _: []) as opened:
         _ = opened.teacher
         opened.monitor.say(f"weights: {opened.folder / 'teacher' / records.MODEL}")
 
@@ -117,8 +117,12 @@ def train(
     resume: Resume = None,
 ) -> None:
     """Train one student (its teacher first, if need be) and report on it."""
-    with _study(recipe, overrides, output, resume) as opened:
-        number = opened.config.seeds[0] if seed is None else seed
+
+    def chosen(config: Config) -> list[tuple[str, int]]:
+        return [(arm, config.seeds[0] if seed is None else seed)]
+
+    with _study(recipe, overrides, output, resume, chosen) as opened:
+        [(arm, number)] = chosen(opened.config)
         opened.student(arm, number)
         folder = opened.folder_of(arm, number)
         if opened.trainer.accelerator.is_main_process:
@@ -197,18 +201,28 @@ def _report(folders: list[Path], output: Path, monitor: Monitor) -> None:
 
 @contextmanager
 def _study(
-    recipe: Path, overrides: list[str] | None, output: Path | None, resume: bool | None
+    recipe: Path,
+    overrides: list[str] | None,
+    output: Path | None,
+    resume: bool | None,
+    students: Callable[[Config], list[tuple[str, int]]] | None = None,
 ) -> Iterator[Study]:
-    """The recipe's study with its bars running."""
+    """The recipe's study with its bars running, to train all its ``students`` or those."""
     first = os.environ.get("RANK", "0") == "0"
     with _errors(), Interruption() as interruption:
         config = load_config(recipe, overrides or [])
         folder = output or _RUNS / config.name
         # Of several processes one speaks.
         monitor = Monitor(Console(quiet=not first), folder / "tensorboard" if first else None)
-        opened = Study(config, folder, monitor, interruption, resume)
+        chosen = None if students is None else students(config)
+        opened = Study(config, folder, monitor, interruption, resume, chosen)
         with monitor:
             yield opened
+            if not opened.trained:
+                monitor.say(
+                    f"{folder}: was finished, so nothing was trained; --restart would train again: "
+                    f"{opened.cost_of_restart}"
+                )
 
 
 @contextmanager

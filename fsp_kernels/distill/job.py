@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 
@@ -38,7 +38,8 @@ class Job:
         stages: in order.
         data, images: what to train on: how it is read, and the split.
         folder: the run's.
-        fingerprint: a digest of all that the result depends on.
+        settings: all that the result depends on, and how fast it comes about: the recipe's
+            sections, and digests of the images and weights that it starts from.
         pairs, shapes: of the FSP loss, where a stage has it.
     """
 
@@ -50,6 +51,6 @@ class Job:
     data: Data
     images: Split
     folder: Path
-    fingerprint: str
+    settings: dict[str, Any]
     pairs: Sequence[Pair] = ()
     shapes: Sequence[PairShapes] = ()

@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.distill.errors import DamagedError, DistillError
 from fsp_kernels.distill.storage import write_text
 
 RECORD = "run.json"
 MODEL = "model.safetensors"
 MATRICES = "matrices.safetensors"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class Phase:
 class Run:
     """One trained network.
 
-    ``fingerprint`` is a digest of all that its weights and figures depend on; ``config`` is the
-    recipe, as YAML would have it.
+    ``settings`` are the job's; ``config`` is the recipe, as YAML would have it.
     """
 
     arm: str
@@ -57,7 +56,7 @@ class Run:
     network: str
     parameters: int
     phases: list[Phase]
-    fingerprint: str
+    settings: dict[str, Any]
     config: dict[str, Any]
     environment: dict[str, str]
 
@@ -112,7 +111,7 @@ def read(folder: Path) -> Run:
     except OSError as error:
         raise DistillError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DistillError(f"{path}: not the record of a run, or damaged: {error}") from error
+        raise DamagedError(f"{path}: not the record of a run, or damaged: {error}") from error
 
 
 def is_finished(folder: Path) -> bool:

@@ -240,7 +240,7 @@ class StageRun:
         state.patience = self._patience.state()
         scaler = self._accelerator.scaler
         state.scaler = None if scaler is None else scaler.state_dict()
-        note = state.note() | {"fingerprint": self._job.fingerprint}
+        note = state.note() | {"settings": self._job.settings}
         if self._accelerator.is_main_process:
             self._last_checkpoint = self._series.save(number, tensors, note)
         self._saved_at = state.step

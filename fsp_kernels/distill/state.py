@@ -52,7 +52,7 @@ class State:
         """What a checkpoint holds."""
         note = dict(stored.note)
         phases = [Phase(**phase) for phase in note.pop("phases")]
-        note.pop("fingerprint")
+        note.pop("settings")
         return cls(phases=phases, tensors=stored.tensors, **note)
 
     def part(self, name: str) -> dict[str, Tensor]:

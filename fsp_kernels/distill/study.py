@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 
 from fsp_kernels.distill import checkpoint, records
 from fsp_kernels.distill.arms import ARMS, Stage
+from fsp_kernels.distill.changes import check_changes, settings_of
 from fsp_kernels.distill.checkpoint import Series
 from fsp_kernels.distill.config import Config, Data, Network, Training, dump_config
 from fsp_kernels.distill.data import Split, Splits, check_batch_size, load_splits
 from fsp_kernels.distill.environment import describe_environment
-from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.distill.errors import DamagedError, DistillError
 from fsp_kernels.distill.evaluation import Evaluations
 from fsp_kernels.distill.interruption import Interruption
 from fsp_kernels.distill.job import Job
@@ -52,12 +54,14 @@ class Study:
         folder: for all that it makes.
         monitor: is told.
         interruption: is asked after each step whether to stop.
-        resume: ``True`` goes on with unfinished networks and keeps finished ones, ``False`` begins
-            again, ``None`` begins again unless a network is unfinished, which is an error.
+        resume: finished networks are kept and unfinished ones gone on with (``True``) or an error
+            (``None``). ``False`` begins again, but for a teacher trained under the same settings.
+        students: the arms and seeds that are going to be asked for; the recipe's by default.
 
     Raises:
         DistillError: the recipe does not fit its data or networks; ``folder`` holds other things,
-            can't be written to or has no space; something in it is unfinished.
+            can't be written to or has no space; something in it is unfinished, or was trained under
+            other settings.
     """
 
     def __init__(
@@ -67,8 +71,9 @@ class Study:
         monitor: Monitor,
         interruption: Interruption,
         resume: bool | None = None,
+        students: Sequence[tuple[str, int]] | None = None,
     ) -> None:
-        self.config, self.folder, self.monitor, self._resume = config, folder, monitor, bool(resume)
+        self.config, self.folder, self.monitor, self._resume = config, folder, monitor, resume
         check_folder(folder, resume)
         self.trainer = Trainer(config, monitor, interruption)
         self._accelerator = self.trainer.accelerator
@@ -77,6 +82,13 @@ class Study:
             self.source_splits = self._load_source()
             needed = self._check_networks()
         self._check_sets()
+        if students is None:
+            students = [(arm, seed) for seed in config.seeds for arm in config.arms]
+        self._students = students
+        self.trained: list[Run] = []
+        self.reused: list[Run] = []
+        if resume is not False:
+            self._check_finished()
         self._accelerator.wait_for_everyone()  # to have checked the folder as it was
         if self._accelerator.is_main_process:
             check_writable(folder, needed)
@@ -88,12 +100,11 @@ class Study:
     @cached_property
     def teacher(self) -> LiveTeacher:
         """The teacher: as given, from an earlier process's folder, or trained now."""
-        config, seed, training = self.config, self.config.teacher_seed, self.config.teacher_training
-        network = self.trainer.new_network(config.teacher, self.splits, seed, TEACHER)
+        config, job = self.config, self._teacher_job()
+        network = self.trainer.new_network(config.teacher, self.splits, job.seed, TEACHER)
         if self.source_splits is not None:
-            load_weights(network, self._source(self.source_splits).state_dict(), SOURCE)
-        job = self._job(TEACHER, seed, training, config.data, self.splits)
-        self._done(job, network, self._plain(self.splits), reuse=True)
+            load_weights(network, self._source().state_dict(), SOURCE)
+        self._done(job, network, self._plain(self.splits))
         return LiveTeacher(network, self.pairs, self._accelerator, config.execution.compile)
 
     def student(self, arm: str, seed: int) -> Run:
@@ -111,20 +122,30 @@ class Study:
                 this student under other settings, and it was to be resumed.
             InterruptedRunError: by a signal; what there was is saved.
         """
-        config, stages = self.config, self.stages(arm)
-        distilled = any(stage.needs_teacher for stage in stages)
+        job = self._student_job(arm, seed)
+        distilled = any(stage.needs_teacher for stage in job.stages)
+        if distilled:
+            job.settings["teacher"] = checkpoint.digest_of(self.teacher.network.state_dict())
+        network = self.trainer.new_network(self.config.student, self.splits, seed, "student")
         # The teacher may take all the steps it takes to train before there is a student.
         evaluations = self._distilled if distilled else self._plain(self.splits)
-        teacher = self._answers if distilled else None
-        names = ("data", "student", "stage1", "stage2", "kd", "fsp", "execution", "evaluation")
-        settings = self._settings(*names) | {
+        return self._done(job, network, evaluations, self._answers if distilled else None)
+
+    def _student_job(self, arm: str, seed: int) -> Job:
+        config, stages = self.config, self.stages(arm)
+        distilled = any(stage.needs_teacher for stage in stages)
+        settings = self._settings("data", "student", "execution", "evaluation")
+        del settings["data"]["teacher_images"]  # the images and the teacher say what they are
+        settings |= settings_of(stages) | {
+            "arm": arm,
+            "seed": seed,
             "weights": _file_of(config.student),
             "images": [self.splits.train.fingerprint, self.splits.test.fingerprint],
         }
         if distilled:
-            settings["teacher"] = checkpoint.digest_of(self.teacher.network.state_dict())
             settings["pairs"] = [to_tree(pair) for pair in self.pairs]
-        job = Job(
+            settings["fsp"] = to_tree(config.fsp)
+        return Job(
             arm=arm,
             label=f"{arm} seed {seed}",
             network=config.student,
@@ -133,21 +154,26 @@ class Study:
             data=config.data,
             images=self.splits.train,
             folder=self.folder_of(arm, seed),
-            fingerprint=checkpoint.fingerprint({**settings, "arm": arm, "seed": seed}),
+            settings=settings,
             pairs=self.pairs if distilled else (),
             shapes=self.shapes if distilled else (),
         )
-        network = self.trainer.new_network(config.student, self.splits, seed, "student")
-        return self._done(job, network, evaluations, reuse=self._resume, teacher=teacher)
+
+    @property
+    def cost_of_restart(self) -> str:
+        """What ``--restart`` would train of all that was found finished, in words."""
+        again = [run for run in self.reused if run.arm not in (TEACHER, SOURCE)]
+        seconds = sum(run.seconds for run in again)
+        return f"{len(again)} networks, in which {seconds:.0f} s of steps went" if again else "none"
 
     def folder_of(self, arm: str, seed: int) -> Path:
         """Where a student is kept."""
         return self.folder / arm / f"seed-{seed}"
 
     def all(self) -> list[Run]:
-        """The recipe's arms for each of its seeds; the teacher first."""
+        """The students that were to be asked for; the teacher first."""
         _ = self.teacher
-        return [self.student(arm, seed) for seed in self.config.seeds for arm in self.config.arms]
+        return [self.student(arm, seed) for arm, seed in self._students]
 
     def stages(self, arm: str) -> tuple[Stage, ...]:
         """The stages of ``arm`` and the steps they take."""
@@ -173,38 +199,54 @@ class Study:
             return None
         return load_splits(source.data, "source.data", like=self.splits)
 
-    def _source(self, splits: Splits) -> nn.Module:
+    def _source(self) -> nn.Module:
         """The teacher as its source data leave it."""
-        source = self.config.source
-        assert source is not None
-        seed = self.config.teacher_seed
-        network = self.trainer.new_network(self.config.teacher, splits, seed, TEACHER)
-        job = self._job(SOURCE, seed, source.training, source.data, splits)
-        self._done(job, network, self._plain(splits), reuse=True)
+        assert self.source_splits is not None
+        seed, job = self.config.teacher_seed, self._source_job()
+        network = self.trainer.new_network(job.network, self.source_splits, seed, TEACHER)
+        self._done(job, network, self._plain(self.source_splits))
         return network
 
     def _settings(self, *names: str) -> dict[str, Any]:
-        """These sections of the recipe, but for where the images are: they tell what they are."""
+        """These sections of the recipe."""
         tree = to_tree(self.config)
-        for section in (tree["data"], *([tree["source"]["data"]] if tree["source"] else ())):
-            for key in ("root", "download", "workers"):
-                del section[key]
         return {name: tree[name] for name in names}
 
+    def _teacher_job(self) -> Job:
+        config, training = self.config, self.config.teacher_training
+        settings = self._settings("data", "teacher", "source", "execution", "evaluation")
+        del settings["data"]["train_images"]
+        return self._job(TEACHER, "teacher_training", training, config.data, self.splits, settings)
+
+    def _source_job(self) -> Job:
+        source = self.config.source
+        assert source is not None
+        assert self.source_splits is not None
+        settings = self._settings("teacher", "execution", "evaluation")
+        settings["source"] = {"data": to_tree(source.data)}
+        section, splits = "source.training", self.source_splits
+        return self._job(SOURCE, section, source.training, source.data, splits, settings)
+
     def _job(
-        self, arm: str, seed: int, training: Training | None, data: Data, splits: Splits
+        self,
+        arm: str,
+        section: str,
+        training: Training | None,
+        data: Data,
+        splits: Splits,
+        settings: dict[str, Any],
     ) -> Job:
-        """The teacher's training, if it has any, or its training on the source before."""
-        names = ("data", "teacher", "teacher_training", "source", "execution", "evaluation")
-        settings = self._settings(*names)
-        if arm == SOURCE:  # what comes after it is nothing to it
-            settings |= {"data": None, "teacher_training": None}
-        settings |= {"weights": _file_of(self.config.teacher), "arm": arm, "seed": seed}
-        settings["images"] = [splits.teacher_train.fingerprint, splits.test.fingerprint]
-        images = splits.teacher_train
+        """To train the teacher on ``data``, if there is a ``training``."""
+        images, seed = splits.teacher_train, self.config.teacher_seed
         stages: tuple[Stage, ...] = ()
         if training is not None:
-            stages = (Stage("task", training, _counter(data, images)(training)),)
+            stages = (Stage("task", section, training, _counter(data, images)(training)),)
+        settings |= settings_of(stages) | {
+            "arm": arm,
+            "seed": seed,
+            "weights": _file_of(self.config.teacher),
+            "images": [images.fingerprint, splits.test.fingerprint],
+        }
         return Job(
             arm=arm,
             label=arm,
@@ -214,31 +256,28 @@ class Study:
             data=data,
             images=images,
             folder=self.folder / arm,
-            fingerprint=checkpoint.fingerprint(settings),
+            settings=settings,
         )
 
     def _done(
-        self,
-        job: Job,
-        network: nn.Module,
-        evaluations: Evaluations,
-        reuse: bool,
-        teacher: Teacher | None = None,
+        self, job: Job, network: nn.Module, evaluations: Evaluations, teacher: Teacher | None = None
     ) -> Run:
-        """Make of ``network`` what ``job`` asks for: train it, or ``reuse`` what was trained."""
-        run = self._earlier(job, network) if reuse else None
+        """Make of ``network`` what ``job`` asks for: read what is finished, or else train."""
+        reused = self._resume is not False or job.arm in (TEACHER, SOURCE)
+        run = self._earlier(job, network) if reused else None
         # By now all have read what there is, so it may go.
         require_agreement(run is not None, job.folder)
         if run is not None:
             if self._accelerator.is_main_process:  # which may have been killed before it did this
                 Series(job.folder / "checkpoints", self.config.checkpoints.keep).clear()
-            self._say(job, run, "reused")
+            self.reused.append(run)
+            self._say(job, run, f"finished earlier, in {run.seconds:.1f} s")
             return run
         if self._accelerator.is_main_process:
             self._clear(job)
         self._accelerator.wait_for_everyone()
         if job.stages:
-            phases = self.trainer.train(job, network, evaluations, teacher, self._resume)
+            phases = self.trainer.train(job, network, evaluations, teacher, bool(self._resume))
         else:
             figures = evaluations.task()(network.eval())
             phases = [Phase("as given", [], [{"step": 0, **figures}], 0.0, False)]
@@ -248,38 +287,59 @@ class Study:
             network=job.network.model,
             parameters=parameter_count(network),
             phases=phases,
-            fingerprint=job.fingerprint,
+            settings=job.settings,
             config=to_tree(self.config),
             environment=describe_environment(self._accelerator.device),
         )
         if self._accelerator.is_main_process:
-            note = {"fingerprint": job.fingerprint}
-            checkpoint.save(job.folder / MODEL, network.state_dict(), note)
+            checkpoint.save(job.folder / MODEL, network.state_dict(), {"settings": job.settings})
             records.write(run, job.folder)
             Series(job.folder / "checkpoints", self.config.checkpoints.keep).clear()
         self._accelerator.wait_for_everyone()
+        self.trained.append(run)
         self._say(job, run, f"{run.seconds:.1f} s")
         return run
 
     def _earlier(self, job: Job, network: nn.Module) -> Run | None:
         """What an earlier process made of the same job, loaded into ``network``."""
-        if not records.is_finished(job.folder):
-            return None
+        path = job.folder / MODEL
         try:
-            run, path = records.read(job.folder), job.folder / MODEL
-            if run.fingerprint == job.fingerprint:
+            run = self._finished(job)
+            if run is not None:
                 checkpoint.restore(network, checkpoint.load(path), path)
-                return run
-        except DistillError as error:
+            return run
+        except DamagedError as error:
             self.monitor.say(f"{error}; training it anew")
             return None
-        if job.arm not in (TEACHER, SOURCE):
-            raise DistillError(
-                f"{job.folder}: was trained under other settings than these, so it can't be "
-                f"resumed; --restart begins again"
-            )
-        self.monitor.say(f"{job.folder}: of other settings; training the {job.arm} anew")
-        return None
+
+    def _finished(self, job: Job) -> Run | None:
+        """The record of the same job, if it is finished."""
+        if not records.is_finished(job.folder):
+            return None
+        run = records.read(job.folder)
+        try:
+            check_changes(job.folder, run.settings, job.settings, job.stages)
+        except DistillError:
+            if self._resume is not False:
+                raise
+            self.monitor.say(f"{job.folder}: of other settings; training the {job.arm} anew")
+            return None
+        return run
+
+    def _check_finished(self) -> None:
+        """What is finished, of all that is going to be asked for, was so under these settings."""
+        jobs = [self._student_job(arm, seed) for arm, seed in self._students]
+        if not jobs or any(stage.needs_teacher for job in jobs for stage in job.stages):
+            jobs.append(self._teacher_job())
+            if self.config.source is not None:
+                jobs.append(self._source_job())
+        for job in jobs:
+            with suppress(DamagedError):  # which will be told of, and trained anew
+                if records.is_finished(job.folder):
+                    before = records.read(job.folder).settings
+                    # A student's teacher may have to be trained before it is known.
+                    now = {"teacher": before.get("teacher")} | job.settings
+                    check_changes(job.folder, before, now, job.stages)
 
     def _clear(self, job: Job) -> None:
         """Of an earlier run nothing may stay that this one could be taken for."""

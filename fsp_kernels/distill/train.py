@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 
+from fsp_kernels.distill.changes import check_changes, differing
 from fsp_kernels.distill.checkpoint import Series
 from fsp_kernels.distill.config import Config, Network
 from fsp_kernels.distill.data import Splits
@@ -112,14 +113,13 @@ class Trainer:
         if found is None:
             return None
         path, stored = found
-        if stored.note.get("fingerprint") != job.fingerprint:
-            raise DistillError(
-                f"{path}: was written under other settings than these, so it can't be resumed; "
-                f"--restart begins again"
-            )
-        state = State.of(stored)
-        stage = job.stages[len(state.phases)].name
-        self.monitor.say(f"{job.label}: going on from {stage}, step {state.step}")
+        before, state = stored.note["settings"], State.of(stored)
+        done = len(state.phases)
+        check_changes(path, before, job.settings, job.stages, done, state.step)
+        others = differing(before, job.settings)
+        under = f", with other settings of {', '.join(others)}" if others else ""
+        stage = job.stages[done].name
+        self.monitor.say(f"{job.label}: going on from {stage}, step {state.step}{under}")
         return state
 
 

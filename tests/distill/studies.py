@@ -112,7 +112,7 @@ def results(folder: Path) -> dict[str, Any]:
                 f"{name}: {key}": bits(x)
                 for key, x in checkpoint.load(folder / name).tensors.items()
             }
-    return found | {"fingerprint": run.fingerprint}
+    return found | {"settings": run.settings}
 
 
 def bits(tensor: Tensor) -> bytes:
@@ -122,6 +122,10 @@ def bits(tensor: Tensor) -> bytes:
 def leftovers(folder: Path) -> list[Path]:
     """What only an unfinished run has."""
     return [path for pattern in (".unfinished-*", "checkpoints") for path in folder.rglob(pattern)]
+
+
+def files_under(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -65,6 +65,34 @@ def test_a_finished_run_keeps_no_checkpoints_and_nothing_unfinished(finished: Pa
     assert not any("unfinished" in name for name in names)
 
 
+def test_a_finished_study_is_left_as_it_is_and_says_what_restart_would_cost(
+    recipe: Path,
+) -> None:
+    command = ["study", recipe, "seeds=[3]", "arms=[baseline]", "-o", recipe.parent / "out"]
+    invoke(*command)
+    model = recipe.parent / "out" / "baseline" / "seed-3" / "model.safetensors"
+    before = model.stat().st_mtime_ns
+    result = invoke(*command)
+    assert result.exit_code == 0
+    assert model.stat().st_mtime_ns == before
+    told = (
+        r"was finished, so nothing was trained; --restart would train again: 1 networks, in which"
+    )
+    assert re.search(told, result.output)
+    assert "nothing was trained" not in invoke(*command, "--restart").output
+    assert model.stat().st_mtime_ns > before
+
+
+def test_train_does_not_mind_what_else_the_folder_holds(recipe: Path) -> None:
+    folder = recipe.parent / "out"
+    assert invoke("train", recipe, "--arm", "baseline", "-o", folder).exit_code == 0
+    more = ["train", recipe, "stage2.steps=3", "-o", folder]
+    assert invoke(*more, "--arm", "baseline-long").exit_code == 0
+    refused = invoke(*more, "--arm", "baseline")
+    assert refused.exit_code == 2
+    assert "trained under other settings than these: stage2.steps; --restart" in refused.stderr
+
+
 def test_train_trains_one_student_and_reports_on_it(recipe: Path) -> None:
     folder = recipe.parent / "out"
     result = invoke("train", recipe, "--arm", "kd", "--seed", 5, "-o", folder)
@@ -85,7 +113,7 @@ def test_teacher_trains_the_teacher_alone(recipe: Path) -> None:
         "teacher",
         "tensorboard",
     }
-    assert "reused" in invoke("train", recipe, "-o", folder).output
+    assert "accuracy 32.75%, finished earlier" in invoke("train", recipe, "-o", folder).output
 
 
 def test_the_run_folder_is_named_after_the_recipe(

@@ -22,7 +22,7 @@ TRAINING = Training(steps=1, learning_rate=0.1)
 
 
 def stage(**kinds: object) -> Stage:
-    return Stage("test", TRAINING, 1, **kinds)  # type: ignore[arg-type]
+    return Stage("test", "stage1", TRAINING, 1, **kinds)  # type: ignore[arg-type]
 
 
 def objective(of: Stage, projection: Projection | None = None) -> Objective:

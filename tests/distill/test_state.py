@@ -104,7 +104,7 @@ def full_state() -> State:
 
 def test_a_state_comes_back_from_a_checkpoint(tmp_path: Path) -> None:
     state = full_state()
-    note = state.note() | {"fingerprint": "0"}
+    note = state.note() | {"settings": {}}
     checkpoint.save(tmp_path / "a", state.tensors, note)
     back = State.of(checkpoint.load(tmp_path / "a"))
     assert back.note() == state.note()

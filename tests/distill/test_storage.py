@@ -102,11 +102,12 @@ def test_a_file_system_that_cannot_flush_a_folder_is_good_enough(
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         flush(file)
 
-    def open_files(path: Path, flags: int) -> int:
+    def open_files(path: Path, flags: int, *mode: int) -> int:
         if os.path.isdir(path):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        assert flags == os.O_RDWR  # a file opened for reading alone could not be flushed there
-        return open_(path, flags)
+        # A file opened for reading alone could not be flushed there.
+        assert flags & (os.O_RDWR | os.O_WRONLY)
+        return open_(path, flags, *mode)
 
     if system == "Windows":
         monkeypatch.setattr(os, "open", open_files)

@@ -15,7 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from distill.data.conftest import folder as image_folder  # noqa: F401  # a fixture
-from distill.studies import open_study
+from distill.studies import files_under, open_study
 from fsp_kernels import fsp_matrix
 from fsp_kernels.distill import records
 from fsp_kernels.distill.config import load_config
@@ -38,10 +38,6 @@ def runs_of(study: Study, arm: str) -> list[Run]:
 def numbers(run: Run) -> list[list[dict[str, float]]]:
     """All of a run but the time it took."""
     return [phase.history for phase in run.phases]
-
-
-def files_under(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_every_seed_has_every_arm_in_a_folder_of_its_own(studied: Study) -> None:
@@ -121,14 +117,35 @@ def test_a_teacher_of_the_same_settings_is_trained_once(study: Study, recipe: Pa
 @pytest.mark.parametrize(
     "setting", ["teacher_training.steps=5", "teacher_seed=1", "data.augment=true"]
 )
-def test_a_teacher_of_other_settings_is_trained_anew(
+def test_a_teacher_of_other_settings_is_trained_anew_only_where_that_was_asked_for(
     study: Study, recipe: Path, setting: str
 ) -> None:
     _ = study.teacher
-    before = (study.folder / "teacher" / MODEL).read_bytes()
-    again = open_study(recipe, study.folder, setting)
-    _ = again.teacher
-    assert (study.folder / "teacher" / MODEL).read_bytes() != before
+    before = files_under(study.folder)
+    key = setting.partition("=")[0].replace("teacher_seed", "seed")
+    for resume in (None, True):
+        with pytest.raises(DistillError, match=f"/teacher: was trained under other .*{key}"):
+            open_study(recipe, study.folder, setting, resume=resume)
+    assert files_under(study.folder) == before
+    _ = open_study(recipe, study.folder, setting, resume=False).teacher
+    model = study.folder / "teacher" / MODEL
+    assert model.read_bytes() != before[model]
+
+
+@pytest.mark.parametrize("setting", ["data.train_images=12", "execution.threads=2", "seeds=[5]"])
+def test_a_teacher_does_not_depend_on_its_students(
+    recipe: Path,
+    tmp_path: Path,
+    image_folder: Path,  # noqa: F811
+    setting: str,
+) -> None:
+    images = [f"data={{dataset: imagefolder, root: {image_folder}, image_size: 16, batch_size: 5}}"]
+    images += ["evaluation.split=test"]
+    _ = open_study(recipe, tmp_path / "run", *images).teacher
+    model = tmp_path / "run" / "teacher" / MODEL
+    before = model.stat().st_mtime_ns
+    _ = open_study(recipe, tmp_path / "run", *images, setting).teacher
+    assert model.stat().st_mtime_ns == before
 
 
 def test_a_teacher_of_other_images_in_another_folder_is_not_taken_for_this_ones(
@@ -149,7 +166,8 @@ def test_a_teacher_of_other_images_in_another_folder_is_not_taken_for_this_ones(
     assert records.read(opened(moved).folder / "teacher") == first
     for part in ("train", "val"):
         (moved / part / "one").rename(moved / part / "a-class-that-comes-first")
-    assert records.read(opened(moved).folder / "teacher").fingerprint != first.fingerprint
+    with pytest.raises(DistillError, match="was trained under other settings than these: images;"):
+        opened(moved)
 
 
 @pytest.mark.parametrize("damaged", [MODEL, RECORD])
@@ -225,12 +243,23 @@ def test_a_cached_teacher_teaches_the_same(recipe: Path, tmp_path: Path) -> None
         )
 
 
-def test_results_of_an_earlier_study_are_replaced(study: Study, recipe: Path) -> None:
-    first = study.student("baseline", 0)
-    again = open_study(recipe, study.folder, "stage2.steps=3")
+def test_results_of_an_earlier_study_are_replaced_where_that_was_asked_for(
+    study: Study, recipe: Path
+) -> None:
+    study.student("baseline", 0)
+    again = open_study(recipe, study.folder, "stage2.steps=3", resume=False)
     second = again.student("baseline", 0)
-    assert second.fingerprint != first.fingerprint
+    assert second.steps == 3
     assert records.read(study.folder_of("baseline", 0)) == second
+
+
+def test_arms_and_seeds_are_added_to_what_is_finished(study: Study, recipe: Path) -> None:
+    study.student("baseline", 0)
+    study.student("two-stage", 0)
+    more = open_study(recipe, study.folder, "arms=[baseline, kd]", "seeds=[0, 3]", "kd.weight=0.5")
+    more.all()
+    assert [(run.arm, run.seed) for run in more.reused] == [("teacher", 1000), ("baseline", 0)]
+    assert [(run.arm, run.seed) for run in more.trained] == [("kd", 0), ("baseline", 3), ("kd", 3)]
 
 
 @pytest.mark.parametrize(

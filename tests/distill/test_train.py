@@ -51,7 +51,7 @@ class Bench:
             data=self.study.config.data,
             images=self.study.splits.train,
             folder=self.study.folder / "test",
-            fingerprint="0",
+            settings={},
             pairs=self.study.pairs,
             shapes=self.study.shapes,
         )
@@ -280,11 +280,13 @@ def test_what_accelerate_launch_can_do_and_the_trainer_does_not_is_refused_by_na
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("value", ["no", "false", ""])
+@pytest.mark.parametrize(
+    ("name", "value"), [("ACCELERATE_DYNAMO_BACKEND", "no"), ("ACCELERATE_USE_FSDP", "false")]
+)
 def test_what_accelerate_launch_leaves_alone_is_not(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", value)
+    monkeypatch.setenv(name, value)
     open_study(recipe, tmp_path / "run")
 
 

@@ -65,7 +65,7 @@ def run_of(
     made = {
         "network": "cifar/resnet8",
         "parameters": 75002,
-        "fingerprint": "f",
+        "settings": {},
         "environment": {"python": "3.0", "device": "cpu"},
     }
     return Run(arm=arm, seed=seed, phases=list(phases), config=dict(recipe), **(made | fields))
