@@ -25,9 +25,9 @@ from fsp_kernels.distill.settings import (
 T = TypeVar("T")
 
 # No value is without an upper bound: what cannot be meant is told at once, not by what breaks.
-_MOST_STEPS = 10**8  # of which the names of checkpoints have digits
+MOST_STEPS = 10**8  # of which the names of checkpoints have digits
 _LARGEST = 1e38  # about what single precision holds
-Count = Annotated[int, Field(ge=1, le=_MOST_STEPS)]
+Count = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 Images = Annotated[int, Field(ge=10, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0, le=_LARGEST)]

@@ -37,6 +37,9 @@ def export_run(folder: Path, output: Path) -> list[Path]:
         DistillError: there is no such run, its weights are damaged, its data are gone, the network
             can't be exported, or the exported program's logits are not the network's.
     """
+    if folder.is_dir() and not records.is_finished(folder):
+        runs = [str(run) for run in records.find(folder)]
+        raise DistillError(f"{folder}: is no run, but holds some; choose one of {', '.join(runs)}")
     run = records.read(folder)
     stored = checkpoint.load(folder / records.MODEL)
     config = read(Config, run.config)

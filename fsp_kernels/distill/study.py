@@ -14,7 +14,7 @@ from fsp_kernels.distill import checkpoint, records
 from fsp_kernels.distill.arms import ARMS, Stage
 from fsp_kernels.distill.changes import check_changes, settings_of
 from fsp_kernels.distill.checkpoint import Series
-from fsp_kernels.distill.config import Config, Data, Network, Training, dump_config
+from fsp_kernels.distill.config import MOST_STEPS, Config, Data, Network, Training, dump_config
 from fsp_kernels.distill.data import Split, Splits, check_batch_size, load_splits
 from fsp_kernels.distill.environment import describe_environment
 from fsp_kernels.distill.errors import DamagedError, DistillError
@@ -375,17 +375,25 @@ class Study:
         validation images where they are needed.
         """
         config = self.config
-        own = (config.stage1, config.stage2, config.teacher_training)
-        sets: list[tuple[str, Data, Splits, Sequence[Training | None]]] = [
-            ("data", config.data, self.splits, own)
-        ]
+        own = {name: getattr(config, name) for name in ("stage1", "stage2", "teacher_training")}
+        sets = [("data", config.data, self.splits, own)]
         if config.source is not None and self.source_splits is not None:
             source = config.source
-            sets.append(("source.data", source.data, self.source_splits, (source.training,)))
+            trainings = {"source.training": source.training}
+            sets.append(("source.data", source.data, self.source_splits, trainings))
         parts = config.execution.accumulation, self._accelerator.num_processes
         for where, data, splits, trainings in sets:
             check_batch_size(len(splits.train), data.batch_size, *parts, where)
-            check_evaluation(splits, trainings, config.evaluation.split, where)
+            check_evaluation(splits, list(trainings.values()), config.evaluation.split, where)
+            for name, training in trainings.items():
+                students = name in ("stage1", "stage2")
+                images = splits.train if students else splits.teacher_train
+                steps = 0 if training is None else _counter(data, images)(training)
+                if steps > MOST_STEPS:
+                    raise DistillError(
+                        f"{name}.epochs: is {training.epochs}, which are {steps} steps, must be at "
+                        f"most {MOST_STEPS} steps"
+                    )
 
 
 def check_evaluation(

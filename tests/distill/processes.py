@@ -27,7 +27,7 @@ def start_cli(
     arguments: Sequence[object], log: Path, environment: Mapping[str, str] | None = None
 ) -> BaseProcess:
     """``fsp-distill ARGUMENTS``, what it prints added to ``log``."""
-    return start(_cli, [str(argument) for argument in arguments], log, environment or {})
+    return start(run_cli, [str(argument) for argument in arguments], log, environment or {})
 
 
 def environments(count: int) -> list[dict[str, str]]:
@@ -75,7 +75,7 @@ def finish(group: Sequence[BaseProcess], seconds: float = 300) -> None:
         process.join()
 
 
-def _cli(arguments: list[str], log: Path, environment: Mapping[str, str]) -> None:
+def run_cli(arguments: list[str], log: Path, environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)

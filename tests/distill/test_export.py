@@ -156,9 +156,17 @@ def test_weights_that_the_network_started_from_are_not_needed(run: Path, tmp_pat
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DistillError, match=r"holds no finished run \(run\.json is missing\)"):
+    with pytest.raises(DistillError, match=r"holds no finished run$"):
         export_run(tmp_path, tmp_path / "export")
     assert not (tmp_path / "export").exists()
+
+
+def test_of_a_studys_folder_the_runs_are_named(studied: Study, tmp_path: Path) -> None:
+    with pytest.raises(DistillError, match="is no run, but holds some; choose one of") as caught:
+        export_run(studied.folder, tmp_path / "out")
+    assert str(studied.folder_of("two-stage", 1)) in str(caught.value)
+    assert str(studied.folder / "teacher") in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_damaged_weights_are_refused(run: Path, tmp_path: Path) -> None:

@@ -273,6 +273,10 @@ def test_arms_and_seeds_are_added_to_what_is_finished(study: Study, recipe: Path
             r"pairs.*stage9.*has no module",
         ),
         (
+            ["stage2.epochs=60000000", "stage2.steps=null"],
+            r"stage2\.epochs: is 60000000, which are 120000000 steps, must be at most 100000000",
+        ),
+        (
             ["data.train_images=null", "data.teacher_images=null", "data.batch_size=800"],
             r"data\.batch_size: is 800, must be at most 797",
         ),

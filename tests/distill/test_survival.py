@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import io
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -188,49 +186,6 @@ def test_the_command_line_obeys_a_signal_with_a_shells_exit_code_and_resumes(
     assert resumed.exitcode == 0, (tmp_path / "log").read_text()
     whole = trained(recipe, tmp_path / "whole", *long)
     assert results(tmp_path / "run" / "two-stage" / "seed-0") == results(whole)
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_at_twenty_random_moments_ends_with_the_same_bits(
-    recipe: Path, tmp_path: Path
-) -> None:
-    log = tmp_path / "log"
-    settings = (AUGMENTED, "checkpoints.every=1", "evaluation.every=2", "teacher_training.steps=12")
-    command = ["train", recipe, *settings, "stage1.steps=16", "stage2.steps=12"]
-
-    def start(folder: Path) -> Any:
-        resume = ["--resume"] if folder.exists() else []
-        return start_cli([*command, *resume, "--output", folder], log)
-
-    start(tmp_path / "warm").join(300)  # the first process also waits for the imports
-    began = time.monotonic()
-    whole = start(tmp_path / "whole")
-    whole.join(300)
-    seconds = time.monotonic() - began
-    assert whole.exitcode == 0, log.read_text()
-    expected = results(tmp_path / "whole" / "two-stage" / "seed-0")
-
-    # The moment of a kill is drawn from more than half of a whole run, so that each life may get
-    # through any part of it, and no machine is too slow for the run to get on.
-    generator, kills, folders = random.Random(0), 0, 0
-    while kills < 20:
-        folder = tmp_path / f"run {folders}"
-        folders += 1
-        while True:
-            process = start(folder)
-            process.join(generator.uniform(0, 0.6 * seconds) if kills < 20 else 300)
-            process.kill()
-            process.join()
-            if process.exitcode != -signal.SIGKILL:
-                break
-            kills += 1
-        assert process.exitcode == 0, log.read_text()
-        run = folder / "two-stage" / "seed-0"
-        assert results(run) == expected
-        assert not leftovers(folder)
-        assert all(checkpoint.is_whole(path) for path in folder.rglob("*.safetensors"))
-    assert "going on from" in log.read_text()
-    assert "damaged" not in log.read_text()  # a kill is no reason to lose a checkpoint
 
 
 @pytest.mark.parametrize("override", ["stage2.learning_rate=0.04", "data.augment=true"])
