@@ -67,7 +67,7 @@ def build_model(
         raise DistillError(f"{where}.model: is {network.model!r}, must be {_NAMES}{hint}")
     if network.weights is not None:
         key = f"{where}.weights"
-        load_weights(model, read_weights(network.weights, key), key)
+        load_weights(model, read_weights(network.weights, model, key), key)
     return model
 
 
