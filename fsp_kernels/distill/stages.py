@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.distill.errors import DistillError, explain
 
 # What computes but doesn't activate. These, and sequences of nothing else, give raw maps, which
 # aren't the features that a stage is known by.
@@ -87,19 +87,21 @@ def looking(model: nn.Module) -> Iterator[nn.Module]:
             module.training = True
 
 
-def run(model: nn.Module, image: Tensor, role: str) -> None:
-    """One forward pass.
+def run(model: nn.Module, images: Tensor, role: str) -> object:
+    """What one forward pass gives.
 
     Raises:
         DistillError: the network does not take such images; ``role`` is named.
     """
     try:
-        model(image)
+        return model(images)
     except DistillError as error:  # of a tap, which knows the path
         raise DistillError(f"pairs: the {role}'s {error}") from error
-    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
-        size = " x ".join(map(str, image.shape[1:]))
-        raise DistillError(f"{role}.model: cannot take images of {size}: {error}") from error
+    except Exception as error:
+        size = " x ".join(map(str, images.shape[1:]))
+        raise DistillError(
+            f"{role}.model: cannot take images of {size}: {explain(error)}"
+        ) from error
 
 
 def trace(model: nn.Module, image: Tensor, role: str = "student") -> list[ModuleRun]:

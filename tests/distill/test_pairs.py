@@ -272,6 +272,18 @@ def test_a_network_that_cannot_take_the_images_is_named() -> None:
         check_pairs([], net(4), nn.Conv2d(1, 4, 3), IMAGE, projection=False)
 
 
+def test_any_error_of_a_forward_pass_is_shown_with_the_users_own_lines() -> None:
+    class Looks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return {}[x.shape]
+
+    message = (
+        r"^student\.model: cannot take images of .*: KeyError: .*\n  \S+test_pairs\.py:\d+, in f"
+    )
+    with pytest.raises(DistillError, match=message):
+        check_pairs([], Looks(), net(4), IMAGE, projection=False)
+
+
 def test_checking_leaves_networks_as_they_were() -> None:
     student = CifarResNet(8)
     check_pairs([pair("relu", "stage1")], student, CifarResNet(8).eval(), IMAGE, projection=False)

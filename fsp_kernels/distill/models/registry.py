@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fsp_kernels.distill.errors import DistillError, did_you_mean
+from fsp_kernels.distill.errors import DistillError, did_you_mean, explain
 from fsp_kernels.distill.models.cifar import CifarResNet, WideResNet
 from fsp_kernels.distill.models.weights import load_weights, read_weights
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 _NAMES = "cifar/NAME, torchvision/NAME, timm/NAME or package.module:callable"
 _CALLABLE = re.compile(r"(\w+(?:\.\w+)*):(\w+(?:\.\w+)*)")
 _CIFAR: dict[str, Callable[..., nn.Module]] = {
-    r"resnet(?P<depth>\d+)": CifarResNet,
-    r"wrn(?P<depth>\d+)-(?P<width>\d+)": WideResNet,
+    r"resnet(?P<depth>\d{1,9})": CifarResNet,
+    r"wrn(?P<depth>\d{1,9})-(?P<width>\d{1,9})": WideResNet,
 }
 # Of torchvision, the networks that give more than logits while they train unless told not to, and
 # their weights for that.
@@ -146,9 +146,9 @@ _SOURCES = {"cifar": _cifar, "torchvision": _torchvision, "timm": _timm}
 def _call(factory: Callable[..., Any], network: Network, where: str, **keywords: Any) -> nn.Module:
     try:
         model = factory(**keywords, **network.arguments)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (Exception, SystemExit) as error:
         key = "arguments" if network.arguments else "model"
-        raise DistillError(f"{where}.{key}: {network.model} refuses: {error}") from error
+        raise DistillError(f"{where}.{key}: {network.model} refuses: {explain(error)}") from error
     if not isinstance(model, nn.Module):
         raise DistillError(
             f"{where}.model: {network.model} returned {type(model).__name__}, "
@@ -166,8 +166,8 @@ def _find_callable(name: str, where: str) -> Callable[..., Any]:
         sys.path.append(os.getcwd())
     try:
         found: Any = importlib.import_module(module)
-    except (ImportError, SyntaxError) as error:
-        raise DistillError(f"{where}.model: cannot import {module!r}: {error}") from error
+    except (Exception, SystemExit) as error:  # a script may end itself
+        raise DistillError(f"{where}.model: cannot import {module!r}: {explain(error)}") from error
     for attribute in attributes.split("."):
         if not hasattr(found, attribute):
             near = did_you_mean(attribute, dir(found))
@@ -195,7 +195,7 @@ def _takes(factory: Callable[..., Any], keyword: str) -> bool:
 def _package(name: str, network: Network, where: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except ImportError as error:
+    except Exception as error:  # where it does not go with this PyTorch, anything
         package = name.partition(".")[0]
         raise DistillError(
             f"{where}.model: {network.model} needs {package} ({error}); pip install {package}"
