@@ -95,8 +95,8 @@ def run(model: nn.Module, images: Tensor, role: str) -> object:
     """
     try:
         return model(images)
-    except DistillError as error:  # of a tap, which knows the path
-        raise DistillError(f"pairs: the {role}'s {error}") from error
+    except DistillError:
+        raise
     except Exception as error:
         size = " x ".join(map(str, images.shape[1:]))
         raise DistillError(

@@ -249,8 +249,11 @@ def test_a_value_that_is_no_tensor_is_named() -> None:
             return x, x
 
     model = nn.Sequential(conv(3, 4), Both())
-    with pytest.raises(DistillError, match=r"^pairs: the student's 1: is a tuple, not a tensor"):
+    message = r"^pairs\.0\.student: 1: is a tuple of 2, not a tensor; choose :output\[0\] or"
+    with pytest.raises(DistillError, match=message):
         check_pairs([pair("0", "1")], model, model, IMAGE, projection=False)
+    [shapes] = check_pairs([pair("0", "1:output[1]")], model, model, IMAGE, projection=False)
+    assert shapes.student == (4, 4)
 
 
 def test_a_map_that_is_overwritten_is_named() -> None:
