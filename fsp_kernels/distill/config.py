@@ -77,12 +77,15 @@ class Network:
         arguments: handed to its constructor.
         weights: a ``.safetensors`` or ``.pt`` file of a state dict to start from.
         pretrained: start from the weights that torchvision or timm publish, downloaded.
+        logits: where they are, if the network gives a tuple, a mapping or an object: a path in that
+            output, as ``:output[0]`` or ``:output.logits``.
     """
 
     model: str
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     weights: str | None = None
     pretrained: bool = False
+    logits: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

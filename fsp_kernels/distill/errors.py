@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import sysconfig
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # A user's file is in none of these: Python's own, installed packages, and this one.
@@ -25,6 +26,15 @@ def did_you_mean(wrong: str, known: Iterable[str], limit: int = 1) -> str:
     """``"; did you mean 'steps'?"`` where ``wrong`` is close to a known name, else ``""``."""
     close = difflib.get_close_matches(wrong, list(known), n=limit)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+@contextmanager
+def prefixed(where: str) -> Iterator[None]:
+    """What is wrong with a value inside becomes a ``DistillError`` that begins with ``where``."""
+    try:
+        yield
+    except (ValueError, TypeError, IndexError) as error:
+        raise DistillError(f"{where}: {error}") from error
 
 
 def explain(error: BaseException) -> str:

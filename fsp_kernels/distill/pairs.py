@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fsp_kernels import checks, fsp_matrix
 from fsp_kernels.distill.config import Pair
-from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.distill.errors import DistillError, prefixed
 from fsp_kernels.distill.stages import Stage, looking, run, stages_of, trace
 from fsp_kernels.distill.taps import FeatureTaps
 
@@ -220,26 +220,18 @@ def _shapes(pairs: Sequence[Pair], role: str, model: nn.Module, image: Tensor) -
         stack.enter_context(looking(model))
         all_taps = []
         for index, pair in enumerate(pairs):
-            with _named(f"pairs.{index}.{role}"):
+            with prefixed(f"pairs.{index}.{role}"):
                 taps = FeatureTaps(model, getattr(pair, role))
             all_taps.append(stack.enter_context(taps))
         run(model, image, role)
         for index, (pair, taps) in enumerate(zip(pairs, all_taps, strict=True)):
-            with _named(f"pairs.{index}.{role}"):
+            with prefixed(f"pairs.{index}.{role}"):
                 maps = taps.take_pairs()
                 fsp_matrix(*maps[0], channel_dim=pair.channel_dim)  # it knows which maps make one
                 [(first, second)] = channels_first(maps, [pair.channel_dim])
             channels = first.shape[1], second.shape[1]
             found.append((channels, (tuple(first.shape[2:]), tuple(second.shape[2:]))))
     return found
-
-
-@contextmanager
-def _named(where: str) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, TypeError, IndexError) as error:
-        raise DistillError(f"{where}: {error}") from error
 
 
 def _flat(pairs: Sequence[Maps]) -> list[Tensor]:

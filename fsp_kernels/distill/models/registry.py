@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fsp_kernels.distill.errors import DistillError, did_you_mean, explain
 from fsp_kernels.distill.models.cifar import CifarResNet, WideResNet
+from fsp_kernels.distill.models.logits import SelectLogits
 from fsp_kernels.distill.models.weights import load_weights, read_weights
 
 if TYPE_CHECKING:
@@ -65,6 +67,8 @@ def build_model(
     else:
         hint = did_you_mean(source, _SOURCES) if slash else ""
         raise DistillError(f"{where}.model: is {network.model!r}, must be {_NAMES}{hint}")
+    if network.logits is not None:
+        model.register_forward_hook(SelectLogits(network.logits, f"{where}.logits"))
     if network.weights is not None:
         key = f"{where}.weights"
         load_weights(model, read_weights(network.weights, model, key), key)
@@ -153,6 +157,17 @@ def _call(factory: Callable[..., Any], network: Network, where: str, **keywords:
         raise DistillError(
             f"{where}.model: {network.model} returned {type(model).__name__}, "
             "must return a torch.nn.Module"
+        )
+    # A program of torch.export has an eval of its own, which refuses.
+    if isinstance(model, torch.jit.ScriptModule) or "eval" in vars(model):
+        raise DistillError(
+            f"{where}.model: {network.model} returned a program, by TorchScript or torch.export, "
+            "must return the torch.nn.Module that it was made of"
+        )
+    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+        raise DistillError(
+            f"{where}.model: {network.model} returned a network whose lazy modules have no weights "
+            "yet; must run it once before"
         )
     return model
 

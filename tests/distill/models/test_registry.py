@@ -19,6 +19,7 @@ TORCHVISION = pytest.mark.skipif(
     "not __import__('importlib').util.find_spec('torchvision')", reason="needs torchvision"
 )
 USERS_MODULE = """\
+import torch
 from torch import nn
 
 
@@ -60,6 +61,32 @@ def asserts():
 
 def ends():
     raise SystemExit(0)
+
+
+def scripted():
+    return torch.jit.script(nn.Linear(4, 2))
+
+
+def traced():
+    return torch.jit.trace(nn.Linear(4, 2), torch.zeros(1, 4))
+
+
+def frozen():
+    return torch.jit.freeze(torch.jit.script(nn.Linear(4, 2)).eval())
+
+
+def exported():
+    return torch.export.export(nn.Linear(4, 2), (torch.zeros(1, 4),)).module()
+
+
+def lazy():
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(2))
+
+
+def twice(classes):
+    net = nn.Linear(4, classes)
+    net.register_forward_hook(lambda _net, _args, output: (output, output))
+    return net
 
 
 def is_interrupted():
@@ -176,6 +203,7 @@ def test_a_callable_that_takes_nothing_is_given_nothing(users_module: str) -> No
     assert isinstance(build(f"{users_module}:takes_none"), nn.Identity)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 @pytest.mark.parametrize(
     ("attribute", "message"),
     [
@@ -183,6 +211,14 @@ def test_a_callable_that_takes_nothing_is_given_nothing(users_module: str) -> No
         ("number", r"teacher\.model: users_nets:number is of type int, must be callable"),
         ("Nets.linaer", r"teacher\.model: 'users_nets' has no 'Nets\.linaer'; did you mean 'line"),
         ("a b", r"teacher\.model: is 'users_nets:a b', must be cifar/NAME"),
+        ("scripted", r"teacher\.model: users_nets:scripted returned a program, by TorchScript or"),
+        ("traced", r"teacher\.model: users_nets:traced returned a program, by TorchScript or"),
+        ("frozen", r"teacher\.model: users_nets:frozen returned a program, by TorchScript or"),
+        ("exported", r"teacher\.model: users_nets:exported returned a program, by TorchScript or"),
+        (
+            "lazy",
+            r"teacher\.model: users_nets:lazy returned a network whose lazy modules have no we",
+        ),
     ],
 )
 def test_what_is_no_network_factory_is_refused(
@@ -216,6 +252,14 @@ def test_an_error_of_a_users_constructor_is_shown_with_the_users_own_lines(
     ) as error:
         build(name)
     assert "torch/nn" not in str(error.value)
+
+
+def test_logits_are_chosen_where_the_recipe_says(users_module: str) -> None:
+    assert build(f"{users_module}:twice", logits=":output[1]")(torch.zeros(3, 4)).shape == (3, 7)
+    with pytest.raises(
+        DistillError, match=r"^teacher\.logits: is 'fc', must choose in the network's"
+    ):
+        build(f"{users_module}:twice", logits="fc")
 
 
 def test_an_interruption_passes_a_users_constructor(users_module: str) -> None:
