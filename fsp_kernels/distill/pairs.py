@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fsp_kernels import checks, fsp_matrix
 from fsp_kernels.distill.config import Pair
 from fsp_kernels.distill.errors import DistillError, prefixed
-from fsp_kernels.distill.stages import Stage, looking, run, stages_of, trace
+from fsp_kernels.distill.stages import Stage, looking, maps_within, run, stages_of, trace
 from fsp_kernels.distill.taps import FeatureTaps
 
 Paths = tuple[str, str]
@@ -39,6 +39,7 @@ FAMILIES: dict[str, tuple[Paths, ...]] = {
     "torchvision.models.resnet.ResNet": _IMAGENET_RESNET,
     "timm.models.resnet.ResNet": _IMAGENET_RESNET,
 }
+_SHOWN = 4  # paths in one message
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -166,18 +167,24 @@ class Projection(nn.Module):
 
 
 def _auto_pairs(student: nn.Module, teacher: nn.Module, image: Tensor) -> tuple[Pair, ...]:
-    ours = stages_of(trace(student, image, "student"), image)
-    theirs = stages_of(trace(teacher, image, "teacher"), image)
-    for role, stages in (("student", ours), ("teacher", theirs)):
-        if not stages:
-            raise DistillError(
-                f"pairs: auto finds no stage in the {role}, a spatial size of two or more maps "
-                "(B, C, H, W); name the pairs, with the paths that fsp-distill inspect shows"
-            )
+    ours, theirs = _stages(student, image, "student"), _stages(teacher, image, "teacher")
     return tuple(
         Pair(student=(s.first.path, s.last.path), teacher=(t.first.path, t.last.path))
         for s, t in _match(ours, theirs)
     )
+
+
+def _stages(model: nn.Module, image: Tensor, role: str) -> list[Stage]:
+    runs = trace(model, image, role)
+    stages = stages_of(runs, image)
+    if not stages:
+        within = ", ".join(maps_within(runs, image)[:_SHOWN])
+        hint = f"; maps that auto does not look at are {within}" if within else ""
+        raise DistillError(
+            f"pairs: auto finds no stage in the {role}, a spatial size of two or more maps "
+            f"(B, C, H, W){hint}; name the pairs, with paths of fsp-distill inspect --modules"
+        )
+    return stages
 
 
 def _match(ours: list[Stage], theirs: list[Stage]) -> list[tuple[Stage, Stage]]:
