@@ -188,7 +188,7 @@ def _modules(model: nn.Module, image: Tensor, role: str) -> Table:
     table.add_column("type", overflow="fold")
     table.add_column("output", no_wrap=True)
     table.add_column("stage", no_wrap=True)
-    table.add_column("note", no_wrap=True)
+    table.add_column("note", max_width=36)
     for row in module_table(model, image, role):
         table.add_row(*row, style="bold" if row.stage else "")
     return table

@@ -88,7 +88,7 @@ def tensors_in(value: object) -> Iterator[tuple[str, Tensor]]:
         items = iter(value.items())
     elif isinstance(value, (tuple, list)):
         items = iter(enumerate(value))
-    elif dataclasses.is_dataclass(value):
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         items = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
     for key, item in items:
         for keys, tensor in tensors_in(item):

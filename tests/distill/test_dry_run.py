@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,19 @@ def test_a_network_that_can_be_trained_stays_as_it_was(
     assert state_of(model) == before
     check_steps(model, stages, IMAGES, *given)
     assert state_of(model) == before
+
+
+def test_a_network_that_waits_for_other_processes_is_not_run_in_training_mode(
+    tmp_path: Path,
+) -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(student())
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        check_logits(model, IMAGES, 10, "student")
+        check_steps(model, [TASK, FSP], IMAGES, *around(model))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_frozen_network_cannot_be_trained() -> None:
