@@ -84,7 +84,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> N
         where: what messages start with, as ``teacher.weights``.
 
     Raises:
-        DistillError: a tensor is missing, unexpected, or has another shape.
+        DistillError: a tensor is missing, unexpected, or has another shape or layout.
     """
     own, state = model.state_dict(), dict(state)
     wrong = {name for name, x in state.items() if name in own and x.shape != own[name].shape}
@@ -96,7 +96,11 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> N
         shapes = (f"{n} {_shape(state[n])} for {_shape(own[n])}" for n in own if n in wrong)
         raise DistillError(f"{where}: not of this network: has {_first(shapes)}")
     # Not compared by hand: modules know which names of older versions to forgive.
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # a tensor is sparse, quantized or without values
+        reason = str(error).strip().rpartition("\n")[2].strip()
+        raise DistillError(f"{where}: not of this network: {reason}") from error
     faults = {"lacks": missing, "has unknown": unexpected}
     if missing or unexpected:
         text = ", ".join(f"{verb} {_first(names)}" for verb, names in faults.items() if names)
@@ -114,7 +118,7 @@ def _read(path: Path, where: str) -> Any:
         reason = error.strerror or error
         raise DistillError(f"{where}: {path} cannot be read: {reason}") from error
     except Exception as error:  # a damaged file makes its reader raise anything
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = re.split(r"\.\s|\n", str(error))[0] or type(error).__name__
         found = _CLASS.search(str(error))
         if found:
             reason = (

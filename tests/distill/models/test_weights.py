@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -174,6 +175,16 @@ def test_anything_else_that_does_not_fit_is_named(
         load_weights(CifarResNet(8), changed, "teacher.weights")
 
 
+@pytest.mark.parametrize("change", [Tensor.to_sparse, lambda x: x.to("meta")])
+def test_tensors_that_cannot_be_copied_are_named(
+    state: State, change: Callable[[Tensor], Tensor]
+) -> None:
+    changed = state | {"fc.weight": change(state["fc.weight"])}
+    message = r'^teacher\.weights: not of this network: .*"fc\.weight"'
+    with pytest.raises(DistillError, match=message):
+        load_weights(CifarResNet(8), changed, "teacher.weights")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -217,6 +228,15 @@ def test_a_zip_file_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_a_file_of_something_else_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "weights.pt")
     with pytest.raises(DistillError, match="holds no state dict, must hold tensors by name"):
+        built_from(tmp_path / "weights.pt")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+def test_a_program_of_torchscript_is_refused(tmp_path: Path) -> None:
+    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "weights.pt")
+    with pytest.raises(
+        DistillError, match=r"no plain state dict: [^.]*TorchScript archives.*load``$"
+    ):
         built_from(tmp_path / "weights.pt")
 
 
