@@ -295,7 +295,11 @@ class Study:
         self.monitor.say(f"{job.label}: {split} accuracy {run.accuracy:.2%}, {how}")
 
     def _check_networks(self) -> int:
-        """Sets ``pairs`` and ``shapes``; the bytes that the study may come to take on its disk."""
+        """Tries the networks and sets ``pairs`` and ``shapes``.
+
+        Returns:
+            The bytes that the study may come to take on its disk.
+        """
         config, classes = self.config, self.splits.classes
         image = self.splits.test[0].image[None]
         images = image.repeat(2, 1, 1, 1)  # batch normalisation needs two
