@@ -158,11 +158,14 @@ def inspect(
         typer.Option(metavar="MODEL", help="Also show which pairs fit this teacher."),
     ] = None,
     input: Annotated[  # noqa: A002
-        str, typer.Option(metavar="CxHxW", help="Shape of an image.")
+        str, typer.Option(metavar="CxHxW", help="Shape of an image, each number at most 1024.")
     ] = "3x32x32",
-    classes: Annotated[int, typer.Option(min=1, help="Number of classes.")] = 10,
+    classes: Annotated[int, typer.Option(min=1, max=100_000, help="Number of classes.")] = 10,
+    modules: Annotated[
+        bool, typer.Option("--modules", help="Also print every module's path and output.")
+    ] = False,
 ) -> None:
-    """Print a model's module paths with the shapes of their outputs, and pairs for FSP matrices."""
+    """Print a model's pairs for FSP matrices, and its modules with the shapes of their outputs."""
     with _errors():
         shape = inspection.parse_input_shape(input)
         names = {"student": model} | ({"teacher": teacher} if teacher else {})
@@ -174,7 +177,7 @@ def inspect(
         }
         # A pipe has no width: rows stay whole, to be searched.
         console = Console() if Console().is_terminal else Console(width=160)
-        inspection.print_inspection(console, shape, **networks)
+        inspection.print_inspection(console, shape, **networks, modules=modules)
 
 
 @app.command()

@@ -82,14 +82,17 @@ class Network(Settings):
         model: ``cifar/resnet26``, ``cifar/wrn16-2``, ``torchvision/resnet18``, ``timm/resnet18``,
             or ``package.module:callable``.
         arguments: handed to its constructor.
-        weights: a ``.safetensors`` or ``.pt`` file of a state dict to start from.
+        weights: to start from: a file of a state dict, or one of a training script that holds it.
         pretrained: start from the weights that torchvision or timm publish, downloaded.
+        logits: where they are, if the network gives a tuple, a mapping or an object: a path in that
+            output, as ``:output[0]`` or ``:output.logits``.
     """
 
     model: ModulePath
     arguments: dict[str, Any] = Field(default_factory=dict)
     weights: FilePath | None = None
     pretrained: bool = False
+    logits: str | None = None
 
 
 class Stop(Settings):

@@ -1,4 +1,4 @@
-"""What ``fsp-distill inspect`` shows: the modules of networks, and the pairs they could have."""
+"""What ``fsp-distill inspect`` shows: the pairs that networks could have, and their modules."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from fsp_kernels.distill.config import Pair
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.pairs import PairShapes, check_pairs, resolve_pairs
+from fsp_kernels.distill.paths import tensors_in
 from fsp_kernels.distill.stages import ModuleRun, stages_of, trace
 
+_LARGEST = 1024  # channels, height or width; all of a network's maps are kept at once
+_SHOWN = 2  # tensors in one note
 _TIMES = {2: "twice", 3: "three times"}
 
 
@@ -46,12 +49,13 @@ def parse_input_shape(text: str) -> tuple[int, int, int]:
     Raises:
         DistillError: it is something else.
     """
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
-    if not match:
+    match = re.fullmatch(r"(\d{1,4})x(\d{1,4})x(\d{1,4})", text)
+    channels, height, width = map(int, match.groups()) if match else (0, 0, 0)
+    if not all(1 <= size <= _LARGEST for size in (channels, height, width)):
         raise DistillError(
-            f"--input: is {text!r}, must be channels, height and width, as in 3x32x32"
+            f"--input: is {text!r}, must be channels, height and width, as in 3x32x32, each from "
+            f"1 to {_LARGEST}"
         )
-    channels, height, width = map(int, match.groups())
     return channels, height, width
 
 
@@ -93,19 +97,21 @@ def print_inspection(
     shape: tuple[int, int, int],
     student: nn.Module,
     teacher: nn.Module | None = None,
+    modules: bool = False,
 ) -> None:
-    """The tables of one network or two, and ``pairs:`` for a recipe.
+    """The pairs of one network or two, as a table and for a recipe; their modules where asked for.
 
     Args:
         console: where to.
         shape: of the images, as ``parse_input_shape`` gives it.
         student: left as it was.
         teacher: without one, the pairs are of ``student`` with its like.
+        modules: also every module of each network.
     """
     image = torch.zeros(1, *shape)
-    console.print(_modules(student, image, "student"))
-    if teacher is not None:
-        console.print(_modules(teacher, image, "teacher"))
+    networks = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
+    # Made before the pairs: it raises the error of a network that can't take the image.
+    tables = [_modules(model, image, role) for role, model in networks.items()]
     rows = pair_table(student, teacher or student, image)
     if rows:
         console.print(_pair_listing(rows))
@@ -114,11 +120,12 @@ def print_inspection(
         console.print("For a recipe, the pairs of auto:\n", highlight=False)
         console.print(pairs_yaml(pasted), markup=False, highlight=False, soft_wrap=True)
     else:
-        console.print(
-            "auto finds no stages here, spatial sizes of two or more maps (B, C, H, W): name the "
-            "pairs by the paths above",
-            highlight=False,
-        )
+        try:
+            resolve_pairs("auto", student, teacher or student, image)
+        except DistillError as why:
+            console.print(str(why), markup=False, highlight=False)
+    if modules:
+        console.print(*tables)
 
 
 def pairs_yaml(pairs: Sequence[Pair]) -> str:
@@ -165,7 +172,10 @@ def _note(entry: ModuleRun) -> str:
         return f"runs {_TIMES.get(entry.calls, f'{entry.calls} times')}"
     if entry.overwritten:
         return "overwritten in place"
-    return "" if entry.output is not None else "no tensor"
+    if entry.output is not None:
+        return ""
+    within = [f"{keys} is {_times(x.shape[1:])}" for keys, x in tensors_in(entry.other)]
+    return "; ".join([type(entry.other).__name__, *within[:_SHOWN]])
 
 
 def _modules(model: nn.Module, image: Tensor, role: str) -> Table:
@@ -178,7 +188,7 @@ def _modules(model: nn.Module, image: Tensor, role: str) -> Table:
     table.add_column("type", overflow="fold")
     table.add_column("output", no_wrap=True)
     table.add_column("stage", no_wrap=True)
-    table.add_column("note", no_wrap=True)
+    table.add_column("note", max_width=36)
     for row in module_table(model, image, role):
         table.add_row(*row, style="bold" if row.stage else "")
     return table

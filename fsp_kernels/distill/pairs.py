@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fsp_kernels import checks, fsp_matrix
 from fsp_kernels.distill.config import Pair
-from fsp_kernels.distill.errors import DistillError
-from fsp_kernels.distill.stages import Stage, looking, run, stages_of, trace
+from fsp_kernels.distill.errors import DistillError, prefixed
+from fsp_kernels.distill.stages import Stage, looking, maps_within, run, stages_of, trace
 from fsp_kernels.distill.taps import FeatureTaps
 
 Paths = tuple[str, str]
@@ -39,6 +39,7 @@ FAMILIES: dict[str, tuple[Paths, ...]] = {
     "torchvision.models.resnet.ResNet": _IMAGENET_RESNET,
     "timm.models.resnet.ResNet": _IMAGENET_RESNET,
 }
+_SHOWN = 4  # paths in one message
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -166,18 +167,24 @@ class Projection(nn.Module):
 
 
 def _auto_pairs(student: nn.Module, teacher: nn.Module, image: Tensor) -> tuple[Pair, ...]:
-    ours = stages_of(trace(student, image, "student"), image)
-    theirs = stages_of(trace(teacher, image, "teacher"), image)
-    for role, stages in (("student", ours), ("teacher", theirs)):
-        if not stages:
-            raise DistillError(
-                f"pairs: auto finds no stage in the {role}, a spatial size of two or more maps "
-                "(B, C, H, W); name the pairs, with the paths that fsp-distill inspect shows"
-            )
+    ours, theirs = _stages(student, image, "student"), _stages(teacher, image, "teacher")
     return tuple(
         Pair(student=(s.first.path, s.last.path), teacher=(t.first.path, t.last.path))
         for s, t in _match(ours, theirs)
     )
+
+
+def _stages(model: nn.Module, image: Tensor, role: str) -> list[Stage]:
+    runs = trace(model, image, role)
+    stages = stages_of(runs, image)
+    if not stages:
+        within = ", ".join(maps_within(runs, image)[:_SHOWN])
+        hint = f"; maps that auto does not look at are {within}" if within else ""
+        raise DistillError(
+            f"pairs: auto finds no stage in the {role}, a spatial size of two or more maps "
+            f"(B, C, H, W){hint}; name the pairs, with paths of fsp-distill inspect --modules"
+        )
+    return stages
 
 
 def _match(ours: list[Stage], theirs: list[Stage]) -> list[tuple[Stage, Stage]]:
@@ -220,26 +227,18 @@ def _shapes(pairs: Sequence[Pair], role: str, model: nn.Module, image: Tensor) -
         stack.enter_context(looking(model))
         all_taps = []
         for index, pair in enumerate(pairs):
-            with _named(f"pairs.{index}.{role}"):
+            with prefixed(f"pairs.{index}.{role}"):
                 taps = FeatureTaps(model, getattr(pair, role))
             all_taps.append(stack.enter_context(taps))
         run(model, image, role)
         for index, (pair, taps) in enumerate(zip(pairs, all_taps, strict=True)):
-            with _named(f"pairs.{index}.{role}"):
+            with prefixed(f"pairs.{index}.{role}"):
                 maps = taps.take_pairs()
                 fsp_matrix(*maps[0], channel_dim=pair.channel_dim)  # it knows which maps make one
                 [(first, second)] = channels_first(maps, [pair.channel_dim])
             channels = first.shape[1], second.shape[1]
             found.append((channels, (tuple(first.shape[2:]), tuple(second.shape[2:]))))
     return found
-
-
-@contextmanager
-def _named(where: str) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, TypeError, IndexError) as error:
-        raise DistillError(f"{where}: {error}") from error
 
 
 def _flat(pairs: Sequence[Maps]) -> list[Tensor]:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.distill.errors import DistillError, explain
+from fsp_kernels.distill.paths import tensors_in
 
 # What computes but doesn't activate. These, and sequences of nothing else, give raw maps, which
 # aren't the features that a stage is known by.
@@ -40,6 +41,7 @@ class ModuleRun:
         module: itself.
         calls: how often it ran.
         output: of the last call; ``None`` where that is no tensor.
+        other: of the last call, what is no tensor.
         version: how often ``output`` had been written to by then.
         rank: its place among all calls, by when they ended; -1 where it did not run.
     """
@@ -48,6 +50,7 @@ class ModuleRun:
     module: nn.Module
     calls: int = 0
     output: Tensor | None = None
+    other: object = field(default=None, repr=False)
     version: int = field(default=0, repr=False)
     rank: int = -1
 
@@ -87,19 +90,21 @@ def looking(model: nn.Module) -> Iterator[nn.Module]:
             module.training = True
 
 
-def run(model: nn.Module, image: Tensor, role: str) -> None:
-    """One forward pass.
+def run(model: nn.Module, images: Tensor, role: str) -> object:
+    """What one forward pass gives.
 
     Raises:
         DistillError: the network does not take such images; ``role`` is named.
     """
     try:
-        model(image)
-    except DistillError as error:  # of a tap, which knows the path
-        raise DistillError(f"pairs: the {role}'s {error}") from error
-    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
-        size = " x ".join(map(str, image.shape[1:]))
-        raise DistillError(f"{role}.model: cannot take images of {size}: {error}") from error
+        return model(images)
+    except DistillError:
+        raise
+    except Exception as error:
+        size = " x ".join(map(str, images.shape[1:]))
+        raise DistillError(
+            f"{role}.model: cannot take images of {size}: {explain(error)}"
+        ) from error
 
 
 def trace(model: nn.Module, image: Tensor, role: str = "student") -> list[ModuleRun]:
@@ -141,12 +146,22 @@ def stages_of(runs: list[ModuleRun], image: Tensor) -> list[Stage]:
     return stages
 
 
+def maps_within(runs: list[ModuleRun], image: Tensor) -> list[str]:
+    """Paths of the maps within tuples, mappings and objects, which ``stages_of`` does not see."""
+    return [
+        f"{entry.path}:output{keys}"
+        for entry in runs
+        for keys, x in tensors_in(entry.other)
+        if _is_spatial(x, image)
+    ]
+
+
 def _record(
     entry: ModuleRun, finished: Iterator[int], _module: nn.Module, _args: Any, output: object
 ) -> None:
     entry.calls += 1
     entry.rank = next(finished)
-    entry.output = output if isinstance(output, Tensor) else None
+    entry.output, entry.other = (output, None) if isinstance(output, Tensor) else (None, output)
     entry.version = 0 if entry.output is None else entry.output._version
 
 
@@ -166,7 +181,13 @@ def _maps(runs: list[ModuleRun], image: Tensor) -> list[Map]:
 
 def _is_map(entry: ModuleRun, image: Tensor) -> bool:
     x = entry.output
-    if x is None or x.dim() != 4 or entry.calls != 1 or entry.overwritten or _is_raw(entry.module):
+    if x is None or entry.calls != 1 or entry.overwritten or _is_raw(entry.module):
+        return False
+    return _is_spatial(x, image)
+
+
+def _is_spatial(x: Tensor, image: Tensor) -> bool:
+    if x.dim() != 4:
         return False
     (high, wide), (height, width) = x.shape[2:], image.shape[2:]
     if high * wide <= 1:

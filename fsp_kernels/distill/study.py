@@ -16,6 +16,7 @@ from fsp_kernels.distill.changes import check_changes, settings_of
 from fsp_kernels.distill.checkpoint import Series
 from fsp_kernels.distill.config import MOST_STEPS, Config, Data, Network, Training, dump_config
 from fsp_kernels.distill.data import Split, Splits, check_batch_size, load_splits
+from fsp_kernels.distill.dry_run import check_logits, check_steps
 from fsp_kernels.distill.environment import describe_environment
 from fsp_kernels.distill.errors import DamagedError, DistillError
 from fsp_kernels.distill.evaluation import Evaluations
@@ -355,16 +356,29 @@ class Study:
         self.monitor.say(f"{job.label}: {split} accuracy {run.accuracy:.2%}, {how}")
 
     def _check_networks(self) -> int:
-        """Sets ``pairs`` and ``shapes``; the bytes that the study may come to take on its disk."""
-        config, image = self.config, self.splits.test[0].image[None]
+        """Tries the networks and sets ``pairs`` and ``shapes``.
+
+        Returns:
+            The bytes that the study may come to take on its disk.
+        """
+        config, classes = self.config, self.splits.classes
+        image = self.splits.test[0].image[None]
+        images = image.repeat(2, 1, 1, 1)  # batch normalisation needs two
         student, teacher = (
-            build_model(
-                network, in_channels=image.shape[1], classes=self.splits.classes, where=where
-            ).eval()
+            build_model(network, in_channels=image.shape[1], classes=classes, where=where).eval()
             for network, where in ((config.student, "student"), (config.teacher, TEACHER))
         )
+        training = config.teacher_training
+        check_logits(student, images, classes, "student")
+        check_logits(teacher, images, classes, TEACHER, trained=training is not None)
         self.pairs = resolve_pairs(config.pairs, student, teacher, image)
         self.shapes = check_pairs(self.pairs, student, teacher, image, config.fsp.projection)
+        if training is not None:
+            check_steps(teacher, [Stage("task", training, 1)], images, TEACHER, config.fsp)
+        # Other steps make no other loss.
+        stages = {(s.task, s.fsp, s.kd): s for arm in config.arms for s in self.stages(arm)}
+        both = self.pairs, self.shapes
+        check_steps(student, [*stages.values()], images, "student", config.fsp, *both, teacher)
         sizes = [_bytes_of(student.state_dict()), _bytes_of(teacher.state_dict())]
         students = len(config.seeds) * len(config.arms)
         # A checkpoint holds the weights and up to two numbers of the optimiser for each.

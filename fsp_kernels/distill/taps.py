@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fsp_kernels.distill.errors import DistillError, did_you_mean
+from fsp_kernels.distill.paths import Path, parse_path, select
 
 
 class FeatureTaps:
@@ -20,6 +21,12 @@ class FeatureTaps:
     Each path is a name as in ``model.named_modules()``, followed by ``:output`` (the default) or
     ``:input``: ``"stage1.0.relu1"``, ``"layer2:input"``. The input of a module is its first tensor
     argument. A module that runs several times in one forward pass gives the last time.
+
+    Of tuples, mappings and objects, keys choose one value: ``"encoder.layer.3:output[0]"``,
+    ``"block:output.hidden_states[2]"``. ``[key]`` and ``.key`` are items of mappings and attributes
+    alike. Of an input they first choose the argument, by place or keyword: ``"layer:input[1]"``,
+    ``"layer:input.mask"``. Without a module, as in ``":output.hidden_states[2]"``, the path is of
+    the model itself, before any hook changes what it gives.
 
     The hooks are there inside a ``with`` block (or from ``attach()`` to ``detach()``) only::
 
@@ -42,12 +49,12 @@ class FeatureTaps:
 
     Raises:
         DistillError: a path names no submodule; the message lists close ones. Or, as the model
-            runs: a value is no tensor; a replica of ``nn.DataParallel`` runs.
+            runs: a replica of ``nn.DataParallel`` runs.
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
         self._model = model
-        self._points = {path: _find(model, path) for path in paths}
+        self._points = {path: (_find(model, path), parse_path(path)) for path in paths}
         self._paths = list(paths)
         self._hooks: list[_Hook] = []
         self._passes = _Passes()
@@ -57,9 +64,10 @@ class FeatureTaps:
         if self._hooks:
             return self
         self._hooks.append(_Hook(self._model, self._start, before=True))
-        for path, (module, side) in self._points.items():
-            record = self._record_input if side == "input" else self._record_output
-            self._hooks.append(_Hook(module, partial(record, path), before=side == "input"))
+        for module, path in self._points.values():
+            before = path.side == "input"
+            record = self._record_input if before else self._record_output
+            self._hooks.append(_Hook(module, partial(record, path), before, module is self._model))
         return self
 
     def detach(self) -> None:
@@ -73,9 +81,10 @@ class FeatureTaps:
         """The maps of the forward pass just run, in the order of the paths; then forget them.
 
         Raises:
-            DistillError: the hooks are not there; a module did not run; its map was overwritten
-                in place afterwards (by ``ReLU(inplace=True)``, say), so the values are no longer
-                the ones asked for; or reentrant checkpointing left the map without a graph.
+            DistillError: the hooks are not there; a module did not run, or gave no tensor where the
+                path says; its map was overwritten in place afterwards (by ``ReLU(inplace=True)``,
+                say), so the values are no longer the ones asked for; or reentrant checkpointing
+                left the map without a graph.
         """
         if not self._hooks:
             raise DistillError(
@@ -84,10 +93,14 @@ class FeatureTaps:
             )
         seen = dict(self._passes.last.seen)
         self._passes.last.seen.clear()
+        maps = []
         for path in self._paths:
             if path not in seen:
                 raise DistillError(f"{path}: did not run in the model's forward pass")
-            tensor, version, lost = seen[path]
+            found = seen[path]
+            if isinstance(found, DistillError):
+                raise found
+            tensor, version, lost = found
             if version is not None and tensor._version != version:
                 raise DistillError(
                     f"{path}: was overwritten in place by a later module; "
@@ -99,7 +112,8 @@ class FeatureTaps:
                     "autograd.Function computed it, as reentrant checkpointing does: "
                     "use checkpoint(..., use_reentrant=False)"
                 )
-        return [seen[path].tensor for path in self._paths]
+            maps.append(tensor)
+        return maps
 
     def take_pairs(self) -> list[tuple[Tensor, Tensor]]:
         """The same two by two, as ``fsp_loss`` takes them; paths come first, second, first, ...
@@ -127,26 +141,29 @@ class FeatureTaps:
         this.seen.clear()
         this.has_gradient = torch.is_grad_enabled()
 
-    def _record_input(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        self._record(path, tensors[0] if tensors else args)
+    def _record_input(self, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        value: object = dict(enumerate(args)) | kwargs
+        if not path.keys:
+            value = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), value)
+        self._record(path, value)
 
-    def _record_output(self, path: str, _args: tuple[Any, ...], output: object) -> None:
+    def _record_output(self, path: Path, _args: tuple[Any, ...], output: object) -> None:
         self._record(path, output)
 
-    def _record(self, path: str, value: object) -> None:
-        if not isinstance(value, Tensor):
-            raise DistillError(
-                f"{path}: is a {type(value).__name__}, not a tensor; tap a submodule of it"
-            )
-        this = self._passes.last
-        lost = this.has_gradient and not value.requires_grad and _in_function()
+    def _record(self, path: Path, given: object) -> None:
+        seen = self._passes.last.seen
+        try:
+            value = select(given, path)
+        except DistillError as error:  # for who takes the maps, who knows what they are for
+            seen[path.text] = error
+            return
+        lost = self._passes.last.has_gradient and not value.requires_grad and _in_function()
         # PyTorch counts writes to neither of these two kinds, so a copy is kept. It costs what a
         # ReLU does. Comparing values later would cost the same and make the host wait for a GPU.
         if torch.compiler.is_compiling() or value.is_inference():
-            this.seen[path] = _Seen(value.clone(), None, lost)
+            seen[path.text] = _Seen(value.clone(), None, lost)
         else:
-            this.seen[path] = _Seen(value, value._version, lost)
+            seen[path.text] = _Seen(value, value._version, lost)
 
 
 class _Seen(NamedTuple):
@@ -161,7 +178,7 @@ class _Pass:
     """What a forward pass has recorded so far, and whether it began with gradients enabled."""
 
     def __init__(self) -> None:
-        self.seen: dict[str, _Seen] = {}
+        self.seen: dict[str, _Seen | DistillError] = {}
         self.has_gradient = True
 
 
@@ -178,7 +195,8 @@ class _Passes(threading.local):
 class _Hook:
     """Calls ``act`` before or after ``module`` runs, but not when backward runs it again.
 
-    A copy or a file of the module has a hook that does nothing.
+    If ``first``, it runs before the module's other hooks. A copy or a file of the module has a hook
+    that does nothing.
     """
 
     def __init__(
@@ -186,13 +204,14 @@ class _Hook:
         module: nn.Module | None = None,
         act: Callable[..., None] | None = None,
         before: bool = False,
+        first: bool = False,
     ) -> None:
         self._module, self._act = module, act
         self._handle: RemovableHandle | None = None
         if module is not None and before:
             self._handle = module.register_forward_pre_hook(self, with_kwargs=True)
         elif module is not None:
-            self._handle = module.register_forward_hook(self)
+            self._handle = module.register_forward_hook(self, prepend=first)
 
     def __call__(self, module: nn.Module, args: object, other: object) -> None:
         if self._act is None:
@@ -230,16 +249,13 @@ def _in_function() -> bool:
     return both_off and not torch.is_inference_mode_enabled()
 
 
-def _find(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    name, colon, side = path.partition(":")
-    if colon and side not in ("input", "output"):
-        raise DistillError(f"{path}: ends in {side!r}, must end in ':input' or ':output'")
-    modules = dict(model.named_modules())
-    if not name or name not in modules:
+def _find(model: nn.Module, text: str) -> nn.Module:
+    name, modules = parse_path(text).module, dict(model.named_modules())
+    if name not in modules or not text:
         known = [known for known in modules if known]
         hint = did_you_mean(name, known, limit=3) or _children(model)
-        raise DistillError(f"{path}: {type(model).__name__} has no module {name!r}{hint}")
-    return modules[name], side or "output"
+        raise DistillError(f"{text}: {type(model).__name__} has no module {name!r}{hint}")
+    return modules[name]
 
 
 def _children(model: nn.Module) -> str:

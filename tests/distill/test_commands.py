@@ -148,10 +148,15 @@ def test_export_writes_weights_and_program(finished: Path) -> None:
 
 
 def test_inspect_prints_paths_shapes_and_pairs_that_fit() -> None:
-    result = invoke("inspect", "cifar/resnet8", "--teacher", "cifar/resnet14", "--input", "1x8x8")
+    command = ["inspect", "cifar/resnet8", "--teacher", "cifar/resnet14", "--input", "1x8x8"]
+    result = invoke(*command)
     assert result.exit_code == 0, result.output
-    assert re.search(r"stage2\.0\.relu1 +ReLU +32x4x4", result.output)
     assert "fits" in result.output
+    module = r"stage2\.0\.relu1 +ReLU +32x4x4"
+    assert not re.search(module, result.output)
+    everything = invoke(*command, "--modules").output
+    assert everything.startswith(result.output)
+    assert len(re.findall(module, everything)) == 2
 
 
 @pytest.mark.parametrize(
@@ -159,6 +164,10 @@ def test_inspect_prints_paths_shapes_and_pairs_that_fit() -> None:
     [
         (["cifar/resnet9"], "cifar/resnet9"),
         (["cifar/resnet8", "--input", "3x32"], "3x32"),
+        (["cifar/resnet8", "--input", "3x99999999x99999999"], "each from 1 to 1024"),
+        (["cifar/resnet8", "--input", f"{'9' * 5000}x1x1"], "each from 1 to 1024"),
+        (["cifar/resnet8", "--classes", "100001"], "less than or equal to 100000"),
+        (["cifar/resnet99999998"], "at most 1202"),
         (["torchvision/resnet19"], "did you mean"),
     ],
 )

@@ -55,10 +55,10 @@ class Family(CifarResNet):
     """An architecture that a test can name pairs for."""
 
 
-def printed(*models: nn.Module) -> str:
+def printed(*models: nn.Module, modules: bool = False) -> str:
     stream = io.StringIO()
     console = Console(file=stream, width=100)
-    print_inspection(console, (3, 32, 32), *models)
+    print_inspection(console, (3, 32, 32), *models, modules=modules)
     return stream.getvalue()
 
 
@@ -66,7 +66,9 @@ def test_an_input_shape_is_channels_height_and_width() -> None:
     assert parse_input_shape("3x32x48") == (3, 32, 48)
 
 
-@pytest.mark.parametrize("text", ["", "32x32", "3x32x32x1", "3x32x0", "3x32x-1", "3 x 32 x 32"])
+@pytest.mark.parametrize(
+    "text", ["", "32x32", "3x32x32x1", "3x32x0", "3x32x-1", "3 x 32 x 32", "3x32x1025", "9" * 5000]
+)
 def test_another_input_shape_is_refused(text: str) -> None:
     with pytest.raises(DistillError, match=f"--input: is {text!r}, must be channels, height and"):
         parse_input_shape(text)
@@ -99,7 +101,7 @@ def test_what_cannot_be_tapped_is_noted() -> None:
         "twice": "runs twice",
         "often": "runs 4 times",
         "idle": "did not run",
-        "split": "no tensor",
+        "split": "tuple; [0] is 3x32x32; [1] is 3x32x32",
     }
 
 
@@ -153,7 +155,7 @@ def test_pasted_pairs_read_back_as_they_were() -> None:
 
 def test_everything_is_printed_within_a_hundred_columns() -> None:
     models = pytest.importorskip("torchvision.models")
-    text = printed(models.mobilenet_v3_small(), models.resnet18())
+    text = printed(models.mobilenet_v3_small(), models.resnet18(), modules=True)
     assert max(map(len, text.splitlines())) <= 100
     assert "Student: MobileNetV3 on 3x32x32" in text
     assert "Teacher: ResNet on 3x32x32" in text
@@ -171,4 +173,21 @@ def test_a_network_alone_is_paired_with_its_like() -> None:
 
 
 def test_without_stages_a_hint_is_printed() -> None:
-    assert "auto finds no stages here" in printed(nn.Sequential(nn.Flatten(), nn.Linear(3072, 2)))
+    text = printed(nn.Sequential(nn.Flatten(), nn.Linear(3072, 2)))
+    assert "auto finds no stage in the student" in text
+    assert "fsp-distill inspect --modules" in text
+
+
+def test_maps_within_tuples_are_named_where_there_are_no_others() -> None:
+    class Tuples(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[1](self[0](x)[0])[1]
+
+    text = " ".join(printed(Tuples(Splitter(), Splitter())).split())
+    assert "maps that auto does not look at are 0:output[0], 0:output[1], 1:output[0]" in text
+
+
+def test_modules_come_after_the_pairs_and_where_asked_for() -> None:
+    text = printed(CifarResNet(8), modules=True)
+    assert text.startswith(printed(CifarResNet(8)))
+    assert text.index("pairs:") < text.index("Student: CifarResNet on 3x32x32")

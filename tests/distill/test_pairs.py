@@ -249,8 +249,11 @@ def test_a_value_that_is_no_tensor_is_named() -> None:
             return x, x
 
     model = nn.Sequential(conv(3, 4), Both())
-    with pytest.raises(DistillError, match=r"^pairs: the student's 1: is a tuple, not a tensor"):
+    message = r"^pairs\.0\.student: 1: is a tuple of 2, not a tensor; choose :output\[0\] or"
+    with pytest.raises(DistillError, match=message):
         check_pairs([pair("0", "1")], model, model, IMAGE, projection=False)
+    [shapes] = check_pairs([pair("0", "1:output[1]")], model, model, IMAGE, projection=False)
+    assert shapes.student == (4, 4)
 
 
 def test_a_map_that_is_overwritten_is_named() -> None:
@@ -270,6 +273,18 @@ def test_maps_of_other_ranks_or_batches_make_no_pair() -> None:
 def test_a_network_that_cannot_take_the_images_is_named() -> None:
     with pytest.raises(DistillError, match=r"^teacher\.model: cannot take images of 3 x 32 x 32: "):
         check_pairs([], net(4), nn.Conv2d(1, 4, 3), IMAGE, projection=False)
+
+
+def test_any_error_of_a_forward_pass_is_shown_with_the_users_own_lines() -> None:
+    class Looks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return {}[x.shape]
+
+    message = (
+        r"^student\.model: cannot take images of .*: KeyError: .*\n  \S+test_pairs\.py:\d+, in f"
+    )
+    with pytest.raises(DistillError, match=message):
+        check_pairs([], Looks(), net(4), IMAGE, projection=False)
 
 
 def test_checking_leaves_networks_as_they_were() -> None:

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import torch
 
-from fsp_kernels.distill.seeds import mixed, seed_everything
+from fsp_kernels.distill.seeds import kept_generators, mixed, seed_everything
 
 
 def draws() -> tuple[float, float, float]:
@@ -47,3 +47,12 @@ def test_all_generators_draw_otherwise_from_other_numbers() -> None:
     first = draws()
     seed_everything(3, 1, 5)
     assert all(ours != theirs for ours, theirs in zip(draws(), first, strict=True))
+
+
+def test_generators_are_as_they_were_after_other_draws() -> None:
+    seed_everything(4)
+    expected = draws()
+    seed_everything(4)
+    with kept_generators():
+        assert draws() == expected
+    assert draws() == expected

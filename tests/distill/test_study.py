@@ -21,6 +21,7 @@ from fsp_kernels.distill import records
 from fsp_kernels.distill.config import load_config
 from fsp_kernels.distill.data import evaluation_batches
 from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.distill.export import export_run
 from fsp_kernels.distill.interruption import Interruption
 from fsp_kernels.distill.models import CifarResNet
 from fsp_kernels.distill.monitor import Monitor
@@ -288,6 +289,85 @@ def test_what_does_not_fit_is_refused_before_anything_changes(
     with pytest.raises(DistillError, match=message):
         open_study(recipe, tmp_path / "run", *overrides)
     assert not (tmp_path / "run").exists()
+
+
+USERS_NETS = """
+from fsp_kernels.distill.models import CifarResNet
+
+class Twice(CifarResNet):
+    def __init__(self, classes):
+        super().__init__(8, in_channels=1, classes=classes)
+
+    def forward(self, x):
+        return super().forward(x), x
+
+class Auxiliary(Twice):
+    def forward(self, x):
+        logits, x = super().forward(x)
+        return (logits, x) if self.training else logits
+
+def frozen(classes):
+    return CifarResNet(8, in_channels=1, classes=classes).requires_grad_(False)
+
+def seven():
+    return CifarResNet(8, in_channels=1, classes=7)
+"""
+
+
+@pytest.fixture
+def users_nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "users_nets.py").write_text(USERS_NETS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "users_nets", raising=False)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (
+            "Twice",
+            r"model: gives a tuple of 2, must give .* as {role}\.logits, or name a module:call",
+        ),
+        ("Auxiliary", r"model: while it trains, gives a tuple of 2"),
+        ("frozen", r"model: cannot be trained by (stage 2|task): no weight"),
+        ("seven", r"model: gives shape \(2, 7\), must give .*, here \(2, 10\)"),
+    ],
+)
+@pytest.mark.usefixtures("users_nets")
+def test_a_network_that_cannot_be_trained_is_refused_before_anything_changes(
+    recipe: Path, tmp_path: Path, role: str, network: str, message: str
+) -> None:
+    with pytest.raises(DistillError, match=rf"^{role}\.{message.replace('{role}', role)}"):
+        open_study(recipe, tmp_path / "run", f"{role}.model=users_nets:{network}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("users_nets")
+def test_a_frozen_teacher_is_fine_if_it_is_not_trained(recipe: Path, tmp_path: Path) -> None:
+    save_file(CifarResNet(8, in_channels=1).state_dict(), tmp_path / "w.safetensors")
+    given = [f"teacher={{model: 'users_nets:frozen', weights: {tmp_path / 'w.safetensors'}}}"]
+    open_study(recipe, tmp_path / "run", "teacher_training=null", *given)
+
+
+def test_weights_that_are_not_finite_are_refused(recipe: Path, tmp_path: Path) -> None:
+    weights = CifarResNet(14, in_channels=1).state_dict()
+    weights["fc.bias"].fill_(torch.nan)
+    save_file(weights, tmp_path / "w.safetensors")
+    given = ["teacher_training=null", f"teacher.weights={tmp_path / 'w.safetensors'}"]
+    with pytest.raises(DistillError, match=r"^teacher\.model: gives numbers that are not finite"):
+        open_study(recipe, tmp_path / "run", *given)
+
+
+@pytest.mark.usefixtures("users_nets")
+def test_a_network_whose_logits_are_chosen_is_trained_like_any_other(
+    recipe: Path, tmp_path: Path, studied: Study
+) -> None:
+    chosen = "student={model: 'users_nets:Auxiliary', logits: ':output[0]'}"
+    ours = open_study(recipe, tmp_path / "run", chosen).student("two-stage", 0)
+    assert numbers(ours) == numbers(runs_of(studied, "two-stage")[0])
+    paths = export_run(tmp_path / "run" / "two-stage" / "seed-0", tmp_path / "exported")
+    assert all(path.is_file() for path in paths)
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(recipe: Path, tmp_path: Path) -> None:

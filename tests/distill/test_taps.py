@@ -171,6 +171,11 @@ def test_an_input_given_by_keyword_is_found_and_the_last_call_counts() -> None:
         ("zzz", r"CifarResNet has no module 'zzz'; it has conv, bn, relu, stage1"),
         ("", "has no module ''"),
         ("stage1:ouput", r"ends in 'ouput', must end in ':input' or ':output'"),
+        (
+            "stage1:output[0",
+            r"ends in 'output\[0', must end in .* as ':output\[0\]' or ':output\.lo",
+        ),
+        ("zzz:output[0]", r"CifarResNet has no module 'zzz'; it has conv, bn, relu, stage1"),
     ],
 )
 def test_a_wrong_path_is_refused_with_close_ones(path: str, message: str) -> None:
@@ -190,8 +195,48 @@ def test_a_module_that_did_not_run_is_named_and_old_maps_are_not_given_again() -
 
 def test_a_value_that_is_no_tensor_is_refused() -> None:
     model = Branchy()
-    with FeatureTaps(model, ["split"]), pytest.raises(DistillError, match="split: is a tuple"):
+    message = r"^split: is a tuple of 2, not a tensor; choose :output\[0\] or :output\[1\]$"
+    with FeatureTaps(model, ["split"]) as taps:
         model(torch.randn(1, 4))
+        with pytest.raises(DistillError, match=message):
+            taps.take()
+
+
+def test_a_value_within_a_tuple_can_be_chosen() -> None:
+    model, x = Branchy(), torch.randn(1, 4)
+    with FeatureTaps(model, ["split:output[0]", "split:output[-1]", "split:input.x"]) as taps:
+        model(x)
+        first, second, given = taps.take()
+    assert first is given
+    assert torch.equal(second, first + 1)
+
+
+def test_of_several_arguments_one_can_be_chosen() -> None:
+    model, x, y = nn.Bilinear(4, 3, 2), torch.randn(5, 4), torch.randn(5, 3)
+    with FeatureTaps(model, [":input[1]", ":input.input1", ":input"]) as taps:
+        model(input1=x, input2=y)
+        with pytest.raises(
+            DistillError, match=r"^:input\[1\]: has no 1, .* choose :input\.input1 or"
+        ):
+            taps.take()
+    with FeatureTaps(model, [":input[1]", ":input"]) as taps:
+        model(x, y)
+        second, first = taps.take()
+    assert second is y
+    assert first is x
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_values_of_the_model_itself_are_chosen_from_what_it_gives(compiled: bool) -> None:
+    torch._dynamo.reset()
+    model, x = Splitter(), torch.randn(3, 4)
+    model.register_forward_hook(lambda _module, _args, output: output[0])  # the logits, say
+    with FeatureTaps(model, [":output[1]", ":output[0]"]) as taps:
+        y = (torch.compile(model, backend="eager", fullgraph=True) if compiled else model)(x)
+        second, first = taps.take()
+    assert torch.equal(y, x)
+    assert torch.equal(first, x)
+    assert torch.equal(second, x + 1)
 
 
 def test_a_map_overwritten_in_place_is_refused_not_returned_wrong() -> None:

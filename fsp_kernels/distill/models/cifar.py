@@ -7,10 +7,14 @@ outside, by module path.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+_DEEPEST = 1202  # of the ResNets of He et al.
+_LARGEST = 1 << 15  # depth x width^2: of about 16,000 weights each, half a billion in all
 
 
 class SubsampleShortcut(nn.Module):
@@ -58,15 +62,13 @@ class CifarResNet(nn.Module):
         classes: number of logits.
 
     Raises:
-        ValueError: ``depth`` is not ``6n + 2`` with n at least 1, or ``width`` is less than 1.
+        ValueError: ``depth`` is not ``6n + 2`` with n at least 1, ``width`` is less than 1, or
+            both make a network larger than any machine trains.
     """
 
     def __init__(self, depth: int, width: int = 1, in_channels: int = 3, classes: int = 10) -> None:
         super().__init__()
-        if depth < 8 or depth % 6 != 2:
-            raise ValueError(f"depth is {depth}, must be 6n + 2 (8, 14, 20, ...)")
-        if width < 1:
-            raise ValueError(f"width is {width}, must be at least 1")
+        _check_size(depth, 2, width)
         blocks = (depth - 2) // 6
         self.conv = nn.Conv2d(in_channels, 16 * width, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(16 * width)
@@ -117,17 +119,15 @@ class WideResNet(nn.Module):
         classes: number of logits.
 
     Raises:
-        ValueError: ``depth`` is not ``6n + 4`` with n at least 1, or ``width`` is less than 1.
+        ValueError: ``depth`` is not ``6n + 4`` with n at least 1, ``width`` is less than 1, or
+            both make a network larger than any machine trains.
     """
 
     def __init__(
         self, depth: int = 16, width: int = 2, in_channels: int = 3, classes: int = 10
     ) -> None:
         super().__init__()
-        if depth < 10 or depth % 6 != 4:
-            raise ValueError(f"depth is {depth}, must be 6n + 4 (10, 16, 22, ...)")
-        if width < 1:
-            raise ValueError(f"width is {width}, must be at least 1")
+        _check_size(depth, 4, width)
         blocks = (depth - 4) // 6
         self.conv = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.stage1 = _stage(blocks, 16, 16 * width, 1, PreActivationBlock)
@@ -143,6 +143,17 @@ class WideResNet(nn.Module):
         """``(B, in_channels, H, W)`` to logits ``(B, classes)``."""
         x = self.stage3(self.stage2(self.stage1(self.conv(images))))
         return self.fc(self.pool(self.relu(self.bn(x))).flatten(1))
+
+
+def _check_size(depth: int, rest: int, width: int) -> None:
+    if not 6 < depth <= _DEEPEST or depth % 6 != rest:
+        first = ", ".join(str(6 * n + rest) for n in (1, 2, 3))
+        raise ValueError(
+            f"depth is {depth}, must be 6n + {rest} ({first}, ...) and at most {_DEEPEST}"
+        )
+    widest = math.isqrt(_LARGEST // depth)
+    if not 1 <= width <= widest:
+        raise ValueError(f"width is {width}, must be 1 to {widest} at depth {depth}")
 
 
 def _stage(

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from fsp_kernels.distill.errors import DistillError, did_you_mean
+from fsp_kernels.distill.errors import DistillError, did_you_mean, explain
 from fsp_kernels.distill.models.cifar import CifarResNet, WideResNet
+from fsp_kernels.distill.models.logits import SelectLogits
 from fsp_kernels.distill.models.weights import load_weights, read_weights
 
 if TYPE_CHECKING:
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
 _NAMES = "cifar/NAME, torchvision/NAME, timm/NAME or package.module:callable"
 _CALLABLE = re.compile(r"(\w+(?:\.\w+)*):(\w+(?:\.\w+)*)")
 _CIFAR: dict[str, Callable[..., nn.Module]] = {
-    r"resnet(?P<depth>\d+)": CifarResNet,
-    r"wrn(?P<depth>\d+)-(?P<width>\d+)": WideResNet,
+    r"resnet(?P<depth>\d{1,9})": CifarResNet,
+    r"wrn(?P<depth>\d{1,9})-(?P<width>\d{1,9})": WideResNet,
 }
 # Of torchvision, the networks that give more than logits while they train unless told not to, and
 # their weights for that.
@@ -65,9 +67,11 @@ def build_model(
     else:
         hint = did_you_mean(source, _SOURCES) if slash else ""
         raise DistillError(f"{where}.model: is {network.model!r}, must be {_NAMES}{hint}")
+    if network.logits is not None:
+        model.register_forward_hook(SelectLogits(network.logits, f"{where}.logits"))
     if network.weights is not None:
         key = f"{where}.weights"
-        load_weights(model, read_weights(network.weights, key), key)
+        load_weights(model, read_weights(network.weights, model, key), key)
     return model
 
 
@@ -146,13 +150,24 @@ _SOURCES = {"cifar": _cifar, "torchvision": _torchvision, "timm": _timm}
 def _call(factory: Callable[..., Any], network: Network, where: str, **keywords: Any) -> nn.Module:
     try:
         model = factory(**keywords, **network.arguments)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (Exception, SystemExit) as error:
         key = "arguments" if network.arguments else "model"
-        raise DistillError(f"{where}.{key}: {network.model} refuses: {error}") from error
+        raise DistillError(f"{where}.{key}: {network.model} refuses: {explain(error)}") from error
     if not isinstance(model, nn.Module):
         raise DistillError(
             f"{where}.model: {network.model} returned {type(model).__name__}, "
             "must return a torch.nn.Module"
+        )
+    # A program of torch.export has an eval of its own, which refuses.
+    if isinstance(model, torch.jit.ScriptModule) or "eval" in vars(model):
+        raise DistillError(
+            f"{where}.model: {network.model} returned a program, by TorchScript or torch.export, "
+            "must return the torch.nn.Module that it was made of"
+        )
+    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+        raise DistillError(
+            f"{where}.model: {network.model} returned a network whose lazy modules have no weights "
+            "yet; must run it once before"
         )
     return model
 
@@ -166,8 +181,8 @@ def _find_callable(name: str, where: str) -> Callable[..., Any]:
         sys.path.append(os.getcwd())
     try:
         found: Any = importlib.import_module(module)
-    except (ImportError, SyntaxError) as error:
-        raise DistillError(f"{where}.model: cannot import {module!r}: {error}") from error
+    except (Exception, SystemExit) as error:  # a script may end itself
+        raise DistillError(f"{where}.model: cannot import {module!r}: {explain(error)}") from error
     for attribute in attributes.split("."):
         if not hasattr(found, attribute):
             near = did_you_mean(attribute, dir(found))
@@ -195,7 +210,7 @@ def _takes(factory: Callable[..., Any], keyword: str) -> bool:
 def _package(name: str, network: Network, where: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except ImportError as error:
+    except Exception as error:  # where it does not go with this PyTorch, anything
         package = name.partition(".")[0]
         raise DistillError(
             f"{where}.model: {network.model} needs {package} ({error}); pip install {package}"

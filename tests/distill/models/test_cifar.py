@@ -49,7 +49,9 @@ def test_shortcuts_have_no_parameters_and_pass_every_second_position() -> None:
     assert not y[:, 24:].any()
 
 
-@pytest.mark.parametrize(("depth", "width"), [(2, 1), (9, 1), (8, 0)])
+@pytest.mark.parametrize(
+    ("depth", "width"), [(2, 1), (9, 1), (1208, 1), (8, 0), (8, 65), (1202, 6)]
+)
 def test_impossible_networks_are_refused(depth: int, width: int) -> None:
     with pytest.raises(ValueError, match="must be"):
         CifarResNet(depth, width)
@@ -102,7 +104,7 @@ def test_a_wide_block_adds_a_convolution_of_the_activated_input_elsewhere() -> N
     assert torch.equal(block(x), block.shortcut(block.bn1(x).relu()))
 
 
-@pytest.mark.parametrize(("depth", "width"), [(4, 1), (17, 1), (16, 0)])
+@pytest.mark.parametrize(("depth", "width"), [(4, 1), (17, 1), (99999994, 1), (16, 0), (10, 10**9)])
 def test_impossible_wide_networks_are_refused(depth: int, width: int) -> None:
     with pytest.raises(ValueError, match="must be"):
         WideResNet(depth, width)

@@ -19,6 +19,7 @@ TORCHVISION = pytest.mark.skipif(
     "not __import__('importlib').util.find_spec('torchvision')", reason="needs torchvision"
 )
 USERS_MODULE = """\
+import torch
 from torch import nn
 
 
@@ -40,6 +41,56 @@ def takes_none():
 
 def no_module():
     return 3
+
+
+def lacks_a_key():
+    return build({})
+
+
+def build(widths):
+    return nn.Linear(4, widths["last"])
+
+
+def needs_torch():
+    return nn.Linear(4, -1)
+
+
+def asserts():
+    assert number < 3
+
+
+def ends():
+    raise SystemExit(0)
+
+
+def scripted():
+    return torch.jit.script(nn.Linear(4, 2))
+
+
+def traced():
+    return torch.jit.trace(nn.Linear(4, 2), torch.zeros(1, 4))
+
+
+def frozen():
+    return torch.jit.freeze(torch.jit.script(nn.Linear(4, 2)).eval())
+
+
+def exported():
+    return torch.export.export(nn.Linear(4, 2), (torch.zeros(1, 4),)).module()
+
+
+def lazy():
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(2))
+
+
+def twice(classes):
+    net = nn.Linear(4, classes)
+    net.register_forward_hook(lambda _net, _args, output: (output, output))
+    return net
+
+
+def is_interrupted():
+    raise KeyboardInterrupt
 
 
 number = 3
@@ -152,6 +203,7 @@ def test_a_callable_that_takes_nothing_is_given_nothing(users_module: str) -> No
     assert isinstance(build(f"{users_module}:takes_none"), nn.Identity)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 @pytest.mark.parametrize(
     ("attribute", "message"),
     [
@@ -159,6 +211,14 @@ def test_a_callable_that_takes_nothing_is_given_nothing(users_module: str) -> No
         ("number", r"teacher\.model: users_nets:number is of type int, must be callable"),
         ("Nets.linaer", r"teacher\.model: 'users_nets' has no 'Nets\.linaer'; did you mean 'line"),
         ("a b", r"teacher\.model: is 'users_nets:a b', must be cifar/NAME"),
+        ("scripted", r"teacher\.model: users_nets:scripted returned a program, by TorchScript or"),
+        ("traced", r"teacher\.model: users_nets:traced returned a program, by TorchScript or"),
+        ("frozen", r"teacher\.model: users_nets:frozen returned a program, by TorchScript or"),
+        ("exported", r"teacher\.model: users_nets:exported returned a program, by TorchScript or"),
+        (
+            "lazy",
+            r"teacher\.model: users_nets:lazy returned a network whose lazy modules have no we",
+        ),
     ],
 )
 def test_what_is_no_network_factory_is_refused(
@@ -166,6 +226,76 @@ def test_what_is_no_network_factory_is_refused(
 ) -> None:
     with pytest.raises(DistillError, match=message):
         build(f"{users_module}:{attribute}")
+
+
+@pytest.mark.parametrize(
+    ("attribute", "message"),
+    [
+        (
+            "lacks_a_key",
+            r"KeyError: 'last'\n.*, in lacks_a_key: .*\n  .*, in build: return nn\.Lin",
+        ),
+        (
+            "needs_torch",
+            r"negative dimension -1.*\n  \S+users_nets\.py:\d+, in needs_torch: return",
+        ),
+        ("asserts", r"AssertionError\n  .*, in asserts: assert number < 3"),
+        ("ends", r"SystemExit: 0\n  .*, in ends: raise SystemExit\(0\)"),
+    ],
+)
+def test_an_error_of_a_users_constructor_is_shown_with_the_users_own_lines(
+    users_module: str, attribute: str, message: str
+) -> None:
+    name = f"{users_module}:{attribute}"
+    with pytest.raises(
+        DistillError, match=rf"^teacher\.model: {name} refuses: .*{message}"
+    ) as error:
+        build(name)
+    assert "torch/nn" not in str(error.value)
+
+
+def test_logits_are_chosen_where_the_recipe_says(users_module: str) -> None:
+    assert build(f"{users_module}:twice", logits=":output[1]")(torch.zeros(3, 4)).shape == (3, 7)
+    with pytest.raises(
+        DistillError, match=r"^teacher\.logits: is 'fc', must choose in the network's"
+    ):
+        build(f"{users_module}:twice", logits="fc")
+
+
+def test_an_interruption_passes_a_users_constructor(users_module: str) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        build(f"{users_module}:is_interrupted")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "import os\nos.environ['NO_SUCH']",
+            r"KeyError: 'NO_SUCH'\n  \S+wrong\.py:2, in <module>: os",
+        ),
+        ("import no_such_package", r"No module named 'no_such_package'\n  .*, in <module>: import"),
+        ("raise SystemExit(0)", r"SystemExit: 0\n"),
+        ("def net(:", r"invalid syntax \(wrong\.py, line 1\)$"),
+        ("x = '", r"unterminated string literal .*wrong\.py, line 1\)$"),
+    ],
+)
+def test_an_error_of_a_users_module_is_shown_with_the_users_own_lines(
+    users_module: str, tmp_path: Path, text: str, message: str
+) -> None:
+    del users_module  # its current directory is what counts
+    (tmp_path / "wrong.py").write_text(text)
+    with pytest.raises(DistillError, match=rf"^teacher\.model: cannot import 'wrong': {message}"):
+        build("wrong:net")
+
+
+def test_a_broken_package_of_networks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def import_module(_name: str) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr("importlib.import_module", import_module)
+    with pytest.raises(DistillError, match=r"needs torchvision \(operator torchvision::nms does"):
+        build("torchvision/resnet18")
 
 
 def test_a_module_that_cannot_be_imported_is_named() -> None:
@@ -180,7 +310,10 @@ def test_a_module_that_cannot_be_imported_is_named() -> None:
         ("torchvison/resnet18", r"must be cifar/NAME.*; did you mean 'torchvision'\?"),
         ("cifar/resnet", r"teacher\.model: is 'cifar/resnet', must be cifar/resnetDEPTH or cifar"),
         ("cifar/resnet27", r"teacher\.model: cifar/resnet27 refuses: depth is 27, must be 6n \+ 2"),
-        ("cifar/wrn16-0", r"teacher\.model: cifar/wrn16-0 refuses: width is 0, must be at least"),
+        ("cifar/wrn16-0", r"teacher\.model: cifar/wrn16-0 refuses: width is 0, must be 1 to 45 at"),
+        ("cifar/resnet99999998", r"refuses: depth is 99999998, must be 6n \+ 2 .* at most 1202$"),
+        ("cifar/wrn10-99999999", r"refuses: width is 99999999, must be 1 to 57 at depth 10$"),
+        (f"cifar/resnet{'9' * 5000}", r"must be cifar/resnetDEPTH or cifar/wrnDEPTH-WIDTH"),
         pytest.param(
             "torchvision/resnet81",
             r"teacher\.model: torchvision has no classification model 'resnet81'; did you mean 're",

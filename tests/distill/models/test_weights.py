@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import textwrap
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -27,6 +31,10 @@ def same(state: State, other: State, but: str = "-") -> bool:
     return all(torch.equal(state[name], other[name]) for name in names)
 
 
+def built_from(path: Path) -> State:
+    return build("cifar/resnet8", weights=str(path)).state_dict()
+
+
 @pytest.fixture
 def state() -> State:
     return CifarResNet(8).state_dict()
@@ -39,17 +47,82 @@ def test_a_network_starts_from_a_file(state: State, tmp_path: Path, suffix: str)
     assert same(state, build("cifar/resnet8", weights=str(path)).state_dict())
 
 
-@pytest.mark.parametrize("key", ["state_dict", "model"])
+@pytest.mark.parametrize(
+    "key", ["state_dict", "model", "net", "model_state_dict", "network", "weights", "ema"]
+)
 def test_weights_are_found_in_a_training_scripts_checkpoint(
     state: State, tmp_path: Path, key: str
 ) -> None:
-    torch.save({key: state, "epoch": 3}, tmp_path / "checkpoint.pt")
-    assert same(state, read_weights(tmp_path / "checkpoint.pt", "student.weights"))
+    momentum = {"state": {0: {"momentum_buffer": torch.zeros(3)}}}
+    torch.save({key: state, "epoch": 3, "optimizer": momentum}, tmp_path / "checkpoint.pt")
+    assert same(state, built_from(tmp_path / "checkpoint.pt"))
 
 
-def test_the_prefix_of_data_parallel_training_is_taken_off(state: State, tmp_path: Path) -> None:
-    torch.save({f"module.{name}": x for name, x in state.items()}, tmp_path / "weights.pt")
-    assert same(state, read_weights(tmp_path / "weights.pt", "student.weights"))
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module.", "net.model."],
+)
+def test_the_prefix_of_a_wrapper_is_taken_off(state: State, tmp_path: Path, prefix: str) -> None:
+    torch.save({f"{prefix}{name}": x for name, x in state.items()}, tmp_path / "weights.pt")
+    assert same(state, built_from(tmp_path / "weights.pt"))
+
+
+def test_weights_of_a_network_compiled_in_parts_are_read(state: State, tmp_path: Path) -> None:
+    parts = {name.replace("stage2.", "stage2._orig_mod."): x for name, x in state.items()}
+    torch.save(parts, tmp_path / "weights.pt")
+    assert same(state, built_from(tmp_path / "weights.pt"))
+
+
+def test_what_lightning_keeps_beside_the_network_is_left_out(state: State, tmp_path: Path) -> None:
+    names = {f"model.{name}": x for name, x in state.items()}
+    content = {"state_dict": names | {"criterion.weight": torch.ones(2)}, "global_step": 7}
+    torch.save(content, tmp_path / "last.ckpt")
+    assert same(state, built_from(tmp_path / "last.ckpt"))
+
+
+def test_the_count_of_an_averaged_model_is_left_out(state: State, tmp_path: Path) -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(CifarResNet(8))
+    averaged.module.load_state_dict(state)
+    torch.save(averaged.state_dict(), tmp_path / "weights.pt")
+    assert same(state, built_from(tmp_path / "weights.pt"))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_networks_own_names_may_look_like_prefixes(tmp_path: Path, suffix: str) -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.module = nn.Linear(2, 3), nn.Linear(2, 3)
+
+    source, model = Inner(), Inner()
+    path = tmp_path / f"weights{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(source.state_dict(), path)
+    assert same(source.state_dict(), read_weights(path, model, "student.weights"))
+
+
+def test_two_networks_under_two_keys_are_named(state: State, tmp_path: Path) -> None:
+    torch.save({"state_dict": state, "state_dict_ema": state}, tmp_path / "weights.pt")
+    message = "several such networks, under 'state_dict' and 'state_dict_ema'; keep one in a file"
+    with pytest.raises(DistillError, match=message):
+        built_from(tmp_path / "weights.pt")
+
+
+def test_two_networks_under_two_prefixes_are_named(state: State, tmp_path: Path) -> None:
+    both = {f"{role}.{name}": x for role in ("student", "teacher") for name, x in state.items()}
+    torch.save({"state_dict": both}, tmp_path / "weights.pt")
+    message = r"networks, under 'state_dict\.student\.' and 'state_dict\.teacher\.'; keep one"
+    with pytest.raises(DistillError, match=message):
+        built_from(tmp_path / "weights.pt")
+
+
+def test_a_file_of_pytorch_before_1_6_is_read(state: State, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "weights.pt", _use_new_zipfile_serialization=False)
+    assert same(state, built_from(tmp_path / "weights.pt"))
+
+
+def test_metadata_of_safetensors_are_no_weights(state: State, tmp_path: Path) -> None:
+    save_file(state, tmp_path / "weights.safetensors", {"format": "pt", "epoch": "3"})
+    assert same(state, built_from(tmp_path / "weights.safetensors"))
 
 
 def test_a_classifier_of_other_classes_stays_as_it_was(state: State) -> None:
@@ -86,6 +159,10 @@ def test_the_given_state_is_not_changed(state: State) -> None:
             r"lacks conv\.weight, bn\.weight, bn\.bias and 1 more$",
         ),
         ({"fc2.weight": torch.zeros(1)}, r"has unknown fc2\.weight$"),
+        (
+            {"fc.weight": None, "fc.bias": None, "head.bias": torch.zeros(1)},
+            r"lacks fc\.weight, fc\.bias, has unknown head\.bias$",
+        ),
         ({"conv.weight": torch.zeros(1, 2)}, r"has conv\.weight 1 x 2 for 16 x 3 x 3 x 3$"),
         ({"fc.weight": torch.zeros(10, 65)}, r"has fc\.weight 10 x 65 for 10 x 64$"),
     ],
@@ -98,13 +175,22 @@ def test_anything_else_that_does_not_fit_is_named(
         load_weights(CifarResNet(8), changed, "teacher.weights")
 
 
+@pytest.mark.parametrize("change", [Tensor.to_sparse, lambda x: x.to("meta")])
+def test_tensors_that_cannot_be_copied_are_named(
+    state: State, change: Callable[[Tensor], Tensor]
+) -> None:
+    changed = state | {"fc.weight": change(state["fc.weight"])}
+    message = r'^teacher\.weights: not of this network: .*"fc\.weight"'
+    with pytest.raises(DistillError, match=message):
+        load_weights(CifarResNet(8), changed, "teacher.weights")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("weights.bin", b"", r"^student\.weights: is '.*weights\.bin', must end in \.safetensors"),
         ("weights.pt", None, r"^student\.weights: .*weights\.pt cannot be read: No such file"),
         ("weights.safetensors", None, r"^student\.weights: .* cannot be read: No such file"),
-        ("weights.safetensors", b"not weights", r"^student\.weights: .* is damaged: "),
+        ("weights.safetensors", b"not weights", r"^student\.weights: .* no plain state dict: "),
         ("weights.pt", b"not weights", r"^student\.weights: .* holds no plain state dict: "),
         ("weights.pt", b"", r"^student\.weights: .* holds no plain state dict: "),
     ],
@@ -115,20 +201,61 @@ def test_a_file_that_is_none_of_weights_is_refused(
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DistillError, match=message):
-        build("cifar/resnet8", weights=str(tmp_path / name))
+        built_from(tmp_path / name)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_damaged_file_is_refused_wherever_the_damage_is(
+    state: State, tmp_path: Path, zipped: bool
+) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for length in (1, 10, 100, 1000, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DistillError, match=r"holds no plain state dict: \w"):
+            built_from(path)
+
+
+def test_a_zip_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "weights.pt", "w") as file:
+        file.writestr("readme.txt", "no weights")
+    with pytest.raises(DistillError, match="holds no plain state dict: "):
+        built_from(tmp_path / "weights.pt")
 
 
 @pytest.mark.parametrize("content", [[1, 2], {}, {"epoch": 3}, {1: torch.zeros(1)}])
 def test_a_file_of_something_else_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "weights.pt")
     with pytest.raises(DistillError, match="holds no state dict, must hold tensors by name"):
-        read_weights(tmp_path / "weights.pt", "student.weights")
+        built_from(tmp_path / "weights.pt")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+def test_a_program_of_torchscript_is_refused(tmp_path: Path) -> None:
+    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "weights.pt")
+    with pytest.raises(
+        DistillError, match=r"no plain state dict: [^.]*TorchScript archives.*load``$"
+    ):
+        built_from(tmp_path / "weights.pt")
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     torch.save(CifarResNet(8), tmp_path / "weights.pt")
-    with pytest.raises(DistillError, match="holds no plain state dict"):
-        read_weights(tmp_path / "weights.pt", "student.weights")
+    message = r"no plain state dict: there is a \S+\.cifar\.CifarResNet in it, .* may run code"
+    with pytest.raises(DistillError, match=message):
+        built_from(tmp_path / "weights.pt")
+
+
+def test_the_script_in_the_message_keeps_the_weights_of_a_file_with_objects(
+    state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": state, "args": argparse.Namespace(lr=1)}, "checkpoint.pth")
+    with pytest.raises(DistillError, match=r"there is a argparse\.Namespace in it") as caught:
+        built_from(Path("checkpoint.pth"))
+    exec(textwrap.dedent(str(caught.value).partition("as in\n")[2]))
+    assert same(state, built_from(Path("weights.pt")))
 
 
 def test_weights_beside_pretrained_are_refused() -> None:
