@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 
@@ -124,7 +125,7 @@ def _classes(root: Path, where: str) -> dict[str, int]:
                 f"{where}.root: {root} has no folder {part}; it must hold train/CLASS/* and "
                 "val/CLASS/*"
             )
-        names[part] = {entry.name for entry in os.scandir(root / part) if entry.is_dir()}
+        names[part] = {entry.name for entry in _entries(root / part, where) if _is_folder(entry)}
     for part, other in (("train", "val"), ("val", "train")):
         if only := sorted(names[part] - names[other]):
             shown = ", ".join(only[:5]) + (", ..." if len(only) > 5 else "")
@@ -141,14 +142,61 @@ def _classes(root: Path, where: str) -> dict[str, int]:
 
 def _files(folder: Path, classes: dict[str, int], where: str) -> Labelled:
     """The image files, mixed: as they are listed, the first thousand would be of one class."""
-    listed = make_dataset(folder, classes, IMG_EXTENSIONS, allow_empty=True)
-    paths = [os.path.relpath(path, folder) for path, _ in listed]
-    labels = np.array([label for _, label in listed], dtype=np.int64)
-    counts = np.bincount(labels, minlength=len(classes))
+    homes = [folder.resolve(), *((folder / name).resolve() for name in classes)]
+    # So that no link of a class leads back up, or to another class.
+    walked = {str(path) for home in homes for path in (home, *home.parents)}
+    paths: list[str] = []
+    labels: list[int] = []
     for name, label in classes.items():
-        if not counts[label]:
+        # By folder, then by name: the draws are of this order.
+        found = sorted(_images(folder / name, walked, where), key=os.path.split)
+        if not found:
             raise DistillError(
                 f"{where}.root: {folder / name} holds no image ({', '.join(IMG_EXTENSIONS)})"
             )
+        paths += [os.path.relpath(path, folder) for path in found]
+        labels += [label] * len(found)
     order = shuffled(len(paths))
-    return Labelled(ImageFiles(folder, [paths[number] for number in order]), labels[order])
+    images = ImageFiles(folder, [paths[number] for number in order])
+    return Labelled(images, np.array(labels, dtype=np.int64)[order])
+
+
+def _images(folder: str | Path, walked: set[str], where: str) -> Iterator[str]:
+    """The image files below ``folder``, each real directory's once: ``walked`` are left out."""
+    for entry in _entries(folder, where):
+        if not _is_folder(entry):
+            if _is_image(entry):
+                yield entry.path
+        elif (real := os.path.realpath(entry.path)) not in walked:
+            walked.add(real)
+            yield from _images(entry.path, walked, where)
+
+
+def _entries(folder: str | Path, where: str) -> list[os.DirEntry[str]]:
+    """What ``folder`` holds, by name, without hidden entries such as the ``._NAME`` of macOS.
+
+    A link to nowhere is an error, as it may stand for a whole folder that is not mounted. One with
+    the name of an image is left to whoever reads it.
+    """
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted((e for e in found if e.name[0] != "."), key=lambda e: e.name)
+    except OSError as error:
+        raise DistillError(f"{where}.root: {folder} cannot be listed: {error.strerror}") from error
+    for entry in entries:
+        if entry.is_symlink() and not os.path.exists(entry.path) and not _is_image(entry):
+            raise DistillError(
+                f"{where}.root: {entry.path} is a link to {os.readlink(entry.path)}, which is not "
+                "there"
+            )
+    return entries
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    # Only of a link, as it may take a look at the disk; and ``entry.is_dir`` fails at a link to
+    # itself.
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    return entry.name.lower().endswith(IMG_EXTENSIONS)

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from fsp_kernels.distill.errors import DistillError
 
+# Of these, Pillow's 32 bits are the file's 16.
+_FORMATS_OF_16_BITS = ("PNG", "PPM")
 _CHUNK = 1000  # images turned to floats at once: a whole data set of floats is four times its bytes
 
 
@@ -32,7 +34,7 @@ class ImageFiles:
         path = self._path(number)
         try:
             with Image.open(path) as image:
-                return pil_to_tensor(image.convert("RGB"))
+                return pil_to_tensor(rgb(image))
         except Exception as error:  # Pillow's decoders raise whatever they trip over
             raise DistillError(f"{path}: cannot be read as an image: {error}") from error
 
@@ -42,6 +44,29 @@ class ImageFiles:
 
     def _path(self, number: int) -> Path:
         return self._folder / os.fsdecode(self._paths[number])
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """``image`` in 8 bits of red, green and blue, the way up that its EXIF data say.
+
+    Of several frames or pages it is the first. What is transparent keeps its colour. 16 bits of
+    grey are scaled down.
+
+    Raises:
+        ValueError: its numbers have no known range.
+    """
+    of_16_bits = image.mode == "I" and image.format in _FORMATS_OF_16_BITS
+    image = ImageOps.exif_transpose(image)
+    if of_16_bits or image.mode.startswith("I;16"):
+        grey = (np.asarray(image) / 257).round().astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"its mode is {image.mode}, whose range is not known; save it with 8 or 16 bits"
+        )
+    if image.mode == "P":  # for Pillow warns of a palette with transparency
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 Images = Tensor | ImageFiles  # (N, C, H, W) pixels as published, or the like in files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -158,6 +159,66 @@ def test_a_folder_without_classes_is_an_error(folder: Path) -> None:
         shutil.rmtree(folder / part)
         (folder / part).mkdir()
     with pytest.raises(DistillError, match=r"train must have 2 classes or more, has 0$"):
+        load(folder)
+
+
+def test_hidden_files_and_folders_are_left_out(folder: Path) -> None:
+    # macOS leaves ._NAME beside NAME on foreign disks and in archives.
+    for part in ("train", "val"):
+        (folder / part / "one" / "._0.png").write_bytes(b"what?")
+        shutil.copytree(folder / part / "four", folder / part / "one" / ".trash")
+    shutil.copytree(folder / "train" / "four", folder / "train" / ".cache")
+    splits = load(folder)
+    assert splits.classes == len(CLASSES)
+    assert len(splits.train) == len(CLASSES) * TRAIN_IMAGES
+    assert len(splits.test) == len(CLASSES) * VAL_IMAGES
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "../four", "../../../folder"])
+def test_a_link_that_leads_back_adds_no_image(folder: Path, target: str) -> None:
+    (folder / "train" / "one" / "again").symlink_to(target)
+    assert len(load(folder).train) == len(CLASSES) * TRAIN_IMAGES
+
+
+def test_two_links_to_one_folder_add_its_images_once(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "train" / "one", tmp_path / "more")
+    for name in ("first", "second"):
+        (folder / "train" / "one" / name).symlink_to(tmp_path / "more")
+    assert len(load(folder).train) == (len(CLASSES) + 1) * TRAIN_IMAGES
+
+
+def test_links_may_stand_for_classes_and_for_images(folder: Path, tmp_path: Path) -> None:
+    before = load(folder)
+    (folder / "train" / "one").rename(tmp_path / "elsewhere")
+    (folder / "train" / "one").symlink_to(tmp_path / "elsewhere")
+    image = folder / "val" / "one" / "13.JPEG"
+    image.rename(tmp_path / "13.JPEG")
+    image.symlink_to(tmp_path / "13.JPEG")
+    splits = load(folder)
+    assert splits.train.fingerprint == before.train.fingerprint
+    assert torch.equal(all_images(splits.test), all_images(before.test))
+
+
+@pytest.mark.parametrize("link", ["train/one/more", "val/five", "train/one/itself"])
+def test_a_link_to_nowhere_is_an_error_that_names_it(folder: Path, link: str) -> None:
+    target = "itself" if link.endswith("itself") else "/not/mounted"
+    (folder / link).symlink_to(target)
+    message = rf"^data\.root: .*/{link} is a link to {target}, which is not there$"
+    with pytest.raises(DistillError, match=message):
+        load(folder)
+
+
+def test_a_folder_that_may_not_be_listed_is_an_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scandir(path: Path) -> object:
+        if Path(path).name == "four":
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    listed = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DistillError, match=r"^data\.root: .*/four cannot be listed: Permission"):
         load(folder)
 
 
