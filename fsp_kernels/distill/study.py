@@ -92,7 +92,7 @@ class Study:
         if self.source_splits is not None:
             load_weights(network, self._source(self.source_splits).state_dict(), SOURCE)
         job = self._job(TEACHER, seed, training, config.data, self.splits)
-        self._done(job, network, self._plain(self.splits), reuse=True)
+        self._done(job, network, self._plain, reuse=True)
         return LiveTeacher(network, self.pairs, self._accelerator, config.execution.compile)
 
     def student(self, arm: str, seed: int) -> Run:
@@ -113,7 +113,7 @@ class Study:
         config, stages = self.config, self.stages(arm)
         distilled = any(stage.needs_teacher for stage in stages)
         # The teacher may take all the steps it takes to train before there is a student.
-        evaluations = self._distilled if distilled else self._plain(self.splits)
+        evaluations = self._distilled if distilled else self._plain
         teacher = self._answers if distilled else None
         names = ("data", "student", "stage1", "stage2", "kd", "fsp", "execution", "evaluation")
         settings = self._settings(*names) | {
@@ -163,8 +163,9 @@ class Study:
         folder = self.folder / TEACHER / "cache"
         return cached(self.teacher, self.splits.train, self.config, self._accelerator, folder)
 
-    def _plain(self, splits: Splits) -> Evaluations:
-        return Evaluations(splits, self.trainer.setup)
+    @cached_property
+    def _plain(self) -> Evaluations:
+        return Evaluations(self.splits, self.trainer.setup)
 
     def _load_source(self) -> Splits | None:
         source = self.config.source
@@ -179,7 +180,7 @@ class Study:
         seed = self.config.teacher_seed
         network = self.trainer.new_network(self.config.teacher, splits, seed, TEACHER)
         job = self._job(SOURCE, seed, source.training, source.data, splits)
-        self._done(job, network, self._plain(splits), reuse=True)
+        self._done(job, network, Evaluations(splits, self.trainer.setup), reuse=True)
         return network
 
     def _settings(self, *names: str) -> dict[str, Any]:
@@ -240,6 +241,7 @@ class Study:
             phases = self.trainer.train(job, network, evaluations, teacher, self._resume)
         else:
             figures = evaluations.task()(network.eval())
+            evaluations.close()
             phases = [Phase("as given", [], [{"step": 0, **figures}], 0.0, False)]
         run = Run(
             arm=job.arm,

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from distill.data.conftest import CLASSES, TRAIN_IMAGES, VAL_IMAGES
 from distill.data.views import all_images, pixels
 from fsp_kernels.distill.config import Data
-from fsp_kernels.distill.data import Splits, evaluation_batches, load_splits
+from fsp_kernels.distill.data import EvaluationBatches, Splits, load_splits
 from fsp_kernels.distill.errors import DistillError
 
 
@@ -235,4 +235,4 @@ def test_an_unreadable_image_is_an_error_that_names_the_file(
     else:
         path.write_bytes(content[:300] if damage == "cut" else b"what?")
     with pytest.raises(DistillError, match=r"^/\S*four/13\.JPEG: cannot be read as an image: "):
-        list(evaluation_batches(split, workers=workers))
+        list(EvaluationBatches(split, workers=workers))
