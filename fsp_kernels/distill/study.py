@@ -71,9 +71,9 @@ class Study:
         check_folder(folder, resume)
         self.trainer = Trainer(config, monitor, interruption)
         self._accelerator = self.trainer.accelerator
+        self.splits = load_splits(config.data, say=monitor.say)
+        self.source_splits = self._load_source()
         with self._accelerator.local_main_process_first():  # what is downloaded, is so once
-            self.splits = load_splits(config.data)
-            self.source_splits = self._load_source()
             needed = self._check_networks()
         self._check_sets()
         self._accelerator.wait_for_everyone()  # to have checked the folder as it was
@@ -171,7 +171,7 @@ class Study:
         source = self.config.source
         if source is None:
             return None
-        return load_splits(source.data, "source.data", like=self.splits)
+        return load_splits(source.data, "source.data", self.splits, self.monitor.say)
 
     def _source(self, splits: Splits) -> nn.Module:
         """The teacher as its source data leave it."""
@@ -187,7 +187,7 @@ class Study:
         """These sections of the recipe, but for where the images are: they tell what they are."""
         tree = to_tree(self.config)
         for section in (tree["data"], *([tree["source"]["data"]] if tree["source"] else ())):
-            for key in ("root", "download", "workers"):
+            for key in ("root", "download", "corrupt", "workers"):
                 del section[key]
         return {name: tree[name] for name in names}
 

@@ -98,7 +98,7 @@ def test_values_out_of_range_are_refused(recipe: Path, assignment: str, message:
         (["data.dataset=cifar10"], "data.root: missing; the folder that cifar10 is in"),
         (
             ["data.dataset=imagefolder", "data.root=x", "data.download=true"],
-            "data.download: is true, which an imagefolder can't be",
+            "data.download: imagefolder has none",
         ),
         (
             ["fsp.cache_teacher=true", "data.augment=true"],

@@ -236,3 +236,48 @@ def test_an_unreadable_image_is_an_error_that_names_the_file(
         path.write_bytes(content[:300] if damage == "cut" else b"what?")
     with pytest.raises(DistillError, match=r"^/\S*four/13\.JPEG: cannot be read as an image: "):
         list(EvaluationBatches(split, workers=workers))
+
+
+@pytest.fixture
+def damaged(folder: Path) -> Path:
+    """Five files that cannot be read."""
+    cut = folder / "val" / "four" / "13.JPEG"
+    cut.write_bytes(cut.read_bytes()[:-20])
+    for path in sorted((folder / "train" / "one").iterdir())[:3]:
+        path.write_bytes(b"what?")
+    (folder / "train" / "eight" / "link.png").symlink_to("/not/mounted.png")
+    return folder
+
+
+def test_corrupt_images_are_refused_before_training(damaged: Path) -> None:
+    message = (
+        r"^data: 5 of 49 images cannot be read:\n(/\S*: cannot be read as an image: .*\n){3}"
+        r"\.\.\.\ndata\.corrupt=skip leaves them out$"
+    )
+    with pytest.raises(DistillError, match=message):
+        load(damaged)
+
+
+def test_corrupt_images_are_left_out_on_demand_and_that_is_said(damaged: Path) -> None:
+    said: list[str] = []
+    data = Data(dataset="imagefolder", root=str(damaged), image_size=16, corrupt="skip")
+    splits = load_splits(data, say=said.append)
+    assert len(splits.train) == len(CLASSES) * TRAIN_IMAGES - 3
+    assert len(splits.test) == len(CLASSES) * VAL_IMAGES - 1
+    assert "5 of 49 images cannot be read and are left out" in said[-1]
+    for split in (splits.train, splits.test):
+        assert len(all_images(split)) == len(split)
+
+
+def test_a_class_with_no_image_that_can_be_read_is_an_error(folder: Path) -> None:
+    for path in (folder / "val" / "four").iterdir():
+        path.write_bytes(b"what?")
+    with pytest.raises(DistillError, match=r"^data\.root: .*val/four holds no image"):
+        load(folder, corrupt="skip")
+
+
+def test_unchecked_images_are_not_read_before_a_step_draws_them(damaged: Path) -> None:
+    splits = load(damaged, corrupt="unchecked")
+    assert len(splits.train) == len(CLASSES) * TRAIN_IMAGES + 1
+    with pytest.raises(DistillError, match="cannot be read as an image: "):
+        all_images(splits.train)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 
@@ -105,3 +106,34 @@ def test_the_first_of_several_pages_counts(tmp_path: Path) -> None:
     for name in ("x.tif", "x.png"):
         path = saved(pages[0], tmp_path / name, save_all=True, append_images=pages[1:])
         assert torch.equal(read(path), grey())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("x.jpg", {}),
+        ("x.jpg", {"progressive": True}),
+        ("x.png", {}),
+        ("x.tif", {}),
+        ("x.webp", {}),
+    ],
+)
+def test_a_survey_finds_whatever_cannot_be_read(
+    tmp_path: Path, name: str, options: dict[str, bool]
+) -> None:
+    random = np.random.default_rng(0).integers(0, 256, (64, 48, 3), dtype=np.uint8)
+    whole = saved(Image.fromarray(random), tmp_path / name, **options).read_bytes()
+    names = []
+    for share in (0, 1, 10, 50, 90, 99, 100):
+        names.append(f"{share}-{name}")
+        (tmp_path / names[-1]).write_bytes(whole[: len(whole) * share // 100])
+    images = ImageFiles(tmp_path, names)
+    found = images.survey(range(len(names)))
+    assert found[-1] is None
+    assert sum(error is not None for error in found) >= len(names) - 2
+    for number, error in enumerate(found):
+        if error is None:
+            assert images[number].shape == (3, 64, 48)
+        else:
+            with pytest.raises(DistillError, match=f"^{re.escape(str(error))}$"):
+                _ = images[number]
