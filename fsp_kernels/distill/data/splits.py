@@ -12,6 +12,7 @@ from fsp_kernels.distill.data.bundled import bundled
 from fsp_kernels.distill.data.collection import Collection, Labelled, Scale, Transform
 from fsp_kernels.distill.data.draws import draw
 from fsp_kernels.distill.data.folders import cifar, image_folder
+from fsp_kernels.distill.data.own import own
 from fsp_kernels.distill.data.split import Split, Splits
 from fsp_kernels.distill.data.survey import Say
 from fsp_kernels.distill.errors import DistillError
@@ -47,7 +48,7 @@ def load_splits(
         DistillError: the images are not there, are fewer than asked for, not to be read, or unlike
             ``like``'s.
     """
-    collection = _COLLECTIONS[data.dataset](data, where, say)
+    collection = _COLLECTIONS.get(data.dataset, own)(data, where, say)
     if like is not None:
         _require_same_shape(collection.image_shape, like.image_shape, data, where)
     pool, validation = _hold_out(collection, data, where)
