@@ -16,9 +16,11 @@ Tree = Mapping[str, Any]
 
 # Where the images are, how fast it goes, and what is looked at on the way: not what is learnt.
 _FREE = (
-    "data.download",
-    "data.root",
-    "data.workers",
+    *(
+        f"{data}.{key}"
+        for data in ("data", "source.data")
+        for key in ("root", "download", "corrupt", "workers")
+    ),
     "evaluation.every",
     "evaluation.targets",
     "execution.threads",

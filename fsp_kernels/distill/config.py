@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import Discriminator, Field, Tag
 
+from fsp_kernels.distill.errors import did_you_mean
 from fsp_kernels.distill.settings import (
     AS_TUPLE,
     SettingError,
@@ -39,7 +40,16 @@ ModulePath = Annotated[str, Field(min_length=1, max_length=1000)]
 TwoPaths = Annotated[tuple[ModulePath, ModulePath], AS_TUPLE]
 Many = Annotated[tuple[T, ...], Field(min_length=1, max_length=1000), AS_TUPLE]
 
-Dataset = Literal["digits", "mnist5k", "cifar10", "cifar100", "imagefolder"]
+# The keys of ``Data`` that not every data set has a use for, and who has.
+_SOME_HAVE = ("root", "download", "arguments", "corrupt")
+_DATASETS: dict[str, tuple[str, ...]] = {
+    "digits": (),
+    "mnist5k": (),
+    "cifar10": ("root", "download"),
+    "cifar100": ("root", "download"),
+    "imagefolder": ("root", "corrupt"),
+}
+_CALLABLE = ("arguments", "corrupt")
 ArmName = Literal[
     "baseline", "baseline-long", "two-stage", "one-stage", "kd", "two-stage-kd", "one-stage-kd"
 ]
@@ -49,10 +59,17 @@ class Data(Settings):
     """Which images, and how many of the training pool the networks may see.
 
     Attributes:
-        dataset: ``digits`` and ``mnist5k`` come with their packages; the others are in ``root``.
+        dataset: ``digits`` and ``mnist5k`` come with their packages; ``cifar10``, ``cifar100`` and
+            ``imagefolder`` are in ``root``; ``package.module:callable`` returns images of one's
+            own, see ``fsp_kernels.distill.data.own``.
         root: of ``cifar10`` and ``cifar100`` the folder that torchvision keeps them in; of
             ``imagefolder`` one with ``train/CLASS/*`` and ``val/CLASS/*``, as ImageNet is kept.
         download: fetch ``cifar10`` or ``cifar100`` into ``root`` where it is not there.
+        arguments: handed to the callable.
+        corrupt: what becomes of images that cannot be read, of an ``imagefolder`` or a callable:
+            all are read before training, and any such is an error (``refuse``) or left out
+            (``skip``). ``unchecked`` leaves it to the step that draws one, for sets that are too
+            large to be read at each start.
         image_size: height and width, pixels; ``None`` for the set's own (``imagefolder``: 224).
         train_images: the student's, drawn from the teacher's; ``None`` for all of those.
         teacher_images: drawn from the training pool; ``None`` for all of it.
@@ -62,9 +79,11 @@ class Data(Settings):
         workers: processes that load images, for each training process.
     """
 
-    dataset: Dataset = "digits"
+    dataset: Annotated[str, Field(max_length=1000)] = "digits"
     root: FilePath | None = None
     download: bool = False
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    corrupt: Literal["refuse", "skip", "unchecked"] = "refuse"
     image_size: Annotated[int, Field(ge=4, le=4096)] | None = None
     train_images: Images | None = None
     teacher_images: Images | None = None
@@ -326,14 +345,16 @@ def _check(config: Config) -> None:
 
 
 def _check_data(data: Data, where: str) -> None:
-    if data.dataset in ("digits", "mnist5k"):
-        for key in ("root", "download"):
-            if getattr(data, key):
-                raise SettingError((f"{where}.{key}", f"{data.dataset} has none"))
-    elif data.root is None:
+    keys = _CALLABLE if ":" in data.dataset else _DATASETS.get(data.dataset)
+    if keys is None:
+        known = f"{', '.join(_DATASETS)}, or package.module:callable"
+        near = did_you_mean(data.dataset, _DATASETS)
+        raise SettingError((f"{where}.dataset", f"is {data.dataset!r}, must be {known}{near}"))
+    for key in _SOME_HAVE:
+        if key not in keys and getattr(data, key) != getattr(Data(), key):
+            raise SettingError((f"{where}.{key}", f"{data.dataset} has none"))
+    if "root" in keys and data.root is None:
         raise SettingError((f"{where}.root", f"missing; the folder that {data.dataset} is in"))
-    if data.dataset == "imagefolder" and data.download:
-        raise SettingError((f"{where}.download", "is true, which an imagefolder can't be"))
     counts = ("batch_size", "train_images", "teacher_images")
     given = [(key, getattr(data, key)) for key in counts if getattr(data, key) is not None]
     for (key, count), (limit_key, limit) in pairwise(given):

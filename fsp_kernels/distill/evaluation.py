@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fsp_kernels import fsp_matrix
 from fsp_kernels.distill.arms import Stage
 from fsp_kernels.distill.config import Config
-from fsp_kernels.distill.data import Batch, Split, Splits, evaluation_batches
+from fsp_kernels.distill.data import Batch, EvaluationBatches, Split, Splits
 from fsp_kernels.distill.job import Setup
 from fsp_kernels.distill.objective import Objective, Targets
 from fsp_kernels.distill.pairs import Maps
@@ -24,7 +24,9 @@ Matrices = list[Tensor]
 Figures = dict[str, float]
 
 
-def on_device(batches: Iterator[Batch], device: torch.device, config: Config) -> Iterator[Batch]:
+def on_device(
+    batches: Iterable[Batch], device: torch.device, config: Config
+) -> Generator[Batch, None, None]:
     """The same batches with images (B, C, H, W) and labels (B,) where the networks are."""
     layout = torch.channels_last if config.execution.channels_last else torch.contiguous_format
     for batch in batches:
@@ -32,7 +34,7 @@ def on_device(batches: Iterator[Batch], device: torch.device, config: Config) ->
         yield Batch(images, batch.labels.to(device, non_blocking=True), batch.indices)
 
 
-def _unless_stopped(batches: Iterator[Batch], setup: Setup) -> Iterator[Batch]:
+def _unless_stopped(batches: Iterable[Batch], setup: Setup) -> Iterator[Batch]:
     """The batches on the device; a signal ends them, for a large split takes longer than is waited.
 
     But not where there are several processes, which might be told at different batches.
@@ -68,14 +70,22 @@ class TaskEvaluation:
     """Accuracy and cross-entropy on a split, which the processes share out."""
 
     def __init__(self, split: Split, setup: Setup) -> None:
-        self._split, self._setup = split, setup
+        accelerator = setup.accelerator
+        self._images, self._setup = len(split), setup
+        self.batches = EvaluationBatches(
+            split,
+            batch_size=_BATCH,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+            workers=setup.config.data.workers,
+        )
 
     @torch.no_grad()
     def __call__(self, network: nn.Module) -> Figures:
         """``accuracy`` (0 to 1) and mean cross-entropy ``loss`` of ``network`` as it stands."""
         accelerator = self._setup.accelerator
         right, loss = 0, 0.0
-        for batch in self._batches():
+        for batch in _unless_stopped(self.batches, self._setup):
             with accelerator.autocast():
                 logits = network(batch.images).float()
             right += int((logits.argmax(1) == batch.labels).sum())
@@ -83,18 +93,7 @@ class TaskEvaluation:
         if accelerator.num_processes > 1:
             sums = torch.tensor([right, loss], dtype=torch.float64, device=accelerator.device)
             right, loss = accelerator.reduce(sums).tolist()
-        return {"accuracy": right / len(self._split), "loss": loss / len(self._split)}
-
-    def _batches(self) -> Iterator[Batch]:
-        accelerator = self._setup.accelerator
-        batches = evaluation_batches(
-            self._split,
-            batch_size=_BATCH,
-            process=accelerator.process_index,
-            processes=accelerator.num_processes,
-            workers=self._setup.config.data.workers,
-        )
-        return _unless_stopped(batches, self._setup)
+        return {"accuracy": right / self._images, "loss": loss / self._images}
 
 
 class FspEvaluation:
@@ -105,13 +104,15 @@ class FspEvaluation:
     """
 
     def __init__(self, teacher: LiveTeacher, split: Split, setup: Setup) -> None:
-        self._setup, self._split = setup, split
-        self._limit = 1
+        self._setup = setup
+        self.batches = EvaluationBatches(split, limit=1)
         [one] = self._of_teacher(teacher)
         bytes_each = sum(matrix.nbytes for matrix in one)
         limit = min(len(split), max(2, _MATRIX_BYTES // bytes_each))
         # Batch normalisation has no statistics of a single image whose map is 1 x 1.
-        self._limit = limit - 1 if limit % _BATCH == 1 else limit
+        limit -= limit % _BATCH == 1
+        workers = setup.config.data.workers
+        self.batches = EvaluationBatches(split, batch_size=_BATCH, workers=workers, limit=limit)
         self._targets = list(self._of_teacher(teacher))
 
     @property
@@ -139,24 +140,15 @@ class FspEvaluation:
         )
 
     def _of_teacher(self, teacher: LiveTeacher) -> Iterator[Matrices]:
-        for batch in self._batches():
+        for batch in _unless_stopped(self.batches, self._setup):
             yield teacher.matrices(batch.images, self._setup.config.fsp.pool)[0]
 
     def _of_student(self, objective: Objective) -> Iterator[Sequence[Maps]]:
         with by_batch_statistics(objective.student.network):
-            for batch in self._batches():
+            for batch in _unless_stopped(self.batches, self._setup):
                 with self._setup.accelerator.autocast():
                     _, maps = objective.student.uncompiled(batch.images)
                     yield maps
-
-    def _batches(self) -> Iterator[Batch]:
-        batches = evaluation_batches(
-            self._split,
-            batch_size=_BATCH,
-            workers=self._setup.config.data.workers,
-            limit=self._limit,
-        )
-        return _unless_stopped(batches, self._setup)
 
 
 def _mean(batches: Iterator[Matrices] | Sequence[Matrices]) -> Matrices:
@@ -204,6 +196,13 @@ class Evaluations:
         """The stage's loss on the validation split, without soft targets."""
         found = self.figures(stage, objective, "validation")
         return found.get("loss", 0.0) + stage.fsp * found.get("fsp_loss", 0.0)
+
+    def close(self) -> None:
+        """End the processes that load images; what is measured later starts new ones."""
+        for task in self._tasks.values():
+            task.batches.close()
+        for fsp in self._fsps.values():
+            fsp.batches.close()
 
     def _of(self, name: str) -> Split:
         split: Split | None = getattr(self._splits, name)

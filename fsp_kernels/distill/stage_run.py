@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import NoReturn
 
@@ -118,6 +119,8 @@ class StageRun:
                     f"{stage.steps}, saved; --resume goes on from there",
                     stop.number,
                 ) from None
+            finally:
+                self._evaluations.close()
         self._plain_objective.student.taps.detach()  # the next stage's maps are not for these
         return Phase(
             stage.name, stage.losses, state.history, state.seconds, self._patience.exhausted
@@ -126,18 +129,18 @@ class StageRun:
     def _train(self, watch: Watch) -> None:
         """Evaluate, save and step in turn, as each is due, until the stage is over."""
         stage, state = self._stage, self._state
-        batches = self._batches(state.step, stage.steps)
-        while True:
-            if self._evaluation_is_due():
-                self._evaluate(watch)
-            if state.step == stage.steps or self._patience.exhausted:
-                return
-            if state.step % self._config.checkpoints.every == 0:
-                self._save()
-            if self._step(batches):
-                number = self._setup.interruption.requested or signal.SIGTERM
-                raise InterruptedRunError("stopped", number)
-            watch.step()
+        with closing(self._batches(state.step, stage.steps, self._job.data.workers)) as batches:
+            while True:
+                if self._evaluation_is_due():
+                    self._evaluate(watch)
+                if state.step == stage.steps or self._patience.exhausted:
+                    return
+                if state.step % self._config.checkpoints.every == 0:
+                    self._save()
+                if self._step(batches):
+                    number = self._setup.interruption.requested or signal.SIGTERM
+                    raise InterruptedRunError("stopped", number)
+                watch.step()
 
     def _step(self, batches: Iterator[Batch]) -> bool:
         """One step of the optimiser; whether a signal asked any process to stop."""
@@ -297,7 +300,7 @@ class StageRun:
         assert self._teacher is not None
         return self._teacher.targets(batch)
 
-    def _batches(self, first: int, steps: int) -> Iterator[Batch]:
+    def _batches(self, first: int, steps: int, workers: int = 0) -> Generator[Batch, None, None]:
         """This process's parts of the batches of steps ``first`` to ``steps``, on the device."""
         batches = training_batches(
             self._job.images,
@@ -308,7 +311,7 @@ class StageRun:
             accumulation=self._config.execution.accumulation,
             process=self._accelerator.process_index,
             processes=self._accelerator.num_processes,
-            workers=self._job.data.workers,
+            workers=workers,
         )
         return on_device(batches, self._accelerator.device, self._config)
 

@@ -75,19 +75,19 @@ class Study:
         students: Sequence[tuple[str, int]] | None = None,
     ) -> None:
         self.config, self.folder, self.monitor, self._resume = config, folder, monitor, resume
-        check_folder(folder, resume)
-        self.trainer = Trainer(config, monitor, interruption)
-        self._accelerator = self.trainer.accelerator
-        with self._accelerator.local_main_process_first():  # what is downloaded, is so once
-            self.splits = load_splits(config.data)
-            self.source_splits = self._load_source()
-            needed = self._check_networks()
-        self._check_sets()
         if students is None:
             students = [(arm, seed) for seed in config.seeds for arm in config.arms]
         self._students = students
         self.trained: list[Run] = []
         self.reused: list[Run] = []
+        check_folder(folder, resume)
+        self.trainer = Trainer(config, monitor, interruption)
+        self._accelerator = self.trainer.accelerator
+        self.splits = load_splits(config.data, say=monitor.say)
+        self.source_splits = self._load_source()
+        with self._accelerator.local_main_process_first():  # what is downloaded, is so once
+            needed = self._check_networks()
+        self._check_sets()
         if resume is not False:
             self._check_finished()
         self._accelerator.wait_for_everyone()  # to have checked the folder as it was
@@ -105,7 +105,7 @@ class Study:
         network = self.trainer.new_network(config.teacher, self.splits, job.seed, TEACHER)
         if self.source_splits is not None:
             load_weights(network, self._source().state_dict(), SOURCE)
-        self._done(job, network, self._plain(self.splits))
+        self._done(job, network, self._plain)
         return LiveTeacher(network, self.pairs, self._accelerator, config.execution.compile)
 
     def student(self, arm: str, seed: int) -> Run:
@@ -129,7 +129,7 @@ class Study:
             job.settings["teacher"] = checkpoint.digest_of(self.teacher.network.state_dict())
         network = self.trainer.new_network(self.config.student, self.splits, seed, "student")
         # The teacher may take all the steps it takes to train before there is a student.
-        evaluations = self._distilled if distilled else self._plain(self.splits)
+        evaluations = self._distilled if distilled else self._plain
         return self._done(job, network, evaluations, self._answers if distilled else None)
 
     def _student_job(self, arm: str, seed: int) -> Job:
@@ -191,21 +191,22 @@ class Study:
         folder = self.folder / TEACHER / "cache"
         return cached(self.teacher, self.splits.train, self.config, self._accelerator, folder)
 
-    def _plain(self, splits: Splits) -> Evaluations:
-        return Evaluations(splits, self.trainer.setup)
+    @cached_property
+    def _plain(self) -> Evaluations:
+        return Evaluations(self.splits, self.trainer.setup)
 
     def _load_source(self) -> Splits | None:
         source = self.config.source
         if source is None:
             return None
-        return load_splits(source.data, "source.data", like=self.splits)
+        return load_splits(source.data, "source.data", self.splits, self.monitor.say)
 
     def _source(self) -> nn.Module:
         """The teacher as its source data leave it."""
         assert self.source_splits is not None
         seed, job = self.config.teacher_seed, self._source_job()
         network = self.trainer.new_network(job.network, self.source_splits, seed, TEACHER)
-        self._done(job, network, self._plain(self.source_splits))
+        self._done(job, network, Evaluations(self.source_splits, self.trainer.setup))
         return network
 
     def _settings(self, *names: str) -> dict[str, Any]:
@@ -281,6 +282,7 @@ class Study:
             phases = self.trainer.train(job, network, evaluations, teacher, bool(self._resume))
         else:
             figures = evaluations.task()(network.eval())
+            evaluations.close()
             phases = [Phase("as given", [], [{"step": 0, **figures}], 0.0, False)]
         run = Run(
             arm=job.arm,
@@ -374,15 +376,19 @@ class Study:
         self.pairs = resolve_pairs(config.pairs, student, teacher, image)
         self.shapes = check_pairs(self.pairs, student, teacher, image, config.fsp.projection)
         if training is not None:
-            check_steps(teacher, [Stage("task", training, 1)], images, TEACHER, config.fsp)
+            stage = Stage("task", "teacher_training", training, 1)
+            check_steps(teacher, [stage], images, TEACHER, config.fsp)
         # Other steps make no other loss.
-        stages = {(s.task, s.fsp, s.kd): s for arm in config.arms for s in self.stages(arm)}
+        stages = {(s.task, s.fsp, s.kd): s for arm, _ in self._students for s in self.stages(arm)}
         both = self.pairs, self.shapes
         check_steps(student, [*stages.values()], images, "student", config.fsp, *both, teacher)
         sizes = [_bytes_of(student.state_dict()), _bytes_of(teacher.state_dict())]
-        students = len(config.seeds) * len(config.arms)
         # A checkpoint holds the weights and up to two numbers of the optimiser for each.
-        return students * sizes[0] + 2 * sizes[1] + 3 * (config.checkpoints.keep + 1) * max(sizes)
+        return (
+            len(self._students) * sizes[0]
+            + 2 * sizes[1]
+            + 3 * (config.checkpoints.keep + 1) * max(sizes)
+        )
 
     def _check_sets(self) -> None:
         """Each training pool fills a batch, each batch its passes and processes; and there are

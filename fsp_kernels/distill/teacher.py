@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fsp_kernels import fsp_matrix
 from fsp_kernels.distill import checkpoint
 from fsp_kernels.distill.config import Config, Pair
-from fsp_kernels.distill.data import Batch, Split, evaluation_batches
+from fsp_kernels.distill.data import Batch, EvaluationBatches, Split
 from fsp_kernels.distill.objective import Tapped, Targets
 from fsp_kernels.distill.settings import to_tree
 from fsp_kernels.distill.storage import check_writable
@@ -106,7 +106,7 @@ def _write(
     path: Path, teacher: LiveTeacher, split: Split, config: Config, device: torch.device
 ) -> None:
     tensors: dict[str, Tensor] = {}
-    for batch in evaluation_batches(split, workers=config.data.workers):
+    for batch in EvaluationBatches(split, workers=config.data.workers):
         matrices, logits = teacher.matrices(batch.images.to(device), config.fsp.pool)
         rows = {f"pair {index}": matrix for index, matrix in enumerate(matrices)}
         rows["logits"] = logits

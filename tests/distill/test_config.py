@@ -96,10 +96,14 @@ def test_values_out_of_range_are_refused(recipe: Path, assignment: str, message:
         (["stage2.steps=null"], "stage2: must have steps or epochs, one of the two"),
         (["teacher_training=null"], "teacher_training: missing; a teacher needs it, or else"),
         (["data.root=/images"], "data.root: digits has none"),
+        (["data.arguments={size: 3}"], "data.arguments: digits has none"),
+        (["data.corrupt=skip"], "data.corrupt: digits has none"),
+        (["data.dataset=mine:splits", "data.root=/images"], "data.root: mine:splits has none"),
+        (["data.dataset=digit"], "data.dataset: is 'digit', must be .* did you mean 'digits'"),
         (["data.dataset=cifar10"], "data.root: missing; the folder that cifar10 is in"),
         (
             ["data.dataset=imagefolder", "data.root=x", "data.download=true"],
-            "data.download: is true, which an imagefolder can't be",
+            "data.download: imagefolder has none",
         ),
         (
             ["fsp.cache_teacher=true", "data.augment=true"],

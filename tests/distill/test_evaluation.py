@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from distill.studies import open_study
 from fsp_kernels import reference
 from fsp_kernels.distill import evaluation
 from fsp_kernels.distill.arms import Stage
-from fsp_kernels.distill.data import evaluation_batches
+from fsp_kernels.distill.data import EvaluationBatches
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.evaluation import Evaluations, FspEvaluation, by_batch_statistics
 from fsp_kernels.distill.models import CifarResNet
@@ -42,7 +43,7 @@ def test_accuracy_and_loss_are_means_over_the_split(
     study: Study, evaluations: Evaluations, objective: Objective
 ) -> None:
     network = objective.student.network.eval()
-    [batch] = evaluation_batches(study.splits.test, batch_size=600)
+    [batch] = EvaluationBatches(study.splits.test, batch_size=600)
     logits = network(batch.images)
     found = evaluations.task("test")(network)
     right = (logits.argmax(1) == batch.labels).float().mean().item()
@@ -61,7 +62,7 @@ def test_the_split_is_the_recipes_unless_another_is_asked_for(
 def test_the_fsp_loss_is_that_of_the_definition_by_the_batchs_statistics(
     study: Study, evaluations: Evaluations, objective: Objective, teacher: LiveTeacher
 ) -> None:
-    [batch] = evaluation_batches(study.splits.validation)
+    [batch] = EvaluationBatches(study.splits.validation)
     paths = [pair.student for pair in study.pairs]
     student = CifarResNet(8, in_channels=1)
     student.load_state_dict(objective.student.network.state_dict())
@@ -101,7 +102,7 @@ def test_statistics_are_given_back_even_after_an_error() -> None:
 def test_matrices_are_means_over_the_images(
     study: Study, evaluations: Evaluations, teacher: LiveTeacher
 ) -> None:
-    [batch] = evaluation_batches(study.splits.validation)
+    [batch] = EvaluationBatches(study.splits.validation)
     matrices, _ = teacher.matrices(batch.images, "max")
     for mean, each in zip(evaluations.fsp().teacher_matrices, matrices, strict=True):
         torch.testing.assert_close(mean, each.mean(0))
@@ -113,8 +114,8 @@ def test_only_as_many_images_as_have_matrices_that_fit(
     of_one_image = 4 * (16 * 16 + 64 * 64)
     monkeypatch.setattr(evaluation, "_MATRIX_BYTES", 10 * of_one_image)
     fsp = FspEvaluation(teacher, study.splits.test, study.trainer.setup)
-    ten = evaluation_batches(study.splits.test, limit=10)
-    expected, _ = teacher.matrices(next(ten).images, "max")
+    ten = EvaluationBatches(study.splits.test, limit=10)
+    expected, _ = teacher.matrices(next(iter(ten)).images, "max")
     torch.testing.assert_close(fsp.teacher_matrices[0], expected[0].mean(0))
     assert fsp(objective)["fsp_loss"] > 0
 
@@ -171,3 +172,39 @@ def test_no_image_is_left_to_be_normalised_by_itself(
     objective = Objective(network, first, study.pairs, study.config.fsp, None)
     fsp = FspEvaluation(teacher, study.splits.test, study.trainer.setup)
     assert math.isfinite(fsp(objective)["fsp_loss"])
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[multiprocessing.Process]:
+    """The processes that are started, to load images."""
+    processes: list[multiprocessing.Process] = []
+    start = multiprocessing.Process.start
+
+    def noted(process: multiprocessing.Process) -> None:
+        processes.append(process)
+        start(process)
+
+    monkeypatch.setattr(multiprocessing.Process, "start", noted)
+    return processes
+
+
+@pytest.mark.parametrize("every", [1, 8])
+def test_workers_are_started_once_a_stage_and_end_with_it(
+    recipe: Path, tmp_path: Path, started: list[multiprocessing.Process], every: int
+) -> None:
+    overrides = ["data.workers=1", f"evaluation.every={every}"]
+    open_study(recipe, tmp_path / "run", *overrides).student("two-stage", 0)
+    assert len(started) == 6  # one to train and one to measure with, in each of three stages
+    assert not any(process.is_alive() for process in started)
+
+
+def test_workers_end_with_a_stage_that_fails_and_none_look_for_the_reason(
+    recipe: Path, tmp_path: Path, started: list[multiprocessing.Process]
+) -> None:
+    overrides = ["data.workers=1", "teacher_training.learning_rate=1e30"]
+    study = open_study(recipe, tmp_path / "run", *overrides)
+    with pytest.raises(DistillError, match="not finite") as error:
+        _ = study.teacher
+    assert len(started) == 2
+    assert not any(process.is_alive() for process in started)
+    assert error.traceback

@@ -19,7 +19,7 @@ from distill.studies import files_under, open_study
 from fsp_kernels import fsp_matrix
 from fsp_kernels.distill import records
 from fsp_kernels.distill.config import load_config
-from fsp_kernels.distill.data import evaluation_batches
+from fsp_kernels.distill.data import EvaluationBatches
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.export import export_run
 from fsp_kernels.distill.interruption import Interruption
@@ -98,7 +98,7 @@ def test_matrices_are_kept_of_teacher_and_student_before_and_after(studied: Stud
     }
     teacher = CifarResNet(14, in_channels=1).eval()
     teacher.load_state_dict(load_file(studied.folder / "teacher" / MODEL))
-    [batch] = evaluation_batches(studied.splits.validation)
+    [batch] = EvaluationBatches(studied.splits.validation)
     with torch.no_grad():
         paths = [pair.teacher for pair in studied.pairs]
         _, maps = Tapped(teacher, paths, [None, None])(batch.images)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from distill.studies import open_study
 from fsp_kernels import fsp_loss, fsp_matrix
 from fsp_kernels.distill import teacher as teachers
-from fsp_kernels.distill.data import Batch, evaluation_batches
+from fsp_kernels.distill.data import Batch, EvaluationBatches
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.models import CifarResNet
 from fsp_kernels.distill.study import Study
@@ -21,7 +21,7 @@ from fsp_kernels.distill.teacher import CachedTeacher, LiveTeacher, cached
 
 @pytest.fixture
 def batch(study: Study) -> Batch:
-    return next(evaluation_batches(study.splits.train, batch_size=16))
+    return next(iter(EvaluationBatches(study.splits.train, batch_size=16)))
 
 
 @pytest.fixture

@@ -3,8 +3,10 @@
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -155,3 +157,49 @@ def test_lightning_saves_and_optimises_the_student_alone() -> None:
     assert stage.state_dict().keys() == {f"student.{name}" for name in student.state_dict()}
     [group] = stage.configure_optimizers().param_groups
     assert [id(x) for x in group["params"]] == [id(x) for x in student.parameters()]
+
+
+@pytest.fixture
+def huggingface(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the example and the recipe that its docstring shows."""
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    source = shutil.copy(ROOT / "examples" / "huggingface_dataset.py", tmp_path)
+    docstring = load("huggingface_dataset").__doc__
+    [recipe] = re.findall(r"yaml is\n\n((?:    .+\n)+)", docstring)
+    Path(source).with_suffix(".yaml").write_text(textwrap.dedent(recipe))
+    return tmp_path
+
+
+def test_the_trainer_takes_a_hugging_face_data_set(huggingface: Path) -> None:
+    from fsp_kernels.distill.config import load_config
+    from fsp_kernels.distill.data import load_splits
+
+    assignments = ["data.arguments={test_images: 300}", "data.validation_images=97"]
+    config = load_config(huggingface / "huggingface_dataset.yaml", assignments)
+    splits = load_splits(config.data)
+    assert splits.validation is not None
+    assert [len(split) for split in splits] == [1400, 1400, 97, 300]
+    assert splits.image_shape == (3, 8, 8)
+    assert splits.classes == 10
+    unchecked = load_config(huggingface / "huggingface_dataset.yaml", ["data.corrupt=unchecked"])
+    assert len(load_splits(unchecked.data).test) == 360
+
+
+@pytest.mark.slow
+def test_a_hugging_face_data_set_is_distilled_by_the_recipe_of_its_docstring(
+    huggingface: Path,
+) -> None:
+    steps = ["teacher_training.steps=40", "stage1.steps=10", "stage2.steps=40", "data.workers=1"]
+    command = [sys.executable, "-m", "fsp_kernels.distill", "train", "huggingface_dataset.yaml"]
+    done = subprocess.run(
+        [*command, *steps],
+        cwd=huggingface,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    [accuracy] = re.findall(r"two-stage seed 0: test accuracy (\S+)%", done.stdout)
+    assert float(accuracy) > 50  # of ten classes

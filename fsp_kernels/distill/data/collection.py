@@ -11,6 +11,9 @@ from torch import Tensor
 
 from fsp_kernels.distill.data.images import Images
 
+# Mean and deviation of ImageNet's red, green and blue, as published, of pixels in 0..1.
+IMAGENET_MOMENTS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 Transform = Callable[[Tensor], Tensor]  # of pixels (C, H, W) as published
 
 
@@ -47,6 +50,7 @@ class Collection:
         moments: mean and deviation of the channels; ``None`` to measure the student's images.
         augmentation: random, from an image as published to one of ``image_shape``.
         evaluation: the same without chance; ``None`` where images are of that shape.
+        validation: images of the set's own to validate with, in place of some of the pool's.
     """
 
     pool: Labelled
@@ -58,3 +62,4 @@ class Collection:
     moments: tuple[tuple[float, ...], tuple[float, ...]] | None
     augmentation: Transform
     evaluation: Transform | None = None
+    validation: Labelled | None = None

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import os
 import tarfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
-from torchvision.transforms import v2
 
 from fsp_kernels.distill.config import Data
-from fsp_kernels.distill.data.augmentation import shifted_and_flipped, zoomed_and_flipped
-from fsp_kernels.distill.data.collection import Collection, Labelled
+from fsp_kernels.distill.data.augmentation import (
+    centred,
+    shifted_and_flipped,
+    zoomed_and_flipped,
+)
+from fsp_kernels.distill.data.collection import IMAGENET_MOMENTS, Collection, Labelled
 from fsp_kernels.distill.data.draws import shuffled
 from fsp_kernels.distill.data.images import ImageFiles, resized
+from fsp_kernels.distill.data.survey import Say, survey
 from fsp_kernels.distill.errors import DistillError
 
 _CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
@@ -26,13 +32,12 @@ _CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 _MOMENTS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "imagefolder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet's
 }
 _CIFAR_PADDING = 4 / 32  # of the random crop, in image sizes
-_IMAGENET_SIZE, _IMAGENET_MARGIN = 224, 256 / 224  # evaluation: the centre of an image of 256
+_IMAGENET_SIZE = 224
 
 
-def cifar(data: Data, where: str) -> Collection:
+def cifar(data: Data, where: str, _say: Say) -> Collection:
     """CIFAR-10 or CIFAR-100 from the files that torchvision keeps or fetches.
 
     Raises:
@@ -42,7 +47,8 @@ def cifar(data: Data, where: str) -> Collection:
     if not data.download:
         _require_folder(root, where)
     try:
-        parts = [kind(root, train=train, download=data.download) for train in (True, False)]
+        with PartialState().local_main_process_first():  # what is downloaded, is so once
+            parts = [kind(root, train=train, download=data.download) for train in (True, False)]
     except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
         raise DistillError(_why_no_cifar(data, where, error)) from error
     pool, test = (
@@ -65,28 +71,37 @@ def cifar(data: Data, where: str) -> Collection:
     )
 
 
-def image_folder(data: Data, where: str) -> Collection:
+def image_folder(data: Data, where: str, say: Say) -> Collection:
     """``root/train/CLASS/*`` to train on and ``root/val/CLASS/*`` to test with, of any image size.
 
     Classes are numbered in the order of their names.
 
     Raises:
-        DistillError: the folders are not so, or a class has no image.
+        DistillError: the folders are not so, a class has no image, or one is corrupt.
     """
     root = _root(data)
     _require_folder(root, where)
     classes = _classes(root, where)
+    folders = [root / part for part in ("train", "val")]
+    files, labels = zip(*(_files(folder, classes, where) for folder in folders), strict=True)
+    if data.corrupt != "unchecked":
+        kept = [np.array([*found]) for found in survey(files, data, where, say)]
+        files = [images.take(numbers) for images, numbers in zip(files, kept, strict=True)]
+        labels = [of_part[numbers] for of_part, numbers in zip(labels, kept, strict=True)]
+        for folder, of_part in zip(folders, labels, strict=True):
+            _require_all(classes, of_part, folder, where)
+    pool, test = map(Labelled, files, labels)
     size = data.image_size or _IMAGENET_SIZE
     return Collection(
-        pool=_files(root / "train", classes, where),
-        test=_files(root / "val", classes, where),
+        pool=pool,
+        test=test,
         image_shape=(3, size, size),
         classes=len(classes),
         validation_images=0,
         pixel_range=(0.0, 1.0),
-        moments=_MOMENTS[data.dataset],
+        moments=IMAGENET_MOMENTS,
         augmentation=zoomed_and_flipped(size),
-        evaluation=v2.Compose([v2.Resize(round(size * _IMAGENET_MARGIN)), v2.CenterCrop(size)]),
+        evaluation=centred(size),
     )
 
 
@@ -124,7 +139,7 @@ def _classes(root: Path, where: str) -> dict[str, int]:
                 f"{where}.root: {root} has no folder {part}; it must hold train/CLASS/* and "
                 "val/CLASS/*"
             )
-        names[part] = {entry.name for entry in os.scandir(root / part) if entry.is_dir()}
+        names[part] = {entry.name for entry in _entries(root / part, where) if _is_folder(entry)}
     for part, other in (("train", "val"), ("val", "train")):
         if only := sorted(names[part] - names[other]):
             shown = ", ".join(only[:5]) + (", ..." if len(only) > 5 else "")
@@ -139,16 +154,69 @@ def _classes(root: Path, where: str) -> dict[str, int]:
     return {name: label for label, name in enumerate(sorted(names["train"]))}
 
 
-def _files(folder: Path, classes: dict[str, int], where: str) -> Labelled:
-    """The image files, mixed: as they are listed, the first thousand would be of one class."""
-    listed = make_dataset(folder, classes, IMG_EXTENSIONS, allow_empty=True)
-    paths = [os.path.relpath(path, folder) for path, _ in listed]
-    labels = np.array([label for _, label in listed], dtype=np.int64)
-    counts = np.bincount(labels, minlength=len(classes))
+def _files(folder: Path, classes: dict[str, int], where: str) -> tuple[ImageFiles, np.ndarray]:
+    """The image files and their labels, mixed: as listed, the first thousand are of one class."""
+    homes = [folder.resolve(), *((folder / name).resolve() for name in classes)]
+    # So that no link of a class leads back up, or to another class.
+    walked = {str(path) for home in homes for path in (home, *home.parents)}
+    paths: list[str] = []
+    labels: list[int] = []
     for name, label in classes.items():
-        if not counts[label]:
+        # By folder, then by name: the draws are of this order.
+        found = sorted(_images(folder / name, walked, where), key=os.path.split)
+        paths += [os.path.relpath(path, folder) for path in found]
+        labels += [label] * len(found)
+    _require_all(classes, labels, folder, where)
+    order = shuffled(len(paths))
+    images = ImageFiles(folder, [paths[number] for number in order])
+    return images, np.array(labels, dtype=np.int64)[order]
+
+
+def _require_all(classes: dict[str, int], labels: Iterable[int], folder: Path, where: str) -> None:
+    there = set(labels)
+    for name, label in classes.items():
+        if label not in there:
             raise DistillError(
                 f"{where}.root: {folder / name} holds no image ({', '.join(IMG_EXTENSIONS)})"
             )
-    order = shuffled(len(paths))
-    return Labelled(ImageFiles(folder, [paths[number] for number in order]), labels[order])
+
+
+def _images(folder: str | Path, walked: set[str], where: str) -> Iterator[str]:
+    """The image files below ``folder``, each real directory's once: ``walked`` are left out."""
+    for entry in _entries(folder, where):
+        if not _is_folder(entry):
+            if _is_image(entry):
+                yield entry.path
+        elif (real := os.path.realpath(entry.path)) not in walked:
+            walked.add(real)
+            yield from _images(entry.path, walked, where)
+
+
+def _entries(folder: str | Path, where: str) -> list[os.DirEntry[str]]:
+    """What ``folder`` holds, by name, without hidden entries such as the ``._NAME`` of macOS.
+
+    A link to nowhere is an error, as it may stand for a whole folder that is not mounted. One with
+    the name of an image is left to whoever reads it.
+    """
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted((e for e in found if e.name[0] != "."), key=lambda e: e.name)
+    except OSError as error:
+        raise DistillError(f"{where}.root: {folder} cannot be listed: {error.strerror}") from error
+    for entry in entries:
+        if entry.is_symlink() and not os.path.exists(entry.path) and not _is_image(entry):
+            raise DistillError(
+                f"{where}.root: {entry.path} is a link to {os.readlink(entry.path)}, which is not "
+                "there"
+            )
+    return entries
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    # Only of a link, as it may take a look at the disk; and ``entry.is_dir`` fails at a link to
+    # itself.
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    return entry.name.lower().endswith(IMG_EXTENSIONS)

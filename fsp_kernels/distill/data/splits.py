@@ -12,10 +12,12 @@ from fsp_kernels.distill.data.bundled import bundled
 from fsp_kernels.distill.data.collection import Collection, Labelled, Scale, Transform
 from fsp_kernels.distill.data.draws import draw
 from fsp_kernels.distill.data.folders import cifar, image_folder
+from fsp_kernels.distill.data.own import own
 from fsp_kernels.distill.data.split import Split, Splits
+from fsp_kernels.distill.data.survey import Say
 from fsp_kernels.distill.errors import DistillError
 
-_COLLECTIONS: dict[str, Callable[[Data, str], Collection]] = {
+_COLLECTIONS: dict[str, Callable[[Data, str, Say], Collection]] = {
     "digits": bundled,
     "mnist5k": bundled,
     "cifar10": cifar,
@@ -24,9 +26,15 @@ _COLLECTIONS: dict[str, Callable[[Data, str], Collection]] = {
 }
 
 
-def load_splits(data: Data, where: str = "data", like: Splits | None = None) -> Splits:
+def load_splits(
+    data: Data,
+    where: str = "data",
+    like: Splits | None = None,
+    say: Say = lambda _: None,
+) -> Splits:
     """The images to train on, to validate with (none: ``None``) and to test with.
 
+    Of a group of processes all must call this, and all get the same.
     Draws are stratified and always the same. Bundled images are standardised by the mean and
     deviation of the student's, others by their set's published ones.
 
@@ -34,11 +42,13 @@ def load_splits(data: Data, where: str = "data", like: Splits | None = None) -> 
         data: the recipe's section.
         where: its dotted key, for messages.
         like: splits whose networks are trained on these first: the images must be of one shape.
+        say: is told what takes long, and of images that are left out.
 
     Raises:
-        DistillError: the images are not there, are fewer than asked for, or unlike ``like``'s.
+        DistillError: the images are not there, are fewer than asked for, not to be read, or unlike
+            ``like``'s.
     """
-    collection = _COLLECTIONS[data.dataset](data, where)
+    collection = _COLLECTIONS.get(data.dataset, own)(data, where, say)
     if like is not None:
         _require_same_shape(collection.image_shape, like.image_shape, data, where)
     pool, validation = _hold_out(collection, data, where)
@@ -60,18 +70,26 @@ def load_splits(data: Data, where: str = "data", like: Splits | None = None) -> 
         )
 
     augmentation = collection.augmentation if data.augment else None
+    held_out = collection.pool if collection.validation is None else collection.validation
     return Splits(
         train=take(collection.pool, train, augmentation),
         teacher_train=take(collection.pool, teacher, augmentation),
-        validation=take(collection.pool, validation) if len(validation) else None,
+        validation=take(held_out, validation) if len(validation) else None,
         test=take(collection.test, np.arange(len(collection.test.labels))),
     )
 
 
 def _hold_out(collection: Collection, data: Data, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the training pool and of the validation images."""
+    """Positions of the training pool, and of the validation images in it or in their own set."""
     labels = collection.pool.labels
     count = data.validation_images
+    if collection.validation is not None:
+        if count is not None:
+            raise DistillError(
+                f"{where}.validation_images: is {count}, must be left out: {data.dataset} has "
+                f"{len(collection.validation.labels)} of its own"
+            )
+        return np.arange(len(labels)), np.arange(len(collection.validation.labels))
     if count is None:
         count = collection.validation_images
     most = max(0, len(labels) - collection.classes)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
 import re
-import sys
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
@@ -17,6 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fsp_kernels.distill.errors import DistillError, did_you_mean, explain
+from fsp_kernels.distill.imports import find_callable
 from fsp_kernels.distill.models.cifar import CifarResNet, WideResNet
 from fsp_kernels.distill.models.logits import SelectLogits
 from fsp_kernels.distill.models.weights import load_weights, read_weights
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from fsp_kernels.distill.config import Network
 
 _NAMES = "cifar/NAME, torchvision/NAME, timm/NAME or package.module:callable"
-_CALLABLE = re.compile(r"(\w+(?:\.\w+)*):(\w+(?:\.\w+)*)")
 _CIFAR: dict[str, Callable[..., nn.Module]] = {
     r"resnet(?P<depth>\d{1,9})": CifarResNet,
     r"wrn(?P<depth>\d{1,9})-(?P<width>\d{1,9})": WideResNet,
@@ -136,7 +134,7 @@ def _timm(network: Network, name: str, in_channels: int, classes: int, where: st
 
 def _imported(network: Network, in_channels: int, classes: int, where: str) -> nn.Module:
     _refuse_pretrained(network, where)
-    factory = _find_callable(network.model, where)
+    factory = find_callable(network.model, f"{where}.model", _NAMES)
     offered = {"in_channels": in_channels, "classes": classes}
     taken = {key: value for key, value in offered.items() if _takes(factory, key)}
     # The user's own number of classes, say, wins over the data's.
@@ -170,29 +168,6 @@ def _call(factory: Callable[..., Any], network: Network, where: str, **keywords:
             "yet; must run it once before"
         )
     return model
-
-
-def _find_callable(name: str, where: str) -> Callable[..., Any]:
-    match = _CALLABLE.fullmatch(name)
-    if not match:
-        raise DistillError(f"{where}.model: is {name!r}, must be {_NAMES}")
-    module, attributes = match.groups()
-    if os.getcwd() not in sys.path:  # where it is not, as in a console script
-        sys.path.append(os.getcwd())
-    try:
-        found: Any = importlib.import_module(module)
-    except (Exception, SystemExit) as error:  # a script may end itself
-        raise DistillError(f"{where}.model: cannot import {module!r}: {explain(error)}") from error
-    for attribute in attributes.split("."):
-        if not hasattr(found, attribute):
-            near = did_you_mean(attribute, dir(found))
-            raise DistillError(f"{where}.model: {module!r} has no {attributes!r}{near}")
-        found = getattr(found, attribute)
-    if not callable(found):
-        raise DistillError(
-            f"{where}.model: {name} is of type {type(found).__name__}, must be callable"
-        )
-    return found
 
 
 def _takes(factory: Callable[..., Any], keyword: str) -> bool:

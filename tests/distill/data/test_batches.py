@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -11,8 +13,8 @@ import torch
 from fsp_kernels.distill.config import Data
 from fsp_kernels.distill.data import (
     Batch,
+    EvaluationBatches,
     Split,
-    evaluation_batches,
     load_splits,
     training_batches,
 )
@@ -33,6 +35,11 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
     assert len(first) == len(second) > 0
     for one, other in zip(first, second, strict=True):
         assert all(map(torch.equal, one, other))
+
+
+def workers() -> set[int]:
+    """The processes that load images now."""
+    return {process.pid for process in multiprocessing.active_children()}
 
 
 def joined(batches: list[Batch]) -> Batch:
@@ -117,7 +124,7 @@ def test_the_global_random_numbers_are_left_alone(split: Split) -> None:
     before = torch.get_rng_state()
     train(split)
     train(split, steps=2, workers=1)
-    list(evaluation_batches(split))
+    list(EvaluationBatches(split))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -147,7 +154,7 @@ def test_an_unreadable_image_ends_training_with_an_error_that_names_it(
 
 
 def test_evaluation_goes_through_the_images_in_their_order(split: Split) -> None:
-    batches = list(evaluation_batches(split, batch_size=20))
+    batches = list(EvaluationBatches(split, batch_size=20))
     assert [len(batch.labels) for batch in batches] == [20, 20, 10]
     assert joined(batches).indices.tolist() == list(range(50))
     assert torch.equal(joined(batches).labels, split.labels)
@@ -155,12 +162,12 @@ def test_evaluation_goes_through_the_images_in_their_order(split: Split) -> None
 
 def test_evaluation_augments_nothing(split: Split) -> None:
     plain = load_splits(Data(train_images=50, augment=False)).train
-    assert_same(list(evaluation_batches(split)), list(evaluation_batches(plain)))
+    assert_same(list(EvaluationBatches(split)), list(EvaluationBatches(plain)))
 
 
 @pytest.mark.parametrize("limit", [1, 30, 50, 99])
 def test_a_limit_takes_the_first_images(split: Split, limit: int) -> None:
-    indices = joined(list(evaluation_batches(split, batch_size=20, limit=limit))).indices
+    indices = joined(list(EvaluationBatches(split, batch_size=20, limit=limit))).indices
     assert indices.tolist() == list(range(min(limit, 50)))
 
 
@@ -171,7 +178,7 @@ def test_every_image_is_in_one_process_s_share(
     shares = [
         [
             int(index)
-            for batch in evaluation_batches(
+            for batch in EvaluationBatches(
                 split, batch_size=7, process=process, processes=processes, limit=limit
             )
             for index in batch.indices
@@ -183,5 +190,42 @@ def test_every_image_is_in_one_process_s_share(
 
 
 def test_workers_change_nothing_in_evaluation(split: Split) -> None:
-    workers = evaluation_batches(split, batch_size=7, workers=2)
-    assert_same(list(workers), list(evaluation_batches(split, batch_size=7)))
+    workers = EvaluationBatches(split, batch_size=7, workers=2)
+    assert_same(list(workers), list(EvaluationBatches(split, batch_size=7)))
+
+
+def test_evaluation_starts_its_workers_once_and_ends_them_when_told(split: Split) -> None:
+    batches, before = EvaluationBatches(split, batch_size=7, workers=2), workers()
+    first = list(batches)
+    started = workers() - before
+    assert len(started) == 2
+    assert_same(list(batches), first)
+    next(iter(batches))  # an evaluation that is given up
+    assert_same(list(batches), first)
+    assert workers() - before == started
+    batches.close()
+    assert workers() == before
+    assert_same(list(batches), first)
+    batches.close()
+
+
+def test_workers_end_though_an_error_is_still_looked_at(folder: Path) -> None:
+    split = load_splits(Data(dataset="imagefolder", root=str(folder), image_size=16)).train
+    (folder / "train" / "one" / "0.png").write_bytes(b"what?")
+    batches, before = EvaluationBatches(split, workers=1), workers()
+    with pytest.raises(DistillError, match="cannot be read") as error:
+        list(batches)
+    batches.close()
+    assert workers() == before
+    assert error.traceback
+
+
+def test_a_server_of_workers_imports_what_they_need_before_they_start(
+    split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preloaded: list[Sequence[str]] = []
+    monkeypatch.setattr(multiprocessing, "set_forkserver_preload", preloaded.append)
+    EvaluationBatches(split)
+    assert preloaded == []
+    EvaluationBatches(split, workers=1)
+    assert preloaded == [["__main__", "fsp_kernels.distill.data.batches"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torchvision.transforms import v2
 from distill.data.conftest import CLASSES, TRAIN_IMAGES, VAL_IMAGES
 from distill.data.views import all_images, pixels
 from fsp_kernels.distill.config import Data
-from fsp_kernels.distill.data import Splits, evaluation_batches, load_splits
+from fsp_kernels.distill.data import EvaluationBatches, Splits, load_splits
 from fsp_kernels.distill.errors import DistillError
 
 
@@ -161,6 +162,66 @@ def test_a_folder_without_classes_is_an_error(folder: Path) -> None:
         load(folder)
 
 
+def test_hidden_files_and_folders_are_left_out(folder: Path) -> None:
+    # macOS leaves ._NAME beside NAME on foreign disks and in archives.
+    for part in ("train", "val"):
+        (folder / part / "one" / "._0.png").write_bytes(b"what?")
+        shutil.copytree(folder / part / "four", folder / part / "one" / ".trash")
+    shutil.copytree(folder / "train" / "four", folder / "train" / ".cache")
+    splits = load(folder)
+    assert splits.classes == len(CLASSES)
+    assert len(splits.train) == len(CLASSES) * TRAIN_IMAGES
+    assert len(splits.test) == len(CLASSES) * VAL_IMAGES
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "../four", "../../../folder"])
+def test_a_link_that_leads_back_adds_no_image(folder: Path, target: str) -> None:
+    (folder / "train" / "one" / "again").symlink_to(target)
+    assert len(load(folder).train) == len(CLASSES) * TRAIN_IMAGES
+
+
+def test_two_links_to_one_folder_add_its_images_once(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "train" / "one", tmp_path / "more")
+    for name in ("first", "second"):
+        (folder / "train" / "one" / name).symlink_to(tmp_path / "more")
+    assert len(load(folder).train) == (len(CLASSES) + 1) * TRAIN_IMAGES
+
+
+def test_links_may_stand_for_classes_and_for_images(folder: Path, tmp_path: Path) -> None:
+    before = load(folder)
+    (folder / "train" / "one").rename(tmp_path / "elsewhere")
+    (folder / "train" / "one").symlink_to(tmp_path / "elsewhere")
+    image = folder / "val" / "one" / "13.JPEG"
+    image.rename(tmp_path / "13.JPEG")
+    image.symlink_to(tmp_path / "13.JPEG")
+    splits = load(folder)
+    assert splits.train.fingerprint == before.train.fingerprint
+    assert torch.equal(all_images(splits.test), all_images(before.test))
+
+
+@pytest.mark.parametrize("link", ["train/one/more", "val/five", "train/one/itself"])
+def test_a_link_to_nowhere_is_an_error_that_names_it(folder: Path, link: str) -> None:
+    target = "itself" if link.endswith("itself") else "/not/mounted"
+    (folder / link).symlink_to(target)
+    message = rf"^data\.root: .*/{link} is a link to {target}, which is not there$"
+    with pytest.raises(DistillError, match=message):
+        load(folder)
+
+
+def test_a_folder_that_may_not_be_listed_is_an_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scandir(path: Path) -> object:
+        if Path(path).name == "four":
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    listed = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DistillError, match=r"^data\.root: .*/four cannot be listed: Permission"):
+        load(folder)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("damage", ["cut", "no image", "gone"])
 def test_an_unreadable_image_is_an_error_that_names_the_file(
@@ -174,4 +235,49 @@ def test_an_unreadable_image_is_an_error_that_names_the_file(
     else:
         path.write_bytes(content[:300] if damage == "cut" else b"what?")
     with pytest.raises(DistillError, match=r"^/\S*four/13\.JPEG: cannot be read as an image: "):
-        list(evaluation_batches(split, workers=workers))
+        list(EvaluationBatches(split, workers=workers))
+
+
+@pytest.fixture
+def damaged(folder: Path) -> Path:
+    """Five files that cannot be read."""
+    cut = folder / "val" / "four" / "13.JPEG"
+    cut.write_bytes(cut.read_bytes()[:-20])
+    for path in sorted((folder / "train" / "one").iterdir())[:3]:
+        path.write_bytes(b"what?")
+    (folder / "train" / "eight" / "link.png").symlink_to("/not/mounted.png")
+    return folder
+
+
+def test_corrupt_images_are_refused_before_training(damaged: Path) -> None:
+    message = (
+        r"^data: 5 of 49 images cannot be read:\n(/\S*: cannot be read as an image: .*\n){3}"
+        r"\.\.\.\ndata\.corrupt=skip leaves them out$"
+    )
+    with pytest.raises(DistillError, match=message):
+        load(damaged)
+
+
+def test_corrupt_images_are_left_out_on_demand_and_that_is_said(damaged: Path) -> None:
+    said: list[str] = []
+    data = Data(dataset="imagefolder", root=str(damaged), image_size=16, corrupt="skip")
+    splits = load_splits(data, say=said.append)
+    assert len(splits.train) == len(CLASSES) * TRAIN_IMAGES - 3
+    assert len(splits.test) == len(CLASSES) * VAL_IMAGES - 1
+    assert "5 of 49 images cannot be read and are left out" in said[-1]
+    for split in (splits.train, splits.test):
+        assert len(all_images(split)) == len(split)
+
+
+def test_a_class_with_no_image_that_can_be_read_is_an_error(folder: Path) -> None:
+    for path in (folder / "val" / "four").iterdir():
+        path.write_bytes(b"what?")
+    with pytest.raises(DistillError, match=r"^data\.root: .*val/four holds no image"):
+        load(folder, corrupt="skip")
+
+
+def test_unchecked_images_are_not_read_before_a_step_draws_them(damaged: Path) -> None:
+    splits = load(damaged, corrupt="unchecked")
+    assert len(splits.train) == len(CLASSES) * TRAIN_IMAGES + 1
+    with pytest.raises(DistillError, match="cannot be read as an image: "):
+        all_images(splits.train)
