@@ -111,7 +111,7 @@ class Network(Settings):
     arguments: dict[str, Any] = Field(default_factory=dict)
     weights: FilePath | None = None
     pretrained: bool = False
-    logits: str | None = None
+    logits: ModulePath | None = None
 
 
 class Stop(Settings):
@@ -147,7 +147,7 @@ class Training(Settings):
     nesterov: bool = False
     weight_decay: NotNegative = 1e-4
     schedule: Literal["multistep", "cosine", "constant"] = "multistep"
-    milestones: Many[Share] = (0.5, 0.75)
+    milestones: Annotated[tuple[Share, ...], Field(max_length=1000), AS_TUPLE] = (0.5, 0.75)
     decay: Share = 0.1
     warmup: Part = 0.0
     clip: Positive | None = None

@@ -22,9 +22,9 @@ from fsp_kernels.distill.pairs import check_pairs
 
 IMAGES = torch.randn(2, 1, 8, 8)
 TRAINING = Training(steps=1, learning_rate=0.1)
-TASK = Stage("task", TRAINING, 1)
-FSP = Stage("stage 1", TRAINING, 1, task=False, fsp=1.0)
-ALL = Stage("all", TRAINING, 1, fsp=1.0, kd=SoftTargets())
+TASK = Stage("task", "stage2", TRAINING, 1)
+FSP = Stage("stage 1", "stage1", TRAINING, 1, task=False, fsp=1.0)
+ALL = Stage("all", "stage2", TRAINING, 1, fsp=1.0, kd=SoftTargets())
 PAIR = Pair(student=("stage1", "stage2"), teacher=("stage1", "stage2"))
 
 

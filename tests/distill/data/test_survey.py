@@ -63,7 +63,7 @@ def test_nothing_skips_what_is_not_as_it_must_be() -> None:
 
 
 def _in_a_group(rank: int, folder: Path) -> None:
-    Accelerator()  # by which the processes of a group know of one another
+    Accelerator(cpu=True)  # by which the processes of a group know of one another
     parts = [Part(".c..c"), Part("..")]
     found = look(parts, "skip")
     try:
