@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import hashlib
 import operator
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -46,7 +45,7 @@ from fsp_kernels.distill.data.collection import IMAGENET_MOMENTS, Collection, La
 from fsp_kernels.distill.data.draws import shuffled
 from fsp_kernels.distill.data.images import CorruptImageError, rgb
 from fsp_kernels.distill.data.survey import Say, survey
-from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.distill.errors import DistillError, explain
 from fsp_kernels.distill.imports import find_callable
 
 _KEYS = ("image", "label")
@@ -174,7 +173,7 @@ class _Part:
         try:
             return dataset[number]
         except Exception as error:  # of the user's code
-            raise CorruptImageError(f"{self._place(number)}: {_told(error)}") from error
+            raise CorruptImageError(f"{self._place(number)}: {explain(error)}") from error
 
     def _field(self, item: Any, name: str, number: int) -> Any:
         if isinstance(item, Mapping) and name in item:
@@ -245,7 +244,7 @@ def _called(data: Data, key: str) -> dict[str, Any]:
     try:
         returned = function(**data.arguments)
     except Exception as error:  # of the user's code
-        raise DistillError(f"{key}: {data.dataset}: {_told(error)}") from error
+        raise DistillError(f"{key}: {data.dataset}: {explain(error)}") from error
     names = ("train", "validation", "test")
     if not isinstance(returned, (tuple, list)) or len(returned) != len(names):
         what = _type(returned)
@@ -294,12 +293,6 @@ def _or_error(look: Callable[[int], _Item], number: int) -> _Item | DistillError
         return look(number)
     except DistillError as error:
         return error
-
-
-def _told(error: Exception) -> str:
-    """The traceback as far as it is of the user's code."""
-    theirs = error.__traceback__ and error.__traceback__.tb_next
-    return "raised\n" + "".join(traceback.format_exception(type(error), error, theirs)).rstrip()
 
 
 def _type(value: object) -> str:
