@@ -146,22 +146,21 @@ def test_a_stopped_run_says_how_to_go_on_and_takes_no_further_step(
 
 
 def run_until(signal_number: int, recipe: Path, folder: Path, *options: str) -> tuple[int, str]:
-    """``fsp-distill train`` in a process, which is sent a signal when it has a checkpoint."""
+    """``fsp-distill train``, whose processes all get a signal when there is a checkpoint."""
     command = [sys.executable, "-m", "fsp_kernels.distill", "train", recipe, *options]
-    environment = os.environ | {"COLUMNS": "500"}
     with subprocess.Popen(
         [*map(str, command), "--output", str(folder)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
+        start_new_session=True,
     ) as process:
         deadline = time.monotonic() + 120
         while not list(folder.glob("two-stage/seed-0/checkpoints/0*")):
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        process.send_signal(signal_number)
+        os.killpg(process.pid, signal_number)
         output, _ = process.communicate(timeout=120)
     return process.returncode, output
 
@@ -169,10 +168,12 @@ def run_until(signal_number: int, recipe: Path, folder: Path, *options: str) -> 
 @pytest.mark.slow
 @pytest.mark.usefixtures("heeding_ctrl_c")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_the_command_line_obeys_a_signal_with_a_shells_exit_code_and_resumes(
-    recipe: Path, tmp_path: Path, number: signal.Signals, code: int
+    recipe: Path, tmp_path: Path, number: signal.Signals, code: int, workers: int
 ) -> None:
     long = ("stage1.steps=80", "stage1.learning_rate=1e-6", "evaluation.every=40")
+    long += (f"data.workers={workers}",)
     status, output = run_until(number, recipe, tmp_path / "run", *long)
     assert status == code
     assert "saved; --resume goes on from there" in output

