@@ -10,7 +10,7 @@ import reprlib
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -330,10 +330,8 @@ def _explained(kind: type[BaseModel], details: ErrorDetails) -> tuple[str, str]:
 
 def _model_in(hint: Any) -> type[BaseModel] | None:
     """The settings that a field's type holds, if any: its own, or a list's or a union's."""
-    if isinstance(hint, type) and issubclass(hint, BaseModel):
-        return hint
-    if typing.get_origin(hint) is Annotated:
-        return _model_in(typing.get_args(hint)[0])
+    if typing.get_origin(hint) is None:  # in Python 3.10 tuple[int] counts as a type, too
+        return hint if isinstance(hint, type) and issubclass(hint, BaseModel) else None
     return next(filter(None, map(_model_in, typing.get_args(hint))), None)
 
 
