@@ -221,11 +221,8 @@ def _study(
         opened = Study(config, folder, monitor, interruption, resume, chosen)
         with monitor:
             yield opened
-            if not opened.trained:
-                monitor.say(
-                    f"{folder}: was finished, so nothing was trained; --restart would train again: "
-                    f"{opened.cost_of_restart}"
-                )
+            if opened.summary:
+                monitor.say(opened.summary)
 
 
 @contextmanager

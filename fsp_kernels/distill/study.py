@@ -161,11 +161,15 @@ class Study:
         )
 
     @property
-    def cost_of_restart(self) -> str:
-        """What ``--restart`` would train of all that was found finished, in words."""
-        again = [run for run in self.reused if run.arm not in (TEACHER, SOURCE)]
-        seconds = sum(run.seconds for run in again)
-        return f"{len(again)} networks, in which {seconds:.0f} s of steps went" if again else "none"
+    def summary(self) -> str:
+        """Where nothing was trained, that it was finished, and what ``--restart`` would cost."""
+        if self.trained:
+            return ""
+        students = [run for run in self.reused if run.arm not in (TEACHER, SOURCE)]
+        seconds = sum(run.seconds for run in students)
+        cost = f"; --restart trains it again, which took {seconds:.1f} s of steps"
+        finished = f"{self.folder}: was finished, so nothing was trained"
+        return finished + (cost if students else "")
 
     def folder_of(self, arm: str, seed: int) -> Path:
         """Where a student is kept."""
@@ -477,4 +481,6 @@ def _bytes_of(tensors: Mapping[str, Tensor]) -> int:
 
 def _file_of(network: Network) -> str | None:
     """A digest of the weights that a network starts from."""
-    return None if network.weights is None else checkpoint.file_digest(Path(network.weights))
+    if network.weights is None:
+        return None
+    return checkpoint.file_digest(Path(network.weights).expanduser())

@@ -42,7 +42,8 @@ def read_weights(path: str | Path, model: nn.Module, where: str) -> State:
     Raises:
         DistillError: the file cannot be read, holds something else, or holds two such networks.
     """
-    states = dict(_states(_read(Path(path), where)))
+    path = Path(path).expanduser()
+    states = dict(_states(_read(path, where)))
     if not states:
         raise DistillError(f"{where}: {path} holds no state dict, must hold tensors by name")
     own = set(model.state_dict())

@@ -47,6 +47,14 @@ def test_a_network_starts_from_a_file(state: State, tmp_path: Path, suffix: str)
     assert same(state, build("cifar/resnet8", weights=str(path)).state_dict())
 
 
+def test_a_tilde_is_the_home_folder(
+    state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.save(state, tmp_path / "weights.pt")
+    assert same(state, built_from(Path("~/weights.pt")))
+
+
 @pytest.mark.parametrize(
     "key", ["state_dict", "model", "net", "model_state_dict", "network", "weights", "ema"]
 )
