@@ -25,7 +25,7 @@ _FREE = (
     "evaluation.targets",
     "execution.threads",
 )
-# Of a stage: when it ends. Its rates are compared by step.
+# What a stage's end and rates come from. They are free where the steps taken had the same rates.
 _FREE_OF_A_STAGE = ("steps", "stop", "learning_rate", "schedule", "milestones", "decay", "warmup")
 
 
