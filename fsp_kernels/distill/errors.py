@@ -23,7 +23,7 @@ class DistillError(ValueError):
 
 
 class DamagedError(DistillError):
-    """A file of this program's own is damaged, or was written by another version of it."""
+    """A file of this program's own is damaged."""
 
 
 def did_you_mean(wrong: str, known: Iterable[str], limit: int = 1) -> str:

@@ -97,21 +97,24 @@ def read(folder: Path) -> Run:
     """The run that ``folder`` holds.
 
     Raises:
-        DistillError: there is none, or its record cannot be read.
+        DistillError: there is none, its record cannot be read, or is of another version.
+        DamagedError: its record is damaged.
     """
     path = folder / RECORD
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        if tree.pop("format") != _FORMAT:
-            raise ValueError("it was written by another version of this program")
-        phases = [Phase(**phase) for phase in tree.pop("phases")]
-        return Run(phases=phases, **tree)
+        if tree.pop("format") == _FORMAT:
+            phases = [Phase(**phase) for phase in tree.pop("phases")]
+            return Run(phases=phases, **tree)
     except FileNotFoundError:
         raise DistillError(f"{folder}: holds no finished run ({RECORD} is missing)") from None
     except OSError as error:
         raise DistillError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedError(f"{path}: not the record of a run, or damaged: {error}") from error
+    raise DistillError(
+        f"{path}: was written by another version of this program; --restart trains it anew"
+    )
 
 
 def is_finished(folder: Path) -> bool:

@@ -52,7 +52,7 @@ class State:
         """What a checkpoint holds."""
         note = dict(stored.note)
         phases = [Phase(**phase) for phase in note.pop("phases")]
-        note.pop("settings")
+        note.pop("settings", None)
         return cls(phases=phases, tensors=stored.tensors, **note)
 
     def part(self, name: str) -> dict[str, Tensor]:

@@ -323,13 +323,16 @@ class Study:
         """The record of the same job, if it is finished."""
         if not records.is_finished(job.folder):
             return None
-        run = records.read(job.folder)
         try:
+            run = records.read(job.folder)
             check_changes(job.folder, run.settings, job.settings, job.stages)
-        except DistillError:
-            if self._resume is not False:
+        except DistillError as error:
+            if self._resume is not False or isinstance(error, DamagedError):
                 raise
-            self.monitor.say(f"{job.folder}: of other settings; training the {job.arm} anew")
+            self.monitor.say(
+                f"{job.folder}: of other settings, or of another version of this program; training "
+                f"the {job.arm} anew"
+            )
             return None
         return run
 

@@ -113,7 +113,7 @@ class Trainer:
         if found is None:
             return None
         path, stored = found
-        before, state = stored.note["settings"], State.of(stored)
+        before, state = stored.note.get("settings", {}), State.of(stored)
         done = len(state.phases)
         check_changes(path, before, job.settings, job.stages, done, state.step)
         others = differing(before, job.settings)

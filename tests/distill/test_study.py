@@ -133,6 +133,23 @@ def test_a_teacher_of_other_settings_is_trained_anew_only_where_that_was_asked_f
     assert model.read_bytes() != before[model]
 
 
+def test_a_network_of_another_version_is_trained_anew_only_where_that_was_asked_for(
+    study: Study, recipe: Path
+) -> None:
+    study.student("two-stage", 0)
+    for folder in (study.folder / "teacher", study.folder_of("two-stage", 0)):
+        path = folder / RECORD
+        path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    before = files_under(study.folder)
+    for resume in (None, True):
+        with pytest.raises(DistillError, match=r"run\.json: was written by another version of th"):
+            open_study(recipe, study.folder, resume=resume)
+    assert files_under(study.folder) == before
+    open_study(recipe, study.folder, resume=False).student("two-stage", 0)
+    assert records.read(study.folder / "teacher").steps == 6
+    assert records.read(study.folder_of("two-stage", 0)).steps == 14
+
+
 @pytest.mark.parametrize("setting", ["data.train_images=12", "execution.threads=2", "seeds=[5]"])
 def test_a_teacher_does_not_depend_on_its_students(
     recipe: Path,
