@@ -10,7 +10,7 @@ from fsp_kernels.distill.arms import Stage
 from fsp_kernels.distill.config import Training
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.schedule import rate
-from fsp_kernels.distill.settings import read
+from fsp_kernels.distill.settings import is_within, read, to_tree
 
 Tree = Mapping[str, Any]
 
@@ -36,14 +36,14 @@ def settings_of(stages: Sequence[Stage]) -> dict[str, Any]:
     """
     tree: dict[str, Any] = {}
     for stage in stages:
-        tree[stage.section] = stage.training.model_dump(mode="json") | {
+        tree[stage.section] = to_tree(stage.training) | {
             "steps": stage.steps,
             "epochs": None,
             "losses": stage.losses,
             "fsp": stage.fsp,
         }
         if stage.kd is not None:
-            tree["kd"] = stage.kd.model_dump(mode="json")
+            tree["kd"] = to_tree(stage.kd)
     return tree
 
 
@@ -83,7 +83,7 @@ def check_changes(
         free.add("kd")
     if step and _same_rates(before, stages[done], step):
         free |= {f"{stages[done].section}.{key}" for key in _FREE_OF_A_STAGE}
-    others = [key for key in differing(before, now) if not _is_in(key, free)]
+    others = [key for key in differing(before, now) if not is_within(key, free)]
     if others:
         raise DistillError(
             f"{place}: was trained under other settings than these: {', '.join(others)}; --restart "
@@ -101,10 +101,6 @@ def _same_rates(before: Tree, stage: Stage, step: int) -> bool:
         rate(earlier, section["steps"], t) == rate(stage.training, stage.steps, t)
         for t in range(step)
     )
-
-
-def _is_in(key: str, sections: set[str]) -> bool:
-    return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
 def _differing(before: Any, now: Any, dotted: str) -> Iterator[str]:

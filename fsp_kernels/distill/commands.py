@@ -122,7 +122,7 @@ def train(
         return [(arm, config.seeds[0] if seed is None else seed)]
 
     with _study(recipe, overrides, output, resume, chosen) as opened:
-        [(arm, number)] = chosen(opened.config)
+        [(arm, number)] = opened.students
         opened.student(arm, number)
         folder = opened.folder_of(arm, number)
         if opened.trainer.accelerator.is_main_process:

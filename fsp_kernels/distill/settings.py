@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import reprlib
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -84,7 +84,7 @@ class SettingError(DistillError):
         found = []
         for complaint in self.complaints:
             key = complaint[0]
-            if any(f"{key}.".startswith(f"{other}.") for other in elsewhere):
+            if is_within(key, elsewhere):
                 found.append(_complaint(complaint))
                 continue
             while key and key not in lines:
@@ -97,9 +97,7 @@ class SettingError(DistillError):
 class Settings(BaseModel):
     """A section of a recipe. ``True`` is no number here, ``"1"`` neither, and 1.5 is no count."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def read(kind: type[M], tree: object) -> M:
@@ -127,7 +125,6 @@ def parse_yaml(text: str, source: str) -> tuple[Any, Lines]:
         DistillError: it is not YAML, holds something else or too much of it; ``source`` and the
             line are named.
     """
-    loader = None
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -142,9 +139,6 @@ def parse_yaml(text: str, source: str) -> tuple[Any, Lines]:
     except yaml.reader.ReaderError as error:
         line = f", line {1 + text.count(chr(10), 0, error.position)}"
         raise DistillError(f"{source}{line}: not readable as YAML: {error.reason}") from None
-    finally:
-        if loader is not None:
-            loader.dispose()
     return value, dict(_lines(node, ""))
 
 
@@ -157,14 +151,14 @@ def load_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
     try:
         with path.open("rb") as file:
             content = file.read(_LARGEST_FILE + 1)
+        if len(content) > _LARGEST_FILE:
+            raise DistillError(f"{path}: is larger than {_LARGEST_FILE >> 20} MiB, is it a recipe?")
         text = content.decode()
     except OSError as error:
         raise DistillError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         line = 1 + content.count(b"\n", 0, error.start)
         raise DistillError(f"{path}, line {line}: is not UTF-8: {error.reason}") from error
-    if len(content) > _LARGEST_FILE:
-        raise DistillError(f"{path}: is larger than {_LARGEST_FILE >> 20} MiB, is it a recipe?")
     tree, lines = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise DistillError(f"{path}: must hold keys and values, holds {_describe(tree)}")
@@ -185,16 +179,23 @@ def override(tree: dict[str, Any], assignments: Sequence[str]) -> list[str]:
             raise DistillError(f"{_describe(assignment)}: an override is written section.key=value")
         branch = tree
         for depth, section in enumerate(sections):
-            branch = branch.setdefault(section, {})
+            parent, branch = branch, branch.get(section, {})
             if not isinstance(branch, dict):
                 where = ".".join(sections[: depth + 1])
                 raise DistillError(
                     f"{dotted}: {where} is {_describe(branch)}, not a section; "
                     f"override it whole, as in {where}=..."
                 )
+            # A copy, since an alias may stand for the same section elsewhere.
+            branch = parent[section] = dict(branch)
         branch[last], _ = parse_yaml(text, dotted)
         keys.append(".".join(names))
     return keys
+
+
+def is_within(key: str, sections: Iterable[str]) -> bool:
+    """Whether a dotted key is one of ``sections``, or in one."""
+    return any(f"{key}.".startswith(f"{section}.") for section in sections)
 
 
 class _Size(NamedTuple):

@@ -14,7 +14,7 @@ from fsp_kernels.distill import checkpoint, records
 from fsp_kernels.distill.arms import ARMS, Stage
 from fsp_kernels.distill.changes import check_changes, settings_of
 from fsp_kernels.distill.checkpoint import Series
-from fsp_kernels.distill.config import MOST_STEPS, Config, Data, Network, Training, dump_config
+from fsp_kernels.distill.config import MOST_STEPS, Config, Data, Training, dump_config
 from fsp_kernels.distill.data import Split, Splits, check_batch_size, load_splits
 from fsp_kernels.distill.dry_run import check_logits, check_steps
 from fsp_kernels.distill.environment import describe_environment
@@ -77,7 +77,7 @@ class Study:
         self.config, self.folder, self.monitor, self._resume = config, folder, monitor, resume
         if students is None:
             students = [(arm, seed) for seed in config.seeds for arm in config.arms]
-        self._students = students
+        self.students = students
         self.trained: list[Run] = []
         self.reused: list[Run] = []
         check_folder(folder, resume)
@@ -140,7 +140,7 @@ class Study:
         settings |= settings_of(stages) | {
             "arm": arm,
             "seed": seed,
-            "weights": _file_of(config.student),
+            "weights": self._weights["student"],
             "images": [self.splits.train.fingerprint, self.splits.test.fingerprint],
         }
         if distilled:
@@ -178,11 +178,20 @@ class Study:
     def all(self) -> list[Run]:
         """The students that were to be asked for; the teacher first."""
         _ = self.teacher
-        return [self.student(arm, seed) for arm, seed in self._students]
+        return [self.student(arm, seed) for arm, seed in self.students]
 
     def stages(self, arm: str) -> tuple[Stage, ...]:
         """The stages of ``arm`` and the steps they take."""
         return ARMS[arm].stages(self.config, _counter(self.config.data, self.splits.train))
+
+    @cached_property
+    def _weights(self) -> dict[str, str | None]:
+        """Digests of the files that the networks start from."""
+        networks = {"student": self.config.student, TEACHER: self.config.teacher}
+        return {
+            role: network.weights and checkpoint.file_digest(Path(network.weights).expanduser())
+            for role, network in networks.items()
+        }
 
     @cached_property
     def _distilled(self) -> Evaluations:
@@ -250,7 +259,7 @@ class Study:
         settings |= settings_of(stages) | {
             "arm": arm,
             "seed": seed,
-            "weights": _file_of(self.config.teacher),
+            "weights": self._weights[TEACHER],
             "images": [images.fingerprint, splits.test.fingerprint],
         }
         return Job(
@@ -325,7 +334,9 @@ class Study:
             return None
         try:
             run = records.read(job.folder)
-            check_changes(job.folder, run.settings, job.settings, job.stages)
+            # A student's teacher may have to be trained before it is known.
+            now = {"teacher": run.settings.get("teacher")} | job.settings
+            check_changes(job.folder, run.settings, now, job.stages)
         except DistillError as error:
             if self._resume is not False or isinstance(error, DamagedError):
                 raise
@@ -338,18 +349,14 @@ class Study:
 
     def _check_finished(self) -> None:
         """What is finished, of all that is going to be asked for, was so under these settings."""
-        jobs = [self._student_job(arm, seed) for arm, seed in self._students]
+        jobs = [self._student_job(arm, seed) for arm, seed in self.students]
         if not jobs or any(stage.needs_teacher for job in jobs for stage in job.stages):
             jobs.append(self._teacher_job())
             if self.config.source is not None:
                 jobs.append(self._source_job())
         for job in jobs:
             with suppress(DamagedError):  # which will be told of, and trained anew
-                if records.is_finished(job.folder):
-                    before = records.read(job.folder).settings
-                    # A student's teacher may have to be trained before it is known.
-                    now = {"teacher": before.get("teacher")} | job.settings
-                    check_changes(job.folder, before, now, job.stages)
+                self._finished(job)
 
     def _clear(self, job: Job) -> None:
         """Of an earlier run nothing may stay that this one could be taken for."""
@@ -386,13 +393,13 @@ class Study:
             stage = Stage("task", "teacher_training", training, 1)
             check_steps(teacher, [stage], images, TEACHER, config.fsp)
         # Other steps make no other loss.
-        stages = {(s.task, s.fsp, s.kd): s for arm, _ in self._students for s in self.stages(arm)}
+        stages = {(s.task, s.fsp, s.kd): s for arm, _ in self.students for s in self.stages(arm)}
         both = self.pairs, self.shapes
         check_steps(student, [*stages.values()], images, "student", config.fsp, *both, teacher)
         sizes = [_bytes_of(student.state_dict()), _bytes_of(teacher.state_dict())]
         # A checkpoint holds the weights and up to two numbers of the optimiser for each.
         return (
-            len(self._students) * sizes[0]
+            len(self.students) * sizes[0]
             + 2 * sizes[1]
             + 3 * (config.checkpoints.keep + 1) * max(sizes)
         )
@@ -480,10 +487,3 @@ def _counter(data: Data, images: Split) -> Callable[[Training], int]:
 
 def _bytes_of(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _file_of(network: Network) -> str | None:
-    """A digest of the weights that a network starts from."""
-    if network.weights is None:
-        return None
-    return checkpoint.file_digest(Path(network.weights).expanduser())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -98,6 +97,12 @@ def test_overrides_replace_and_add_keys_in_order() -> None:
     keys = override(tree, ["inner.steps=2", "inner.rate=0.5", "seeds=[4, 5]", "inner.steps=3"])
     assert tree == {"inner": {"steps": 3, "rate": 0.5}, "seeds": [4, 5]}
     assert keys == ["inner.steps", "inner.rate", "seeds", "inner.steps"]
+
+
+def test_an_override_of_an_alias_leaves_what_it_stands_for() -> None:
+    tree, _ = parse_yaml("a: &a {x: {y: 1}}\nb: *a\n", "recipe")
+    override(tree, ["b.x.y=2", "b.z.w=3"])
+    assert tree == {"a": {"x": {"y": 1}}, "b": {"x": {"y": 2}, "z": {"w": 3}}}
 
 
 @pytest.mark.parametrize(
@@ -208,11 +213,9 @@ BOMB = "a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + "".join(
     ],
 )
 def test_what_is_no_plain_yaml_is_refused_with_its_line(text: str, line: int, problem: str) -> None:
-    started = time.perf_counter()
     with pytest.raises(DistillError, match=f"^x.yaml, line {line}: .*{problem}") as caught:
         parse_yaml(text, "x.yaml")
     assert len(str(caught.value)) < 500
-    assert time.perf_counter() - started < 60  # neither does it hang
 
 
 @pytest.mark.parametrize("text", ["2024-13-45", "2024-01-02", "2024-01-02 25:61:00"])
@@ -234,7 +237,10 @@ def test_the_line_of_each_key_is_known() -> None:
     ("content", "message"),
     [
         (b"a: 1\nb: \xff\n", r"x\.yaml, line 2: is not UTF-8"),
-        (b"# " + b"x" * (1 << 20), r"x\.yaml: is larger than 1 MiB"),
+        (
+            b"#" + "\N{GREEK SMALL LETTER PHI}".encode() * (1 << 20),
+            r"x\.yaml: is larger than 1 MiB",
+        ),
         (b"[1, 2]", r"x\.yaml: must hold keys and values, holds the list \[1, 2\]"),
         (b"", r"x\.yaml: must hold keys and values, holds empty"),
     ],
