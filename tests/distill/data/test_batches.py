@@ -220,6 +220,16 @@ def test_workers_end_though_an_error_is_still_looked_at(folder: Path) -> None:
     assert error.traceback
 
 
+def test_workers_end_though_an_evaluation_has_not(split: Split) -> None:
+    before = workers()
+    batches = EvaluationBatches(split, batch_size=2, workers=1)
+    halfway = iter(batches)  # as the traceback of an error holds it
+    next(halfway)
+    assert workers() > before
+    batches.close()
+    assert workers() == before
+
+
 def test_a_server_of_workers_imports_what_they_need_before_they_start(
     split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:

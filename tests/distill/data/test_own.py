@@ -120,6 +120,27 @@ def test_labels_are_whole_numbers_of_any_kind(label: Any) -> None:
     assert load((train, None, some())).train.labels.tolist() == [1] * 4
 
 
+@pytest.mark.parametrize(
+    ("channels", "mean", "std"),
+    [
+        (1, (0.449,), (0.226,)),
+        (3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        (4, (0.449,), (0.226,)),
+    ],
+)
+def test_images_are_standardised_by_imagenets_moments_or_their_mean(
+    channels: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> None:
+    train = load(
+        [
+            some(12, lambda n: (grey(n, (8, 8, channels)), n % 3)),
+            None,
+            some(3, lambda n: (grey(n, (8, 8, channels)), n)),
+        ]
+    ).train
+    assert (train.mean, train.std) == (mean, std)
+
+
 def test_images_of_several_sizes_are_treated_as_an_image_folders() -> None:
     sets = some(6, lambda n: (Image.fromarray(grey(n, (20 + n, 30))), n % 3))
     splits = load((sets, None, sets), image_size=16)
