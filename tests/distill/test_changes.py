@@ -120,6 +120,13 @@ def test_an_arm_depends_on_no_more_than_it_trains_by(
     assert refused(recipe, change, arm, done, step) == keys
 
 
+def test_a_stage_cannot_end_before_the_steps_it_has_taken(recipe: Path) -> None:
+    constant = "{steps: 6, schedule: constant,"
+    recipe.write_text(recipe.read_text().replace("stage2: {steps: 6,", f"stage2: {constant}"))
+    assert refused(recipe, "stage2.steps=4", "two-stage", 1, 4) == ""
+    assert refused(recipe, "stage2.steps=3", "two-stage", 1, 4) == "stage2.steps"
+
+
 def test_a_stopping_rule_counts_evaluations(recipe: Path) -> None:
     recipe.write_text(recipe.read_text().replace("{steps: 8,", "{steps: 8, stop: {patience: 2},"))
     assert refused(recipe, "evaluation.every=1", "two-stage", 0, 1) == "evaluation.every"

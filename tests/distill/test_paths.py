@@ -82,6 +82,7 @@ def test_outputs_of_hugging_face_are_mappings() -> None:
     [
         ((X, Y), "", r"is a tuple of 2, not a tensor; choose :output\[0\] or :output\[1\]$"),
         ((X, Y), "[2]", r"has no 2, as :output is a tuple of 2; choose :output\[0\] or"),
+        ((X, Y), "[-3]", r"has no -3, as :output is a tuple of 2; choose"),
         (X, "[0]", r"has no 0, as :output is a Tensor; choose :output$"),
         (
             (Output(X),),
