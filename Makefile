@@ -53,10 +53,10 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks $(BENCH)
 
 kernels: .venv/installed
-	$(BIN)/python -m benchmarks.kernels
-	$(BIN)/python -m benchmarks.extension
-	$(BIN)/python -m benchmarks.kernels --workload all --family sm_80
-	$(BIN)/python -m benchmarks.kernels --workload all --family sm_90
+	$(BIN)/python -m tools.compile_triton
+	$(BIN)/python -m tools.compile_cuda
+	$(BIN)/python -m tools.compile_triton --workload all --family sm_80
+	$(BIN)/python -m tools.compile_triton --workload all --family sm_90
 
 # All parts run, whatever becomes of an earlier one; the whole fails if any does.
 gpu: $(if $(INSTALL),gpu-install)
@@ -72,20 +72,20 @@ gpu-install:
 	$(GPU_PYTHON) -m pip install --no-build-isolation --no-deps --editable .
 
 gpu-first:
-	$(GPU_PYTHON) -m benchmarks.first --output $(GPU_RESULTS) --jobs $(GPU_JOBS)
+	$(GPU_PYTHON) -m tools.gpu_first --output $(GPU_RESULTS) --jobs $(GPU_JOBS)
 
 # Compiling kernels takes most of the time and one core each: files side by side.
 gpu-tests:
 	printf '%s\n' $(GPU_TESTS) | xargs -P $(GPU_JOBS) -n 1 $(GPU_PYTHON) -m pytest -m gpu -q -ra $(GPU_PYTEST)
 
 gpu-sanitizer:
-	$(GPU_PYTHON) -m benchmarks.sanitize $(if $(GPU_TOOLS),--tool $(GPU_TOOLS)) $(if $(GPU_BACKENDS),--backend $(GPU_BACKENDS)) --jobs $(GPU_JOBS)
+	$(GPU_PYTHON) -m tools.sanitize $(if $(GPU_TOOLS),--tool $(GPU_TOOLS)) $(if $(GPU_BACKENDS),--backend $(GPU_BACKENDS)) --jobs $(GPU_JOBS)
 
 gpu-bench:
 	$(GPU_PYTHON) -m benchmarks $(GPU_PARTS) --device cuda --layout nchw --pass forward+backward --output $(GPU_RESULTS)
 
 gpu-tune:
-	$(GPU_PYTHON) -m benchmarks.tune --jobs $(GPU_JOBS) $(TUNE)
+	$(GPU_PYTHON) -m tools.tune --jobs $(GPU_JOBS) $(TUNE)
 
 clean:
 	rm -rf .venv .venv-old .venv-new .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache build runs *.egg-info

@@ -20,8 +20,8 @@ from calls import BF16, DEVICE, FP16, FP32, SIZES, Regime, check, four_of, pair_
 from cuda_on_host.build import ROOT, build, load
 from cuda_on_host.module import extension_is
 
-from benchmarks.smoke import CASES as SMOKE_CASES
-from benchmarks.smoke import TOLERANCES, error_of
+from tools.smoke import CASES as SMOKE_CASES
+from tools.smoke import TOLERANCES, error_of
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="calls of the tests run on the GPU, these kernels do not"

@@ -1,9 +1,9 @@
-"""What compute-sanitizer runs on a GPU (``python -m benchmarks.smoke``), wherever kernels run."""
+"""What compute-sanitizer runs on a GPU (``python -m tools.smoke``), wherever kernels run."""
 
 import pytest
 from calls import DEVICE
 
-from benchmarks.smoke import CASES, TOLERANCES, error_of
+from tools.smoke import CASES, TOLERANCES, error_of
 
 
 @pytest.mark.slow

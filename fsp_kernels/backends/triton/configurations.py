@@ -1,6 +1,6 @@
 """Which tiles, warps and stages each kernel runs with: a table, never a search at the first call.
 
-The table is ``configurations.json``, rewritten by ``benchmarks/tune.py`` on a GPU. Each row says on
+The table is ``configurations.json``, rewritten by ``tools/tune.py`` on a GPU. Each row says on
 which chip it was measured, or ``null``: chosen by what compiles there without spilling registers.
 """
 

@@ -1,7 +1,7 @@
 """What each Triton kernel takes of a chip: registers, stack and shared memory. Needs no GPU.
 
-    python -m benchmarks.kernels [--family sm_90] [--kernel gram]
-    python -m benchmarks.kernels --workload tokens-vit-b [--backend cuda]    # see kernel_model.py
+    python -m tools.compile_triton [--family sm_90] [--kernel gram]
+    python -m tools.compile_triton --workload tokens-vit-b [--backend cuda]    # see predict.py
 
 compiles every kernel in every configuration of the table, for maps whose rows are multiples of 16
 bytes, for 7 x 7 ones and for pooled ones, and prints a row for each. It fails where one spills
@@ -385,7 +385,7 @@ def _report(case: Case) -> tuple[Case, list[Usage]]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels",
+        prog="python -m tools.compile_triton",
         description="Registers, stack and shared memory of every Triton kernel; needs no GPU.",
     )
     parser.add_argument("--family", choices=tuple(FAMILIES), help="one family of chips only")
@@ -401,14 +401,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", help="a file for what is told of a workload, - for stdout")
     chosen = parser.parse_args(arguments)
     if chosen.workload is not None:
-        from benchmarks import kernel_model  # which needs what is above
+        from tools import predict  # which needs what is above
 
-        family = chosen.family or kernel_model.device_family() or "sm_90"
-        if family not in kernel_model.CHIPS:
-            known = ", ".join(kernel_model.CHIPS)
+        family = chosen.family or predict.device_family() or "sm_90"
+        if family not in predict.CHIPS:
+            known = ", ".join(predict.CHIPS)
             parser.error(f"--family {family}: a workload's time is predicted for {known} alone")
         of = chosen.workload, chosen.dtype, family, chosen.backend
-        return kernel_model.report(*of, chosen.json, chosen.strict)
+        return predict.report(*of, chosen.json, chosen.strict)
     print(_LINE.format(*_HEADER))
     failures = 0
     with ProcessPoolExecutor(chosen.jobs) as pool:

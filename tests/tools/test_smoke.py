@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import fsp_kernels as fsp
-from benchmarks import smoke
-from benchmarks.smoke import CASES, Case, alike
+from tools import smoke
+from tools.smoke import CASES, Case, alike
 
 
 def test_every_case_is_right_and_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,7 +62,7 @@ def test_side_by_side_each_process_has_a_share_and_a_failing_one_fails_all(
     monkeypatch.setattr(sys, "executable", str(python))
     status = smoke.main(["--backend", "triton", "--device", "cpu", "--jobs", "3"])
     assert status == (failing is not None)
-    command = "-m benchmarks.smoke --backend triton --device cpu --share"
+    command = "-m tools.smoke --backend triton --device cpu --share"
     assert capsys.readouterr().out.splitlines() == [f"{command} {i}/3" for i in (1, 2, 3)]
 
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.first``: what to run first on a machine with a GPU, in one short command.
+"""``python -m tools.gpu_first``: what to run first on a machine with a GPU, in one short command.
 
 Installs this checkout with the CUDA extension for the GPU at hand, runs the smoke test of both
 backends, memcheck over it, and times a few workloads beside the peers. Each step has a time limit
@@ -65,8 +65,8 @@ class Outcome:
 
 def steps(scratch: Path, slug: str, jobs: int) -> list[Step]:
     """All steps, in order; ``scratch`` takes what is kept only in part."""
-    smoke = ("-m", "benchmarks.smoke", "--backend")
-    sanitize = ("-m", "benchmarks.sanitize", "--tool", "memcheck", "--jobs", str(jobs))
+    smoke = ("-m", "tools.smoke", "--backend")
+    sanitize = ("-m", "tools.sanitize", "--tool", "memcheck", "--jobs", str(jobs))
     found = [
         Step(
             "install",
@@ -164,7 +164,7 @@ def run_all(chosen: Sequence[Step], folder: Path, seconds: float) -> list[Outcom
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.first",
+        prog="python -m tools.gpu_first",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="of the smoke tests")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("benchmarks.first is for a machine with an NVIDIA GPU, and PyTorch sees none here")
+        print("tools.gpu_first is for a machine with an NVIDIA GPU, and PyTorch sees none here")
         return 1
     slug = device_slug("cuda")
     folder = (options.output / slug).resolve()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.extension import SHARED_MEMORY, Usage, described
+from tools.compile_cuda import SHARED_MEMORY, Usage, described
 
 ROOT = Path(__file__).resolve().parents[2]
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
@@ -27,7 +27,7 @@ OF_ANY_OPERAND = (*("fsp_gram", "fsp_combine", "fsp_matrix_gradients", "fsp_fini
 )
 def test_every_kernel_compiles_without_a_stack_and_fits_the_chip():
     environment = {name: value for name, value in os.environ.items() if name != "CUDAARCHS"}
-    command = [sys.executable, "-m", "benchmarks.extension"]
+    command = [sys.executable, "-m", "tools.compile_cuda"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [line.split() for line in result.stdout.splitlines()[1:]]

@@ -18,9 +18,10 @@ pytest.importorskip("triton")
 
 import fake_gpu
 
-from benchmarks import kernel_model
-from benchmarks.kernel_model import CHIPS, Memory, conversions, misses, residency, step_cycles
-from benchmarks.launches import (
+from benchmarks.workloads import BY_NAME, Case
+from fsp_kernels import explain
+from tools import predict
+from tools.launches import (
     LANES,
     Launched,
     Part,
@@ -33,7 +34,7 @@ from benchmarks.launches import (
     waiting,
     work_of,
 )
-from benchmarks.machine_code import (
+from tools.machine_code import (
     Instruction,
     Loop,
     function_among,
@@ -42,8 +43,7 @@ from benchmarks.machine_code import (
     loops_of,
     product_of,
 )
-from benchmarks.workloads import BY_NAME, Case
-from fsp_kernels import explain
+from tools.predict import CHIPS, Memory, conversions, misses, residency, step_cycles
 
 ROOT = Path(__file__).resolve().parents[2]
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
@@ -51,9 +51,9 @@ H100 = CHIPS["sm_90"]
 
 
 def facts(*arguments):
-    """What ``python -m benchmarks.kernels --json -`` prints, without Triton's interpreter."""
+    """What ``python -m tools.compile_triton --json -`` prints, without Triton's interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.kernels", *arguments, "--json", "-"]
+    command = [sys.executable, "-m", "tools.compile_triton", *arguments, "--json", "-"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -96,12 +96,12 @@ def test_launches_of_cuda_are_those_of_the_plan_and_loops_are_read():
         assert any("LDGSTS 16" in loop for loop in loops)  # rows are multiples of 16 bytes
         assert any(loop.get("BAR") for loop in loops)
         assert all(".cuh:" in loop["function"] for loop in loops)
-        assert launch["predicted_us"] > 1e6 * kernel_model.LAUNCH
+        assert launch["predicted_us"] > 1e6 * predict.LAUNCH
 
 
 def test_a_chip_without_a_model_is_refused():
     result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.kernels", "--workload", "all", "--family", "sm_120"],
+        [sys.executable, "-m", "tools.compile_triton", "--workload", "all", "--family", "sm_120"],
         capture_output=True,
         text=True,
         check=False,
@@ -342,14 +342,14 @@ def test_conversions_are_stores_to_shared_memory_of_what_was_not_loaded():
 
 @pytest.mark.parametrize(("strict", "status"), [(True, 1), (False, 0)])
 def test_only_strict_fails_on_a_miss(monkeypatch, capsys, strict, status):
-    launch = kernel_model.facts_of(launched(loop(BAR=5)), Memory(0), H100)
+    launch = predict.facts_of(launched(loop(BAR=5)), Memory(0), H100)
 
     def facts(workload, dtype, family, backend):
         of = {"workload": workload.name, "dtype": dtype, "family": family, "backend": backend}
         return of | {"launches": [launch], "predicted_us": 9.0, "floor_us": 3.0}
 
-    monkeypatch.setattr(kernel_model, "workload_facts", facts)
-    assert kernel_model.report("wide-late-512", "bf16", "sm_90", "cuda", None, strict) == status
+    monkeypatch.setattr(predict, "workload_facts", facts)
+    assert predict.report("wide-late-512", "bf16", "sm_90", "cuda", None, strict) == status
     printed = capsys.readouterr().out
     assert "wide-late-512 bf16 cuda: k: gram._sweep has 5 barriers a step" in printed
     assert "not measured" in printed
@@ -362,13 +362,13 @@ def test_only_strict_fails_on_a_miss(monkeypatch, capsys, strict, status):
 def measured(monkeypatch):
     """What is measured of a call where the launches are called so."""
     fake_gpu.install(monkeypatch)
-    monkeypatch.setattr(kernel_model, "CALLS", 2)
+    monkeypatch.setattr(predict, "CALLS", 2)
     case = Case(BY_NAME["wide-late-512"], 2)
 
     def of(*kernels):
         launches = [{"kernel": kernel} for kernel in kernels]
         facts = {"family": "sm_80", "backend": "torch", "launches": launches}
-        kernel_model.add_measured(facts, case)
+        predict.add_measured(facts, case)
         return facts
 
     return of
@@ -387,8 +387,8 @@ def test_launches_that_are_not_those_of_the_model_are_refused(measured, kernels)
 
 
 def test_a_gpu_without_a_model_is_not_measured(monkeypatch):
-    assert kernel_model.device_family() is None or torch.cuda.is_available()
+    assert predict.device_family() is None or torch.cuda.is_available()
     fake_gpu.install(monkeypatch)
-    assert kernel_model.device_family() == "sm_90"
+    assert predict.device_family() == "sm_90"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (12, 0))
-    assert kernel_model.device_family() is None
+    assert predict.device_family() is None

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.sanitize``: ``benchmarks.smoke`` under NVIDIA's compute-sanitizer.
+"""``python -m tools.sanitize``: ``tools.smoke`` under NVIDIA's compute-sanitizer.
 
 *memcheck* looks for accesses out of bounds: every tensor gets an allocation of its own, padded,
 since the neighbour in a block of PyTorch's allocator would hide one. *racecheck* looks for hazards
@@ -27,7 +27,8 @@ from functools import partial
 from pathlib import Path
 from subprocess import PIPE, STDOUT
 
-from benchmarks.racecheck import (
+from fsp_kernels.backends import registered_backends
+from tools.racecheck import (
     Race,
     disassembled,
     displayed,
@@ -36,7 +37,6 @@ from benchmarks.racecheck import (
     split,
     version_of,
 )
-from fsp_kernels.backends import registered_backends
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = "fsp_"  # what the names of our kernels start with
@@ -65,7 +65,7 @@ def command_of(sanitizer: str, tool: str, log: Path, backend: str, share: str = 
     """The smoke test under one tool, in this very interpreter: a wrapper is what it would track."""
     settings = {"tool": tool, "log-file": str(log)} | COMMON | TOOLS[tool]
     options = [word for name, value in settings.items() for word in (f"--{name}", value)]
-    smoke = [sys.executable, "-m", "benchmarks.smoke", "--backend", backend, "--share", share]
+    smoke = [sys.executable, "-m", "tools.smoke", "--backend", backend, "--share", share]
     return [sanitizer, *options, *smoke]
 
 
@@ -167,7 +167,7 @@ def working() -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all tools, also after one found something."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.sanitize", description=__doc__)
     parser.add_argument("--tool", nargs="+", choices=TOOLS, default=list(TOOLS), help="or all")
     parser.add_argument("--backend", nargs="+", help="whose kernels; of all that work by default")
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with a share of cases")

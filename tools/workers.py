@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 # Forked from a server that has done the slow imports and never used a GPU.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["benchmarks.trials"])
+CONTEXT.set_forkserver_preload(["tools.trials"])
 
 MOST_WORDS = 300  # letters of an error: a compiler's can be pages
 Tell = Callable[[Any], None]

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import test_racecheck
 
-from benchmarks import sanitize
+from tools import sanitize
 
 OURS = """========= Uninitialized __global__ memory read of size 4 bytes
 =========     at fsp_residual+0x70 in loss.py:41
@@ -57,7 +57,7 @@ def test_the_smoke_test_runs_in_this_interpreter() -> None:
     command = sanitize.command_of("/cuda/compute-sanitizer", "racecheck", Path("log"), "triton")
     assert command[:3] == ["/cuda/compute-sanitizer", "--tool", "racecheck"]
     assert command[command.index("--kernel-name") + 1] == "kns=fsp_"
-    smoke = [sys.executable, "-m", "benchmarks.smoke", "--backend", "triton", "--share", "1/1"]
+    smoke = [sys.executable, "-m", "tools.smoke", "--backend", "triton", "--share", "1/1"]
     assert command[-len(smoke) :] == smoke
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.racecheck import (
+from tools.racecheck import (
     Race,
     displayed,
     is_untold,

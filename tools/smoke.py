@@ -1,4 +1,4 @@
-"""``python -m benchmarks.smoke --backend triton``: every kernel on small maps, for sanitizers.
+"""``python -m tools.smoke --backend triton``: every kernel on small maps, for sanitizers.
 
 Maps are made on the CPU and results judged there, so that little but our kernels runs on the GPU,
 and what they read was written by a copy, which a sanitizer sees. One line a case; status 1 where a
@@ -220,7 +220,7 @@ def run_side_by_side(backend: str, device: str, jobs: int) -> int:
 
     Compiling the kernels takes nearly all of the time, and one core.
     """
-    command = [sys.executable, "-m", "benchmarks.smoke", "--backend", backend, "--device", device]
+    command = [sys.executable, "-m", "tools.smoke", "--backend", backend, "--device", device]
     processes = [
         subprocess.Popen([*command, "--share", f"{i}/{jobs}"], stdout=subprocess.PIPE, text=True)
         for i in range(1, jobs + 1)
@@ -242,7 +242,7 @@ def share(text: str) -> tuple[int, int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run every case, or a share of them."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.smoke", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.smoke", description=__doc__)
     parser.add_argument("--backend", required=True, choices=registered_backends())
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--share", type=share, default=(1, 1), help="2/4: every fourth case")

@@ -1,6 +1,6 @@
 """What the machine code of a workload's launches says of their time, without a GPU.
 
-    python -m benchmarks.kernels --workload tokens-vit-b [--dtype bf16] [--family sm_90]
+    python -m tools.compile_triton --workload tokens-vit-b [--dtype bf16] [--family sm_90]
         [--backend triton] [--strict] [--json -]
 
 Of each launch it tells the programs and what they take, and of each loop what one step is made of.
@@ -47,14 +47,14 @@ from torch import Tensor
 
 import fsp_kernels as fsp
 from benchmarks import cuda
-from benchmarks.kernels import workload_maps
-from benchmarks.launches import LANES, Launched, bytes_of, cuda_launches, triton_launches, unit_of
-from benchmarks.machine_code import Loop, product_of
 from benchmarks.tables import plain_table
 from benchmarks.workloads import BY_NAME, DTYPES, Case, Workload
 from fsp_kernels.backends import registered_backends
 from fsp_kernels.loss_plan import MapSpec
 from fsp_kernels.plan import fewest_flops
+from tools.compile_triton import workload_maps
+from tools.launches import LANES, Launched, bytes_of, cuda_launches, triton_launches, unit_of
+from tools.machine_code import Loop, product_of
 
 BACKENDS = {"triton": triton_launches, "cuda": cuda_launches}
 REGISTERS, MOST_WARPS, MOST_PROGRAMS, SCHEDULERS = 65536, 64, 32, 4
@@ -387,5 +387,5 @@ def report(
     for facts in found if workload != "all" else []:
         print(launch_table(facts), end="\n\n")
     print(summary(found))
-    print("Predicted by a model, not measured: see benchmarks/kernel_model.py.")
+    print("Predicted by a model, not measured: see tools/predict.py.")
     return int(failed)

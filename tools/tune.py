@@ -1,6 +1,6 @@
 """Find the fastest configuration of each Triton kernel on this GPU and write it into the table.
 
-    python -m benchmarks.tune [--seconds 540] [--kernel one_pass] [--kind half] [--table PATH]
+    python -m tools.tune [--seconds 540] [--kernel one_pass] [--kind half] [--table PATH]
 
 Rows that workloads use come first. For each row the candidates are compiled side by side; one that
 fails, spills registers or asks for more than the chip has is dropped, and so is one whose results
@@ -10,7 +10,7 @@ chip it was measured.
 
 The table is written after each row, so it is complete whenever the run ends: at ``--seconds``, by
 Ctrl-C or by SIGTERM. Call it again to go on: rows measured on this chip with these versions of
-torch and triton are left out, unless ``--again``. Run ``python -m benchmarks.kernels`` and the
+torch and triton are left out, unless ``--again``. Run ``python -m tools.compile_triton`` and the
 tests afterwards.
 """
 
@@ -31,10 +31,10 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.apart import Workers
-from benchmarks.trials import Situation, candidates, compile_trial, measure, situations
 from fsp_kernels.backends.triton import configurations
 from fsp_kernels.backends.triton.configurations import Configuration, Row, family_of, replaced
+from tools.trials import Situation, candidates, compile_trial, measure, situations
+from tools.workers import Workers
 
 GAIN = 1.03  # what a change must bring, above the noise of a round
 KINDS = ("half", "tf32x3", "tf32")  # those that users get by default first
@@ -185,7 +185,7 @@ def run(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tune",
+        prog="python -m tools.tune",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     deadline = time.time() + chosen.seconds
     if not torch.cuda.is_available():
-        print("benchmarks.tune times kernels on an NVIDIA GPU, and PyTorch sees none here")
+        print("tools.tune times kernels on an NVIDIA GPU, and PyTorch sees none here")
         return 1
     major, minor = torch.cuda.get_device_capability()
     family = family_of(10 * major + minor)

@@ -1,6 +1,6 @@
 """What each kernel of csrc/ takes of a chip: registers, stack and shared memory. Needs no GPU.
 
-    python -m benchmarks.extension
+    python -m tools.compile_cuda
 
 compiles the CUDA extension for every generation of chips (``CUDAARCHS=90`` narrows them) and prints
 a row for each kernel. It fails where one spills registers to the stack, or wants more shared memory
@@ -152,7 +152,7 @@ _LINE = "{:<8}{:<22}{:<9}{:<6}{:<11}{:<7}{:<8}{:<8}{}"
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.extension",
+        prog="python -m tools.compile_cuda",
         description="Registers, stack and shared memory of every kernel of csrc/; needs no GPU.",
     )
     parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""benchmarks.first: whatever becomes of a step, the others run and what was finished is kept."""
+"""tools.gpu_first: whatever becomes of a step, the others run and what was finished is kept."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import fake_gpu
 import pytest
 import torch
 
-from benchmarks import first
-from benchmarks.first import Step
 from benchmarks.workloads import BY_NAME
+from tools import gpu_first
+from tools.gpu_first import Step
 
 SLUG = "gpu-nvidia-fake-1"
 LONG = 60  # seconds that no test waits for
@@ -64,23 +64,23 @@ NAMES = [
     "smoke, triton",
     "smoke, cuda",
     "memcheck",
-    *(f"times, {name}" for name in first.WORKLOADS),
+    *(f"times, {name}" for name in gpu_first.WORKLOADS),
 ]
 
 
 def test_all_steps_run_in_order_and_their_results_are_kept(python, folder, capsys):  # noqa: ARG001
-    assert first.main(["--output", str(folder.parent), "--jobs", "4"]) == 0
+    assert gpu_first.main(["--output", str(folder.parent), "--jobs", "4"]) == 0
     assert outcomes_in(folder) == dict.fromkeys(NAMES, "ok")
-    names = {"first.md", "first.log", *(f"first-{name}.json" for name in first.WORKLOADS)}
+    names = {"first.md", "first.log", *(f"first-{name}.json" for name in gpu_first.WORKLOADS)}
     assert {path.name for path in folder.iterdir()} == names
     called = [x for x in (folder / "first.log").read_text().splitlines() if x.startswith("called")]
     assert called[0] == (
         "called with -m pip install --no-build-isolation --no-deps --editable . native"
     )
-    assert "benchmarks.smoke --backend triton --jobs 4" in called[1]
-    assert "benchmarks.smoke --backend cuda" in called[2]
-    assert "benchmarks.sanitize --tool memcheck --jobs 4" in called[3]
-    for name in first.WORKLOADS:
+    assert "tools.smoke --backend triton --jobs 4" in called[1]
+    assert "tools.smoke --backend cuda" in called[2]
+    assert "tools.sanitize --tool memcheck --jobs 4" in called[3]
+    for name in gpu_first.WORKLOADS:
         text = (folder / f"first-{name}.json").read_text()
         assert f"benchmarks loss --device cuda --workload {name} --dtype bf16 --dtype fp32" in text
     printed = capsys.readouterr().out
@@ -89,11 +89,11 @@ def test_all_steps_run_in_order_and_their_results_are_kept(python, folder, capsy
 
 
 def test_the_workloads_are_some_of_the_benchmarks():
-    assert set(first.WORKLOADS) <= set(BY_NAME)
+    assert set(gpu_first.WORKLOADS) <= set(BY_NAME)
 
 
 def test_the_machine_and_the_commit_stand_beside_the_outcomes(python, folder):  # noqa: ARG001
-    first.main(["--output", str(folder.parent)])
+    gpu_first.main(["--output", str(folder.parent)])
     text = (folder / "first.md").read_text()
     assert "| gpu | NVIDIA Fake 1 |" in text
     assert f"| torch | {torch.__version__} |" in text
@@ -103,7 +103,7 @@ def test_the_machine_and_the_commit_stand_beside_the_outcomes(python, folder):  
 @pytest.mark.parametrize("failing", ["pip install", "triton", "memcheck", "tokens-vit-b"])
 def test_a_failing_step_fails_the_whole_but_not_the_rest(python, folder, failing):
     python.setenv("FAILING", failing)
-    assert first.main(["--output", str(folder.parent)]) == 1
+    assert gpu_first.main(["--output", str(folder.parent)]) == 1
     found = outcomes_in(folder)
     assert list(found) == NAMES
     assert sorted(found.values())[:2] == ["FAILED, exit status 3", "ok"]
@@ -118,7 +118,7 @@ def test_a_step_is_ended_at_its_limit_with_all_it_has_started(folder, tmp_path):
         Step("next", ("anything",), LONG),
     ]
     start = time.monotonic()
-    found = first.run_all(steps, folder, seconds=LONG)
+    found = gpu_first.run_all(steps, folder, seconds=LONG)
     assert time.monotonic() - start < LONG / 2
     assert [x.words for x in found] == ["STOPPED at its limit of 0.5 s", "ok"]
     state = Path(f"/proc/{child.read_text().strip()}/stat")
@@ -128,7 +128,7 @@ def test_a_step_is_ended_at_its_limit_with_all_it_has_started(folder, tmp_path):
 
 def test_steps_that_there_is_no_time_for_say_so(python, folder):  # noqa: ARG001
     steps = [Step("slow", ("sleep", str(folder / "pid")), LONG), Step("next", ("anything",), LONG)]
-    found = first.run_all(steps, folder, seconds=0.5)
+    found = gpu_first.run_all(steps, folder, seconds=0.5)
     assert [x.good for x in found] == [False, False]
     assert found[1].words == "NOT STARTED, no time left"
 
@@ -136,15 +136,15 @@ def test_steps_that_there_is_no_time_for_say_so(python, folder):  # noqa: ARG001
 @pytest.mark.usefixtures("heeding_ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_keeps_what_was_finished(python, folder, number):
-    run = first.run
+    run = gpu_first.run
 
     def interrupted(step, *arguments):
         if step.name == "times, wide-late-512":
             os.kill(os.getpid(), number)
         return run(step, *arguments)
 
-    python.setattr(first, "run", interrupted)
-    assert first.main(["--output", str(folder.parent)]) == first.INTERRUPTED
+    python.setattr(gpu_first, "run", interrupted)
+    assert gpu_first.main(["--output", str(folder.parent)]) == gpu_first.INTERRUPTED
     assert list(outcomes_in(folder)) == NAMES[:6]
     assert (folder / "first-tokens-vit-b.json").exists()
     assert not (folder / "unfinished").exists()
@@ -154,14 +154,14 @@ def test_results_of_an_older_run_are_not_mixed_in(python, folder):
     old = folder / "first-wide-late-512.json"
     old.touch()
     (folder / "loss.json").write_text("another run's")
-    python.setattr(first, "WORKLOADS", ("tokens-vit-b",))
-    first.main(["--output", str(folder.parent)])
+    python.setattr(gpu_first, "WORKLOADS", ("tokens-vit-b",))
+    gpu_first.main(["--output", str(folder.parent)])
     assert not old.exists()
     assert (folder / "loss.json").read_text() == "another run's"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path, capsys):
-    assert first.main(["--output", str(tmp_path)]) == 1
+    assert gpu_first.main(["--output", str(tmp_path)]) == 1
     assert "NVIDIA GPU" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []

@@ -17,9 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.apart import Tell, describe
 from benchmarks.cases import L2_MULTIPLE, l2_bytes
-from benchmarks.kernels import (
+from benchmarks.measure import relative_error
+from benchmarks.race import Rounds
+from benchmarks.workloads import BY_NAME, WORKLOADS
+from fsp_kernels.backends.triton.configurations import Configuration, Row, replaced, using
+from tools.compile_triton import (
     DTYPES,
     Case,
     call_on,
@@ -31,10 +34,7 @@ from benchmarks.kernels import (
     precision_of,
     workload_maps,
 )
-from benchmarks.measure import relative_error
-from benchmarks.race import Rounds
-from benchmarks.workloads import BY_NAME, WORKLOADS
-from fsp_kernels.backends.triton.configurations import Configuration, Row, replaced, using
+from tools.workers import Tell, describe
 
 BATCHES = (32, 64, 256)
 SMALL_BATCH = 8  # where a pair made for a row leads to it in no other: many samples are not split
@@ -142,7 +142,7 @@ def _launches(situation: Situation, table: Sequence[Row]) -> list[str]:
 def compile_trial(_: Tell, table: Sequence[Row], trial: Row, used: Sequence[Situation]) -> str:
     """Compile all that timing a row is going to launch, into Triton's cache; needs no GPU.
 
-    Returns why the row may not be shipped, empty if it may: what ``benchmarks.kernels`` refuses.
+    Returns why the row may not be shipped, empty if it may: what ``tools.compile_triton`` refuses.
     """
     with using(table):
         for dtype in DTYPES[trial.kind]:

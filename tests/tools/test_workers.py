@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.apart import MOST_WORDS, Workers, describe
+from tools.workers import MOST_WORDS, Workers, describe
 
 LONG = 60.0  # seconds that no test waits for
 
@@ -68,7 +68,7 @@ def test_a_function_returns_its_value(workers):
 @pytest.mark.parametrize(
     ("function", "arguments", "reason"),
     [
-        (fails, ("too many registers",), "ValueError at test_apart.py:"),
+        (fails, ("too many registers",), "ValueError at test_workers.py:"),
         (dies, (), "its process ended with status 7"),
         (crashes, (), "its process ended with status -11"),
     ],
@@ -138,7 +138,7 @@ def test_an_error_is_told_in_one_short_line():
         raise RuntimeError("ptxas failed\n" + "word " * 1000)
     except RuntimeError as error:
         found = describe(error)
-    assert found.startswith("RuntimeError at test_apart.py:")
+    assert found.startswith("RuntimeError at test_workers.py:")
     assert ": ptxas failed word" in found
     assert "\n" not in found
     assert len(found) < MOST_WORDS + 60

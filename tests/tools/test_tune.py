@@ -1,4 +1,4 @@
-"""benchmarks.tune from its options to the table, with processes and timings that need no GPU."""
+"""tools.tune from its options to the table, with processes and timings that need no GPU."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import tune
-from benchmarks.apart import Result
-from benchmarks.kernels import Case
-from benchmarks.trials import Situation, candidates
 from fsp_kernels.backends.triton import configurations
 from fsp_kernels.backends.triton.configurations import Configuration, Row, read, write
+from tools import tune
+from tools.compile_triton import Case
+from tools.trials import Situation, candidates
+from tools.workers import Result
 
 # Of every family one row, and on the fake GPU's own two that workloads use and one that none does.
 CONFIGURATION = Configuration(64, 64, 64, 4, 3)

@@ -14,7 +14,7 @@ FILES = (
 )
 PARTS = [
     f"printf '%s\\n' {FILES} | xargs -P 8 -n 1 some-python -m pytest -m gpu -q -ra",
-    "some-python -m benchmarks.sanitize --jobs 8",
+    "some-python -m tools.sanitize --jobs 8",
     "some-python -m benchmarks --device cuda --layout nchw --pass forward+backward "
     "--output some/results",
 ]
@@ -51,14 +51,14 @@ def test_each_part_can_be_called_alone() -> None:
         ),
         (
             ["gpu-sanitizer", "GPU_TOOLS=memcheck initcheck", "GPU_BACKENDS=cuda"],
-            "some-python -m benchmarks.sanitize --tool memcheck initcheck --backend cuda --jobs 8",
+            "some-python -m tools.sanitize --tool memcheck initcheck --backend cuda --jobs 8",
         ),
         (
             ["gpu-bench", "GPU_PARTS=loss plan"],
             PARTS[2].replace("benchmarks --device", "benchmarks loss plan --device"),
         ),
-        (["gpu-first"], "some-python -m benchmarks.first --output some/results --jobs 8"),
-        (["gpu-tune", "TUNE=--kind half"], "some-python -m benchmarks.tune --jobs 8 --kind half"),
+        (["gpu-first"], "some-python -m tools.gpu_first --output some/results --jobs 8"),
+        (["gpu-tune", "TUNE=--kind half"], "some-python -m tools.tune --jobs 8 --kind half"),
     ],
 )
 def test_a_part_can_be_split(arguments: list[str], command: str) -> None:

@@ -25,17 +25,6 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks import extension
-from benchmarks.kernels import ARCHITECTURES, call_on, compiled, instead_of_launches, planned
-from benchmarks.kernels import usage_of as triton_usage
-from benchmarks.machine_code import (
-    Loop,
-    disassembled,
-    function_among,
-    line_of_branch,
-    loops_of,
-    product_of,
-)
 from fsp_kernels.backends.cuda import extension as cuda_extension
 from fsp_kernels.backends.cuda import loss as cuda_loss
 from fsp_kernels.backends.fused import partner_of, slots_of, tensors_at
@@ -45,6 +34,17 @@ from fsp_kernels.backends.triton.gram import COMBINED_ROWS
 from fsp_kernels.backends.triton.launch import Launch
 from fsp_kernels.loss_plan import LossPlan, PairPlan, Step
 from fsp_kernels.plan import GRAM_BLOCKS
+from tools import compile_cuda
+from tools.compile_triton import ARCHITECTURES, call_on, compiled, instead_of_launches, planned
+from tools.compile_triton import usage_of as triton_usage
+from tools.machine_code import (
+    Loop,
+    disassembled,
+    function_among,
+    line_of_branch,
+    loops_of,
+    product_of,
+)
 
 LANES = 32
 FP32_BYTES = torch.float32.itemsize
@@ -231,16 +231,16 @@ def triton_launches(maps: list[Tensor], family: str) -> list[Launched]:
 
 
 @lru_cache
-def _kernels(path: Path, architecture: int) -> dict[Any, tuple[extension.Usage, list[Loop]]]:
+def _kernels(path: Path, architecture: int) -> dict[Any, tuple[compile_cuda.Usage, list[Loop]]]:
     """What each kernel of csrc/ takes, and its loops, by name, operand and tile."""
     loops = {}
     with tempfile.TemporaryDirectory() as folder:
-        command = [extension.cuobjdump(), "--extract-elf", f"sm_{architecture}.", str(path)]
+        command = [compile_cuda.cuobjdump(), "--extract-elf", f"sm_{architecture}.", str(path)]
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
         for cubin in Path(folder).iterdir():
             for symbol, code in disassembled(cubin.read_bytes()).items():
-                loops[extension.described(symbol)], _ = loops_of(code, line_of_branch)
-    usages = {x[1:4]: x for x in extension.usages(path) if x.architecture == architecture}
+                loops[compile_cuda.described(symbol)], _ = loops_of(code, line_of_branch)
+    usages = {x[1:4]: x for x in compile_cuda.usages(path) if x.architecture == architecture}
     if not usages:
         raise SystemExit(f"csrc/ is not compiled for sm_{architecture}: CUDAARCHS leaves it out")
     # Some tiles share a kernel, which is named after none of them.
@@ -357,9 +357,9 @@ def _entries_in(name: str, step: Step, plan: LossPlan) -> list[tuple[int, int]]:
 
 
 def cuda_launches(maps: list[Tensor], family: str) -> list[Launched]:
-    path, architecture = extension.build(), ARCHITECTURES[family]
-    module, kernels = extension.load(path), _kernels(path, architecture)
-    shared = extension.SHARED_MEMORY[architecture] << 10
+    path, architecture = compile_cuda.build(), ARCHITECTURES[family]
+    module, kernels = compile_cuda.load(path), _kernels(path, architecture)
+    shared = compile_cuda.SHARED_MEMORY[architecture] << 10
     module.assume_chip(major=architecture // 10, most_shared_bytes=shared)
     with mock.patch.object(cuda_extension, "extension", return_value=module):
         plan, tensors = planned(maps, backend="cuda")
@@ -405,6 +405,6 @@ def cuda_launches(maps: list[Tensor], family: str) -> list[Launched]:
     return [*found, _launched(last, kernels[last.kernel, "", 0][0], [], [Part(1, 1, [])], [], [])]
 
 
-def _launched(x: Any, usage: extension.Usage, loops: list[Loop], *others: Any) -> Launched:
+def _launched(x: Any, usage: compile_cuda.Usage, loops: list[Loop], *others: Any) -> Launched:
     used = usage.registers, usage.stack, x.shared_bytes
     return Launched(x.kernel, sum(x.blocks), x.threads // LANES, *used, loops, Counter(), *others)

@@ -16,9 +16,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import trials
-from benchmarks.kernels import DTYPES, Case, call_on, launches_of, maps_of
-from benchmarks.trials import SMALL_BATCH, Bench, Situation, candidates, measure, situations
 from benchmarks.workloads import Workload
 from fsp_kernels.backends.triton import configurations
 from fsp_kernels.backends.triton.configurations import (
@@ -29,6 +26,9 @@ from fsp_kernels.backends.triton.configurations import (
     rows,
     using,
 )
+from tools import trials
+from tools.compile_triton import DTYPES, Case, call_on, launches_of, maps_of
+from tools.trials import SMALL_BATCH, Bench, Situation, candidates, measure, situations
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILY = "sm_100"  # whose table Triton's interpreter follows
@@ -311,8 +311,8 @@ def test_all_that_is_going_to_be_timed_is_compiled(monkeypatch):
 
 
 COMPILED = """
-from benchmarks.kernels import DTYPES, Case
-from benchmarks.trials import Situation, compile_trial
+from tools.compile_triton import DTYPES, Case
+from tools.trials import Situation, compile_trial
 from fsp_kernels.backends.triton.configurations import rows
 
 row = next(r for r in rows() if r[:5] == ("sm_90", "one_pass", "tf32x3", "aligned", 16))

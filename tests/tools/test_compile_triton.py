@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 import triton
 
-from benchmarks.kernels import DTYPES, MOST_STACK, TABLE_TRITON, Case, Usage, complaints
+from tools.compile_triton import DTYPES, MOST_STACK, TABLE_TRITON, Case, Usage, complaints
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW = Row("sm_89", "one_pass", "tf32x3", "aligned", 64, Configuration(64, 64, 32, 4, 1), None)
@@ -32,7 +32,7 @@ def _python(*arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_configuration_compiles_without_a_stack_and_fits_the_chip(family):
-    result = _python("-m", "benchmarks.kernels", "--family", family, "--jobs", "1")
+    result = _python("-m", "tools.compile_triton", "--family", family, "--jobs", "1")
     assert result.returncode == 0, result.stdout + result.stderr
     shipped = [row for row in configurations.rows() if row.family == family]
     printed = [line.split() for line in result.stdout.splitlines()[1:]]
@@ -52,7 +52,7 @@ def test_every_configuration_compiles_without_a_stack_and_fits_the_chip(family):
 def test_a_kernel_that_spills_is_refused():
     script = (
         "import torch\n"
-        "from benchmarks.kernels import Case, compile_case, complaints\n"
+        "from tools.compile_triton import Case, compile_case, complaints\n"
         "from fsp_kernels.backends.triton.configurations import Configuration, Row, using\n"
         "row = Row('sm_80', 'one_pass', 'half', 'odd', 64, Configuration(64, 64, 32, 1, 1), None)\n"
         "case = Case(row, torch.bfloat16)\n"

@@ -1,0 +1,17 @@
+"""Tools of those who work on the kernels; users need none of them.
+
+Run each as ``python -m tools.NAME``. These need no GPU:
+
+* ``compile_triton``, ``compile_cuda``: compile every kernel for every chip; fail where one spills
+  or does not fit.
+* ``predict`` (by ``compile_triton --workload``): what a workload's launches do, and the time
+  that a model predicts. ``launches.py`` finds the launches, ``machine_code.py`` reads their code.
+
+These need one:
+
+* ``gpu_first``: what to run first on a new machine.
+* ``sanitize``: compute-sanitizer over ``smoke``, every kernel on small maps. ``racecheck.py`` tells
+  races from false reports.
+* ``tune``: time the configurations of the Triton kernels. ``trials.py`` measures one,
+  ``workers.py`` runs it in a process of its own.
+"""
