@@ -1,4 +1,4 @@
-"""The README's code runs as written; its commands and paths exist."""
+"""The README's code runs as written; the commands and paths of all pages exist."""
 
 import re
 import shlex
@@ -12,6 +12,10 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = {
+    str(path.relative_to(ROOT)): path
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*/*.md"))
+}
 
 
 def blocks(language: str) -> list[str]:
@@ -86,10 +90,18 @@ def test_the_einsum_op_is_replaced_by_its_equal() -> None:
     torch.testing.assert_close(variables["loss"], naive)  # fp32 on both sides: default tolerances
 
 
-@pytest.mark.parametrize("line", [x for x in shell_lines() if x.startswith("make ")])
-def test_make_target_exists(line: str) -> None:
-    command = shlex.split(line, comments=True)
-    subprocess.run([*command, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+def make_commands() -> set[str]:
+    """All that the pages call, in blocks or within a sentence; ``make`` and at least a target."""
+    text = "\n".join(path.read_text() for path in PAGES.values())
+    quoted = re.findall(r"`(make [^`]+)`", text)
+    in_blocks = re.findall(r"^(make .+?)(?:  +#.*)?$", text, flags=re.MULTILINE)
+    return {command for command in (*quoted, *in_blocks) if "/path/to" not in command}
+
+
+@pytest.mark.parametrize("command", sorted(make_commands()))
+def test_make_target_exists(command: str) -> None:
+    arguments = [*shlex.split(command), "--dry-run"]
+    subprocess.run(arguments, cwd=ROOT, check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("line", [x for x in shell_lines() if x.startswith("python -m fsp")])
@@ -114,11 +126,18 @@ def test_trainer_commands_are_understood() -> None:
         assert shown.exit_code == 0, shown.output
 
 
-def test_every_path_it_names_exists() -> None:
-    links = [x for x in re.findall(r"\]\(([^)#]+)\)", README) if not x.startswith("http")]
-    configs = re.findall(r"configs/[\w.-]+", README)
-    for path in (*links, *configs):
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("page", PAGES)
+def test_every_path_of_a_page_exists(page: str) -> None:
+    text, folder = PAGES[page].read_text(), PAGES[page].parent
+    links = [x for x in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if not x.startswith("http")]
+    missing = [link for link in links if not (folder / link).exists()]
+    configs = re.findall(r"configs/[\w-]+\.yaml", text)
+    missing += [config for config in configs if not (ROOT / config).exists()]
+    assert not missing
+
+
+def test_the_readme_can_be_read_in_minutes() -> None:
+    assert len(README.split()) <= 1400
 
 
 def test_the_map_of_the_code_is_complete() -> None:
