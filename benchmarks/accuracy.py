@@ -30,7 +30,7 @@ from benchmarks.workloads import Case, Pairs, Workload
 from fsp_kernels import reference
 from fsp_kernels.autograd import planned_loss
 from fsp_kernels.backends import registered_backends
-from fsp_kernels.backends.fused import fp32_precision
+from fsp_kernels.backends.devices import fp32_precision
 from fsp_kernels.loss_plan import Form, MapSpec
 from fsp_kernels.plan import alternatives
 

@@ -29,7 +29,7 @@ from benchmarks.replay import CLOCK
 from benchmarks.workloads import DTYPES, Case, Pairs, Workload
 from fsp_kernels.autograd import planned_loss
 from fsp_kernels.backends import registered_backends
-from fsp_kernels.backends.fused import fp32_precision
+from fsp_kernels.backends.devices import fp32_precision
 from fsp_kernels.loss_plan import LossPlan, MapSpec, PairPlan
 from fsp_kernels.plan import alternatives
 

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from fsp_kernels import checks
 from fsp_kernels.autograd import matrix, planned_loss, wants_operator
 from fsp_kernels.backends import Backend, requested_backend, select_backend
-from fsp_kernels.backends.fused import fp32_precision
+from fsp_kernels.backends.devices import fp32_precision
 from fsp_kernels.loss_plan import LossPlan, MapSpec, by_network
 from fsp_kernels.plan import plan_loss
 from fsp_kernels.pooling import match_spatial

@@ -28,7 +28,7 @@ from fsp_kernels.autograd import (
     tell_flop_counters,
 )
 from fsp_kernels.backends import get_backend, planned_backend
-from fsp_kernels.backends.fused import fp32_precision
+from fsp_kernels.backends.devices import fp32_precision
 from fsp_kernels.checks import check_weights
 from fsp_kernels.loss_plan import LossPlan, MapSpec, by_network
 from fsp_kernels.plan import accumulation_dtype, gradient_dtype, plan_loss

@@ -34,7 +34,7 @@ from benchmarks import workloads
 from benchmarks.measure import float32_products
 from benchmarks.workloads import Layer, Workload
 from fsp_kernels.backends import registered_backends
-from fsp_kernels.backends.fused import fp32_precision, raw_stream
+from fsp_kernels.backends.devices import fp32_precision, raw_stream
 from fsp_kernels.backends.triton import configurations
 from fsp_kernels.backends.triton.configurations import FAMILIES, Row
 from fsp_kernels.backends.triton.launch import Launch

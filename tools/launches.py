@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fsp_kernels.backends.cuda import extension as cuda_extension
 from fsp_kernels.backends.cuda import loss as cuda_loss
-from fsp_kernels.backends.fused import partner_of, slots_of, tensors_at
+from fsp_kernels.backends.tensors import partner_of, slots_of, tensors_at
 from fsp_kernels.backends.triton import loss as triton_loss
 from fsp_kernels.backends.triton.elementwise import BLOCK
 from fsp_kernels.backends.triton.gram import COMBINED_ROWS

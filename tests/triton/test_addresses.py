@@ -21,7 +21,7 @@ import fsp_kernels as fsp
 from fsp_kernels.backends import get_backend
 from fsp_kernels.backends.triton import TritonBackend, configurations
 from fsp_kernels.backends.triton.launch import Launch
-from fsp_kernels.backends.triton.maps import layout_of, load_tile
+from fsp_kernels.backends.triton.maps import MapRef, layout_of, load_tile
 from fsp_kernels.backends.triton.product import batched_product
 
 pytestmark = pytest.mark.skipif(
@@ -218,7 +218,7 @@ def test_two_neighbours_of_a_window(memory, regimes, pool, axis):
 @triton.jit
 def last_tile(pointer, layout, position, positions, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
     sample = tl.program_id(0)
-    load_tile(pointer, layout, sample, 0, position, 1, positions, BLOCK_C, BLOCK_K)
+    load_tile(MapRef(pointer, layout, 1, positions), sample, 0, position, BLOCK_C, BLOCK_K)
 
 
 @pytest.mark.parametrize("size", [LIMIT, LIMIT + 64, 2 * LIMIT - 64])

@@ -10,7 +10,7 @@ from tolerances import assert_near
 import fsp_kernels as fsp
 from fsp_kernels import reference
 from fsp_kernels.backends import get_backend
-from fsp_kernels.backends.fused import raw_stream
+from fsp_kernels.backends.devices import raw_stream
 from fsp_kernels.backends.triton import configurations, elementwise, maps, product
 from fsp_kernels.backends.triton.launch import Launch
 

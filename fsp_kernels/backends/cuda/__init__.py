@@ -30,12 +30,8 @@ from fsp_kernels.backends.cuda.extension import (
 )
 from fsp_kernels.backends.cuda.limits import limits_of
 from fsp_kernels.backends.cuda.product import batched_product
-from fsp_kernels.backends.fused import (
-    FusedBackend,
-    Program,
-    on_device,
-    raw_stream,
-)
+from fsp_kernels.backends.devices import on_device, raw_stream
+from fsp_kernels.backends.fused import FusedBackend, Program
 from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan, Scaling
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fsp_kernels.backends.cuda.extension import module
 from fsp_kernels.backends.cuda.maps import map_spec, matrix_spec, operand_of, splits
-from fsp_kernels.backends.fused import partner_of
+from fsp_kernels.backends.tensors import partner_of
 from fsp_kernels.loss_plan import MapPlan, PairPlan, multiplied_dtypes
 from fsp_kernels.plan import FP32_BYTES
 

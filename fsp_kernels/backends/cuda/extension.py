@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsp_kernels.backends.fused import constant, raw_stream, remembered, why_no_gpu
+from fsp_kernels.backends.devices import constant, raw_stream, remembered, why_no_gpu
 
 NEVER = "nothing has compiled it: `pip install .` does, where it finds nvcc 12.0 or newer"
 # What setup.py leaves where it does not build the extension: why.

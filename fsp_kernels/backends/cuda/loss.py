@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fsp_kernels.backends.cuda.entries import Pair
 from fsp_kernels.backends.cuda.extension import index_of, module, scalar_of
-from fsp_kernels.backends.fused import raw_stream, slots_of, tensors_at
+from fsp_kernels.backends.devices import raw_stream
+from fsp_kernels.backends.tensors import slots_of, tensors_at
 from fsp_kernels.loss_plan import LossPlan, Step
 from fsp_kernels.plan import FP32_BYTES
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fsp_kernels.backends.axes import axes_of
 from fsp_kernels.backends.cuda.extension import module, scalar_of
-from fsp_kernels.backends.fused import axes_of
 from fsp_kernels.plan import HALF
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fsp_kernels.backends.cuda.extension import index_of, module, scalar_of
 from fsp_kernels.backends.cuda.maps import map_spec, matrix_spec, operand_of, splits
-from fsp_kernels.backends.fused import fp32_precision, raw_stream
+from fsp_kernels.backends.devices import fp32_precision, raw_stream
 from fsp_kernels.plan import parts_of
 
 

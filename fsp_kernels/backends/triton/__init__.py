@@ -31,7 +31,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fsp_kernels.backends.fused import FusedBackend, Program, on_device, remembered, why_no_gpu
+from fsp_kernels.backends.devices import on_device, remembered, why_no_gpu
+from fsp_kernels.backends.fused import FusedBackend, Program
 from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan
 
 OLDEST_CAPABILITY = (8, 0)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fsp_kernels.backends.fused import raw_stream
+from fsp_kernels.backends.devices import raw_stream
 from fsp_kernels.backends.triton.arithmetic import cast
 from fsp_kernels.backends.triton.launch import Launch
 from fsp_kernels.loss_plan import Scaling

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fsp_kernels.backends.fused import partner_of
+from fsp_kernels.backends.tensors import partner_of
 from fsp_kernels.backends.triton.configurations import Configuration, configuration_of
 from fsp_kernels.backends.triton.limits import access_of, kind_of
 from fsp_kernels.backends.triton.maps import MapLayout, layout_of

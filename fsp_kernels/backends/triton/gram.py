@@ -21,8 +21,13 @@ import triton
 import triton.language as tl
 
 from fsp_kernels.backends.triton.arithmetic import multiply, round_to_tf32
-from fsp_kernels.backends.triton.maps import load_tile, write_gradient
-from fsp_kernels.backends.triton.residual import difference, range_of
+from fsp_kernels.backends.triton.residual import (
+    GRADIENT,
+    difference,
+    load_map,
+    range_of,
+    write_map_gradient,
+)
 from fsp_kernels.plan import GRAM_BLOCKS
 
 BLOCKS = tl.constexpr(GRAM_BLOCKS)  # in this order: pp, cp, cc, bb, qb, qq
@@ -59,7 +64,7 @@ def _write_block(pointers, workspace, entry, INDEX: tl.constexpr, sample, part):
     block = tl.zeros((entry.block_k, entry.block_k), tl.float32)
     begin, end = range_of(part, entry.parts, C, entry.block_m)
     for channel in tl.range(begin, end, entry.block_m, num_stages=entry.stages):
-        x, y = _load_sides(pointers, entry, SIDE, C, sample + entry.first_sample, channel)
+        x, y = _load_sides(pointers, entry, SIDE, sample + entry.first_sample, channel)
         left = x if INDEX % 3 == 0 else y
         right = y if INDEX % 3 == 2 else x
         block = multiply(tl.trans(left), right, block, entry.precision)
@@ -156,7 +161,7 @@ def fsp_gram_gradients(pointers, workspaces, entries, COUNT: tl.constexpr):
     start = 0
     for i in tl.static_range(COUNT):
         for own in tl.static_range(4):
-            if pointers[i][4 + own] is not None:
+            if pointers[i][GRADIENT + own] is not None:
                 stop = start + entries[i].parts * entries[i].samples
                 if (program >= start) & (program < stop):
                     part = (program - start) % entries[i].parts
@@ -168,33 +173,19 @@ def fsp_gram_gradients(pointers, workspaces, entries, COUNT: tl.constexpr):
 @triton.jit
 def _sweep(pointers, operands, entry, OWN: tl.constexpr, sample, part):
     """Write a part of the gradient of the map number OWN."""
-    SIDE: tl.constexpr = OWN % 2
-    C: tl.constexpr = entry.m if SIDE == 0 else entry.n
     # Transposed, so that the blocks are left operands: of these a warp holds its own rows only.
     rows = tl.arange(0, entry.block_k)
     x_block = tl.load(_rows(operands, entry, entry.kept, sample, 2 * OWN, rows))
     y_block = tl.load(_rows(operands, entry, entry.kept, sample, 2 * OWN + 1, rows))
+    C: tl.constexpr = entry.m if OWN % 2 == 0 else entry.n
     map_sample = sample + entry.first_sample
     begin, end = range_of(part, entry.parts, C, entry.block_m)
     for channel in tl.range(begin, end, entry.block_m, num_stages=entry.stages):
-        x, y = _load_sides(pointers, entry, SIDE, C, map_sample, channel)
+        x, y = _load_sides(pointers, entry, OWN % 2, map_sample, channel)
         gradient = tl.zeros((entry.block_k, entry.block_m), tl.float32)
         gradient = multiply(x_block, tl.trans(x), gradient, entry.precision)
         gradient = multiply(y_block, tl.trans(y), gradient, entry.precision)
-        write_gradient(
-            tl.trans(gradient),
-            pointers[OWN],
-            entry.layouts[OWN],
-            pointers[4 + OWN],
-            entry.gradients[OWN],
-            map_sample,
-            channel,
-            0,
-            C,
-            entry.student_positions,
-            entry.block_m,
-            entry.block_k,
-        )
+        write_map_gradient(tl.trans(gradient), pointers, entry, OWN, map_sample, channel, 0)
 
 
 @triton.jit
@@ -206,28 +197,14 @@ def _rows(workspace, entry, PER_SAMPLE: tl.constexpr, slot, index, rows):
 
 
 @triton.jit
-def _load_sides(pointers, entry, SIDE: tl.constexpr, C: tl.constexpr, sample, channel):
+def _load_sides(pointers, entry, SIDE: tl.constexpr, sample, channel):
     """The tiles ``x, y (block_m, block_k)`` from ``channel`` on."""
-    student = _load(pointers, entry, SIDE, C, sample, channel)
-    teacher = _load(pointers, entry, SIDE + 2, C, sample, channel)
+    BLOCK_C: tl.constexpr = entry.block_m
+    student = load_map(pointers, entry, SIDE, sample, channel, 0, BLOCK_C, entry.block_k)
+    teacher = load_map(pointers, entry, SIDE + 2, sample, channel, 0, BLOCK_C, entry.block_k)
     apart = difference(student, teacher, tl.float32, entry.precision)
     if SIDE == 0:
         x, y = apart, teacher
     else:
         x, y = student, apart
     return x, y
-
-
-@triton.jit
-def _load(pointers, entry, INDEX: tl.constexpr, C: tl.constexpr, sample, channel):
-    return load_tile(
-        pointers[INDEX],
-        entry.layouts[INDEX],
-        sample,
-        channel,
-        0,
-        C,
-        entry.student_positions,
-        entry.block_m,
-        entry.block_k,
-    )

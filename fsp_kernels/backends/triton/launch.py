@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fsp_kernels.backends.fused import check_not_capturing
+from fsp_kernels.backends.devices import check_not_capturing
 from fsp_kernels.backends.triton.arithmetic import INTERPRETED
 from fsp_kernels.backends.triton.configurations import family_of
 

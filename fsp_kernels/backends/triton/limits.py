@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fsp_kernels.backends.fused import axes_of
+from fsp_kernels.backends.axes import axes_of
 from fsp_kernels.backends.triton.configurations import (
     ACCESSES,
     Configuration,

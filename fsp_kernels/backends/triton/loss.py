@@ -14,7 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
-from fsp_kernels.backends.fused import Slots, partner_of, raw_stream, slots_of, tensors_at
+from fsp_kernels.backends.devices import raw_stream
+from fsp_kernels.backends.tensors import Slots, partner_of, slots_of, tensors_at
 from fsp_kernels.backends.torch_backend import bmm_into
 from fsp_kernels.backends.triton.elementwise import BLOCK, fsp_finish
 from fsp_kernels.backends.triton.entries import Pair

@@ -1,9 +1,9 @@
-"""Feature maps inside a kernel: reading a tile, pooled on the way, and writing its gradient.
+"""Feature maps inside a kernel: read a tile, pooled on the way, and write its gradient.
 
-A map is read as it lies, by strides, one ``(channels, positions)`` tile at a time. Where it is
-pooled to its partner's size each position of the tile stands for a window, and nothing pooled is
-ever stored: the maximum is found again when its gradient is written. Windows of two neighbours are
-read and written by whole rows, others element by element.
+A map is read by its strides, one ``(channels, positions)`` tile at a time. If it is pooled to its
+partner's size, each position of the tile stands for a window. Nothing pooled is stored: the maximum
+is found again when its gradient is written. Windows of two neighbours are read and written by whole
+rows, others element by element.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fsp_kernels.backends.fused import Axes, axes_of
+from fsp_kernels.backends.axes import Axes, axes_of
 from fsp_kernels.backends.triton.arithmetic import cast
 
 INT32_LIMIT = 2**31 - 1
@@ -94,193 +94,143 @@ def unit_of(strides: Sequence[int], axes: Axes) -> int:
     return math.gcd(16, sample, position) if axes.flat and channel == 1 else 1
 
 
+class MapRef(NamedTuple):
+    """A feature map or its gradient, as the functions below take it."""
+
+    pointer: Any
+    layout: Any
+    channels: Any  # constant
+    positions: Any  # after pooling
+
+
 @triton.jit
-def load_tile(
-    pointer,
-    layout,
-    sample,
-    channel,
-    position,
-    channels: tl.constexpr,
-    positions,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def load_tile(x, sample, channel, position, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
     """``(BLOCK_C, BLOCK_K)`` from ``channel`` and ``position`` on, zero beyond the map's end.
 
     In the map's dtype, except that averages stay in fp32.
     """
-    tile, _ = _load(
-        pointer, layout, sample, channel, position, channels, positions, BLOCK_C, BLOCK_K
-    )
+    tile, _ = _load(x, sample, channel, position, BLOCK_C, BLOCK_K)
     return tile
 
 
 @triton.jit
-def write_gradient(
-    gradient,
-    pointer,
-    layout,
-    gradient_pointer,
-    gradient_layout,
-    sample,
-    channel,
-    position,
-    channels: tl.constexpr,
-    positions,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Write ``gradient (BLOCK_C, BLOCK_K)`` of a tile that :func:`load_tile` read.
+def write_gradient(value, x, gradient, sample, channel, position):
+    """Write the gradient ``value (BLOCK_C, BLOCK_K)`` of a tile of ``x`` to ``gradient``.
 
-    The average passes it to each element of a window in equal parts, the maximum to the element
-    that it was; windows of an integer ratio do not overlap, so each element is written once.
+    An average passes it to each element of a window in equal parts, a maximum to the element that
+    it was. Windows of an integer ratio do not overlap, so each element is written once.
     """
-    first, mask = _addresses(
-        gradient_pointer,
-        gradient_layout,
-        sample,
-        channel,
-        position,
-        channels,
-        positions,
-        BLOCK_C,
-        BLOCK_K,
-    )
-    dtype: tl.constexpr = gradient_pointer.dtype.element_ty
-    if layout.pool == "none":
-        tl.store(first, cast(gradient, dtype), mask)
+    BLOCK_C: tl.constexpr = value.shape[0]
+    BLOCK_K: tl.constexpr = value.shape[1]
+    window: tl.constexpr = x.layout.window[0] * x.layout.window[1] * x.layout.window[2]
+    first, mask = _addresses(gradient, sample, channel, position, BLOCK_C, BLOCK_K)
+    dtype: tl.constexpr = gradient.pointer.dtype.element_ty
+    if x.layout.pool == "none":
+        tl.store(first, cast(value, dtype), mask)
     else:
-        if layout.pool == "max":
-            _, choice = _load(
-                pointer, layout, sample, channel, position, channels, positions, BLOCK_C, BLOCK_K
-            )
+        if x.layout.pool == "max":
+            _, choice = _load(x, sample, channel, position, BLOCK_C, BLOCK_K)
         else:
-            gradient *= 1.0 / (layout.window[0] * layout.window[1] * layout.window[2])
-        span: tl.constexpr = gradient_layout.span
+            value *= 1.0 / window
+        span: tl.constexpr = gradient.layout.span
         # A third axis from here on: Triton then converts the product's layout once, before it.
-        shared = tl.broadcast_to(cast(gradient, dtype)[:, :, None], (BLOCK_C, BLOCK_K, span))
+        shared = tl.broadcast_to(cast(value, dtype)[:, :, None], (BLOCK_C, BLOCK_K, span))
         neighbours = tl.arange(0, span)[None, None, :]
-        for d in tl.static_range(layout.window[0]):
-            for h in tl.static_range(layout.window[1]):
-                for w in tl.static_range(0, layout.window[2], span):
-                    row = shared
-                    if layout.pool == "max":
-                        taken = choice[:, :, None] == neighbours + _element(layout, d, h, w)
-                        row = tl.where(taken, shared, 0.0)
-                    row = tl.reshape(row, (BLOCK_C, BLOCK_K * span))
-                    tl.store(first + _within(gradient_layout, d, h, w), row, mask)
+        for i in tl.static_range(0, window, span):
+            row = shared
+            if x.layout.pool == "max":
+                row = tl.where(choice[:, :, None] == neighbours + i, shared, 0.0)
+            row = tl.reshape(row, (BLOCK_C, BLOCK_K * span))
+            tl.store(first + _offset_in_window(gradient.layout, i), row, mask)
 
 
 @triton.jit
-def _load(
-    pointer,
-    layout,
-    sample,
-    channel,
-    position,
-    channels: tl.constexpr,
-    positions,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def _load(x, sample, channel, position, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
     """The tile and, for maximum pooling, which element of each window it is."""
-    first, mask = _addresses(
-        pointer, layout, sample, channel, position, channels, positions, BLOCK_C, BLOCK_K
-    )
+    window: tl.constexpr = x.layout.window[0] * x.layout.window[1] * x.layout.window[2]
+    first, mask = _addresses(x, sample, channel, position, BLOCK_C, BLOCK_K)
     choice = tl.zeros((BLOCK_C, BLOCK_K), tl.int32)
-    if layout.pool == "none":
+    if x.layout.pool == "none":
         tile = tl.load(first, mask, other=0.0)
     else:
         # In fp32, in which averages stay; a maximum is one of its elements.
-        start = 0.0 if layout.pool == "avg" else -float("inf")
+        start = 0.0 if x.layout.pool == "avg" else -float("inf")
         tile = tl.full((BLOCK_C, BLOCK_K), start, tl.float32)
-        for d in tl.static_range(layout.window[0]):
-            for h in tl.static_range(layout.window[1]):
-                for w in tl.static_range(0, layout.window[2], layout.span):
-                    row = tl.load(first + _within(layout, d, h, w), mask, other=0.0)
-                    values = _apart(row, layout, BLOCK_C, BLOCK_K)
-                    for i in tl.static_range(layout.span):
-                        value = values[i].to(tl.float32)
-                        if layout.pool == "avg":
-                            tile += value
-                        else:
-                            # As PyTorch has it: the first among ties, the last among NaN.
-                            take = (value > tile) | (value != value)
-                            tile = tl.maximum(tile, value, propagate_nan=tl.PropagateNan.ALL)
-                            choice = tl.where(take, _element(layout, d, h, w + i), choice)
-        if layout.pool == "avg":
-            tile *= 1.0 / (layout.window[0] * layout.window[1] * layout.window[2])
+        for i in tl.static_range(0, window, x.layout.span):
+            row = tl.load(first + _offset_in_window(x.layout, i), mask, other=0.0)
+            values = _neighbours_of(row, x.layout, BLOCK_C, BLOCK_K)
+            for j in tl.static_range(x.layout.span):
+                value = values[j].to(tl.float32)
+                if x.layout.pool == "avg":
+                    tile += value
+                else:
+                    # As PyTorch: the first among ties, the last among NaN.
+                    take = (value > tile) | (value != value)
+                    tile = tl.maximum(tile, value, propagate_nan=tl.PropagateNan.ALL)
+                    choice = tl.where(take, i + j, choice)
+        if x.layout.pool == "avg":
+            tile *= 1.0 / window
         else:
-            tile = tile.to(pointer.dtype.element_ty)
+            tile = tile.to(x.pointer.dtype.element_ty)
     return tile, choice
 
 
 @triton.jit
-def _apart(row, layout, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
+def _neighbours_of(row, layout, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
     """The ``span`` neighbours of each window that lie in a row, a tile of each."""
     return tl.split(tl.reshape(row, (BLOCK_C, BLOCK_K, 2))) if layout.span == 2 else (row,)
 
 
 @triton.jit
-def _within(layout, d, h, w):
-    """Offset of an element of a window from its first."""
-    if layout.wide:
-        d = tl.full((), d, tl.int64)
-        h = tl.full((), h, tl.int64)
-        w = tl.full((), w, tl.int64)
-    return d * layout.depth + h * layout.height + w * layout.width
+def _offset_in_window(layout, INDEX: tl.constexpr):
+    """Offset of an element of a window from its first; elements are counted row by row."""
+    line = INDEX // layout.window[2]
+    d = line // layout.window[1]
+    h = line - d * layout.window[1]
+    w = INDEX - line * layout.window[2]
+    DTYPE: tl.constexpr = tl.int64 if layout.wide else tl.int32
+    return (
+        tl.full((), d, DTYPE) * layout.depth
+        + tl.full((), h, DTYPE) * layout.height
+        + tl.full((), w, DTYPE) * layout.width
+    )
 
 
 @triton.jit
-def _element(layout, d, h, w):
-    """Number of an element of a window."""
-    return (d * layout.window[1] + h) * layout.window[2] + w
-
-
-@triton.jit
-def _addresses(
-    pointer,
-    layout,
-    sample,
-    channel,
-    position,
-    channels: tl.constexpr,
-    positions,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def _addresses(x, sample, channel, position, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
     """``(BLOCK_C, BLOCK_K * span)`` pointers and their mask: the first ``span`` of each window."""
-    span = layout.span
-    if layout.wide:
+    span = x.layout.span
+    if x.layout.wide:
         span = tl.full((), span, tl.int64)
     c = channel + tl.arange(0, BLOCK_C)
-    k = position * span + tl.arange(0, BLOCK_K * layout.span)
-    end = positions * span
-    if not layout.inner:
-        end = _in_units(end, layout)
+    k = position * span + tl.arange(0, BLOCK_K * x.layout.span)
+    end = x.positions * span
+    if not x.layout.inner:
+        end = _in_units(end, x.layout)
     mask = (k < end)[None, :]
-    if channels % BLOCK_C != 0:
-        mask = mask & (c < channels)[:, None]
-    if layout.wide:
+    if x.channels % BLOCK_C != 0:
+        mask = mask & (c < x.channels)[:, None]
+    if x.layout.wide:
         c = c.to(tl.int64)
-    if layout.flat:
-        offsets = k * layout.width if layout.width == 1 else k * _in_units(layout.width, layout)
+    if x.layout.flat:
+        offsets = k
+        if x.layout.width != 1:
+            offsets = k * _in_units(x.layout.width, x.layout)
     else:
-        row = _in_units(layout.columns * span, layout)
+        row = _in_units(x.layout.columns * span, x.layout)
         line = k // row
         offsets = (
-            (k % row) * layout.width * (layout.window[2] // layout.span)
-            + (line % layout.rows) * _in_units(layout.height, layout) * layout.window[1]
-            + (line // layout.rows) * _in_units(layout.depth, layout) * layout.window[0]
+            (k % row) * x.layout.width * (x.layout.window[2] // x.layout.span)
+            + (line % x.layout.rows) * _in_units(x.layout.height, x.layout) * x.layout.window[1]
+            + (line // x.layout.rows) * _in_units(x.layout.depth, x.layout) * x.layout.window[0]
         )
-    start = pointer + sample.to(tl.int64) * _in_units(layout.sample, layout)
-    if not layout.inner:
-        c = c * _in_units(layout.channel, layout)
+    start = x.pointer + sample.to(tl.int64) * _in_units(x.layout.sample, x.layout)
+    if not x.layout.inner:
+        c = c * _in_units(x.layout.channel, x.layout)
     return start + c[:, None] + offsets[None, :], mask
 
 
 @triton.jit
-def _in_units(x, layout):
-    """``x``, a multiple of the layout's unit, as such to the compiler."""
-    return x // layout.unit * layout.unit
+def _in_units(value, layout):
+    """``value``, a multiple of the layout's unit, in a form that tells the compiler so."""
+    return value // layout.unit * layout.unit

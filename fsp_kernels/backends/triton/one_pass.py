@@ -11,12 +11,19 @@ import triton
 import triton.language as tl
 
 from fsp_kernels.backends.triton.arithmetic import multiply_computed
-from fsp_kernels.backends.triton.maps import load_tile, write_gradient
 from fsp_kernels.backends.triton.residual import (
+    GRADIENT,
+    STUDENT_FIRST,
+    STUDENT_SECOND,
+    TEACHER_FIRST,
+    TEACHER_SECOND,
+    load_map,
     loss_and_slope,
+    positions_of,
     residual_tile,
     scaled_slope,
     teacher_ratio,
+    write_map_gradient,
     write_matrix_gradient,
 )
 
@@ -42,60 +49,30 @@ def _sample(pointers, entry, factor, sample):
     if entry.norm != "column":
         scale = factor * 2
     slope = scaled_slope(slope, scale, entry)
-    if pointers[4] is not None:
-        _sweep(slope, 1.0, pointers, entry, 1, 0, sample)
-    if pointers[5] is not None:
-        _sweep(tl.trans(slope), 1.0, pointers, entry, 0, 1, sample)
-    if pointers[6] is not None:
+    if pointers[GRADIENT + STUDENT_FIRST] is not None:
+        _sweep(slope, 1.0, pointers, entry, STUDENT_FIRST, sample)
+    if pointers[GRADIENT + STUDENT_SECOND] is not None:
+        _sweep(tl.trans(slope), 1.0, pointers, entry, STUDENT_SECOND, sample)
+    if pointers[GRADIENT + TEACHER_FIRST] is not None:
         if entry.residual == "ready":
             write_matrix_gradient(slope, pointers, entry, sample, 0, 0)
         else:
-            _sweep(slope, teacher_ratio(entry), pointers, entry, 3, 2, sample)
-    if pointers[7] is not None:
-        _sweep(tl.trans(slope), teacher_ratio(entry), pointers, entry, 2, 3, sample)
+            _sweep(slope, teacher_ratio(entry), pointers, entry, TEACHER_FIRST, sample)
+    if pointers[GRADIENT + TEACHER_SECOND] is not None:
+        _sweep(tl.trans(slope), teacher_ratio(entry), pointers, entry, TEACHER_SECOND, sample)
     return loss * factor
 
 
 @triton.jit
-def _sweep(slope, ratio, pointers, entry, OTHER: tl.constexpr, OWN: tl.constexpr, sample):
+def _sweep(slope, ratio, pointers, entry, OWN: tl.constexpr, sample):
     """Write ``ratio * slope @ other``, the gradient of the map number OWN."""
-    K = entry.student_positions
-    if OWN >= 2:
-        K = entry.teacher_positions
-    OWN_C: tl.constexpr = entry.m if OWN % 2 == 0 else entry.n
-    OTHER_C: tl.constexpr = entry.n if OWN % 2 == 0 else entry.m
-    OWN_BLOCK: tl.constexpr = slope.shape[0]
-    OTHER_BLOCK: tl.constexpr = slope.shape[1]
+    K = positions_of(entry, OWN)
     BLOCK_K: tl.constexpr = entry.block_k
+    dtype: tl.constexpr = pointers[OWN].dtype.element_ty
     last = tl.cdiv(K, BLOCK_K) * BLOCK_K - BLOCK_K
     for swept in tl.range(0, K, BLOCK_K, num_stages=entry.stages):
         k = last - swept
-        other = load_tile(
-            pointers[OTHER],
-            entry.layouts[OTHER],
-            sample,
-            0,
-            k,
-            OTHER_C,
-            K,
-            OTHER_BLOCK,
-            BLOCK_K,
-        )
-        gradient = tl.zeros((OWN_BLOCK, BLOCK_K), tl.float32)
-        gradient = multiply_computed(
-            slope, other, gradient, pointers[OWN].dtype.element_ty, entry.precision
-        )
-        write_gradient(
-            gradient * ratio,
-            pointers[OWN],
-            entry.layouts[OWN],
-            pointers[4 + OWN],
-            entry.gradients[OWN],
-            sample,
-            0,
-            k,
-            OWN_C,
-            K,
-            OWN_BLOCK,
-            BLOCK_K,
-        )
+        other = load_map(pointers, entry, OWN ^ 1, sample, 0, k, slope.shape[1], BLOCK_K)
+        gradient = tl.zeros((slope.shape[0], BLOCK_K), tl.float32)
+        gradient = multiply_computed(slope, other, gradient, dtype, entry.precision)
+        write_map_gradient(gradient * ratio, pointers, entry, OWN, sample, 0, k)

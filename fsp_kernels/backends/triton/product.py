@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fsp_kernels.backends.fused import fp32_precision, raw_stream
+from fsp_kernels.backends.devices import fp32_precision, raw_stream
 from fsp_kernels.backends.triton.arithmetic import cast, multiply
 from fsp_kernels.backends.triton.configurations import configuration_of
 from fsp_kernels.backends.triton.launch import Launch, device_family

@@ -11,7 +11,14 @@ import triton
 import triton.language as tl
 
 from fsp_kernels.backends.triton.arithmetic import cast, multiply, round_to_tf32
-from fsp_kernels.backends.triton.maps import MapLayout, load_tile
+from fsp_kernels.backends.triton.maps import MapLayout, MapRef, load_tile, write_gradient
+
+# Of one pair, where a kernel takes a, b, c, d; their gradients follow in the same order.
+STUDENT_FIRST = tl.constexpr(0)
+STUDENT_SECOND = tl.constexpr(1)
+TEACHER_FIRST = tl.constexpr(2)
+TEACHER_SECOND = tl.constexpr(3)
+GRADIENT = tl.constexpr(4)
 
 
 class MatrixLayout(NamedTuple):
@@ -52,38 +59,41 @@ class Entry(NamedTuple):
 @triton.jit
 def residual_tile(pointers, entry, sample, row, column, part):
     """``(block_m, block_n)`` of ``D / K``, summed over one part of the positions."""
-    result = tl.zeros((entry.block_m, entry.block_n), tl.float32)
+    BLOCK_M: tl.constexpr = entry.block_m
+    BLOCK_N: tl.constexpr = entry.block_n
+    BLOCK_K: tl.constexpr = entry.block_k
+    result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     K = entry.student_positions
-    begin, end = range_of(part, entry.parts, K, entry.block_k)
+    begin, end = range_of(part, entry.parts, K, BLOCK_K)
     if entry.residual == "difference":
-        for k in tl.range(begin, end, entry.block_k, num_stages=entry.stages):
-            a = _tile(pointers, entry, 0, sample, row, k, K)
-            c = _tile(pointers, entry, 2, sample, row, k, K)
-            b = _tile(pointers, entry, 1, sample, column, k, K)
-            d = _tile(pointers, entry, 3, sample, column, k, K)
-            p = difference(a, c, b.dtype, entry.precision)
-            q = difference(b, d, c.dtype, entry.precision)
-            result = multiply(p, tl.trans(b), result, entry.precision)
-            result = multiply(c, tl.trans(q), result, entry.precision)
+        for k in tl.range(begin, end, BLOCK_K, num_stages=entry.stages):
+            a_tile = _tile(pointers, entry, STUDENT_FIRST, sample, row, k)
+            c_tile = _tile(pointers, entry, TEACHER_FIRST, sample, row, k)
+            b_tile = _tile(pointers, entry, STUDENT_SECOND, sample, column, k)
+            d_tile = _tile(pointers, entry, TEACHER_SECOND, sample, column, k)
+            p = difference(a_tile, c_tile, b_tile.dtype, entry.precision)
+            q = difference(b_tile, d_tile, c_tile.dtype, entry.precision)
+            result = multiply(p, tl.trans(b_tile), result, entry.precision)
+            result = multiply(c_tile, tl.trans(q), result, entry.precision)
     else:
-        for k in tl.range(begin, end, entry.block_k, num_stages=entry.stages):
-            a = _tile(pointers, entry, 0, sample, row, k, K)
-            b = _tile(pointers, entry, 1, sample, column, k, K)
-            result = multiply(a, tl.trans(b), result, entry.precision)
+        for k in tl.range(begin, end, BLOCK_K, num_stages=entry.stages):
+            a_tile = _tile(pointers, entry, STUDENT_FIRST, sample, row, k)
+            b_tile = _tile(pointers, entry, STUDENT_SECOND, sample, column, k)
+            result = multiply(a_tile, tl.trans(b_tile), result, entry.precision)
     result = result * (1.0 / K)
     if entry.residual == "apart":
         K = entry.teacher_positions
-        begin, end = range_of(part, entry.parts, K, entry.block_k)
-        target = tl.zeros((entry.block_m, entry.block_n), tl.float32)
-        for k in tl.range(begin, end, entry.block_k, num_stages=entry.stages):
-            c = _tile(pointers, entry, 2, sample, row, k, K)
-            d = _tile(pointers, entry, 3, sample, column, k, K)
-            target = multiply(c, tl.trans(d), target, entry.precision)
+        begin, end = range_of(part, entry.parts, K, BLOCK_K)
+        target = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in tl.range(begin, end, BLOCK_K, num_stages=entry.stages):
+            c_tile = _tile(pointers, entry, TEACHER_FIRST, sample, row, k)
+            d_tile = _tile(pointers, entry, TEACHER_SECOND, sample, column, k)
+            target = multiply(c_tile, tl.trans(d_tile), target, entry.precision)
         result = result - target * (1.0 / K)
     if entry.residual == "ready":  # noqa: SIM102  (the first is decided by the compiler)
         if part == 0:
             addresses, mask = matrix_addresses(
-                pointers[2], entry.layouts[2], entry, sample, row, column
+                pointers[TEACHER_FIRST], entry.layouts[2], entry, sample, row, column
             )
             result -= tl.load(addresses, mask, other=0.0).to(tl.float32)
     return result
@@ -142,9 +152,11 @@ def teacher_ratio(entry):
 @triton.jit
 def write_matrix_gradient(slope, pointers, entry, sample, row, column):
     """Write the gradient of a ready matrix, ``(block_m, block_n)`` of it, from a scaled slope."""
-    addresses, mask = matrix_addresses(pointers[6], entry.gradients[2], entry, sample, row, column)
+    pointer = pointers[GRADIENT + TEACHER_FIRST]
+    layout = entry.gradients[TEACHER_FIRST]
+    addresses, mask = matrix_addresses(pointer, layout, entry, sample, row, column)
     gradient = slope * -entry.student_positions
-    tl.store(addresses, cast(gradient, pointers[6].dtype.element_ty), mask)
+    tl.store(addresses, cast(gradient, pointer.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -158,21 +170,62 @@ def matrix_addresses(pointer, layout, entry, sample, row, column):
 
 
 @triton.jit
-def _tile(pointers, entry, INDEX: tl.constexpr, sample, channel, k, positions):
-    """Of the map number INDEX: ``(block_m, block_k)`` of a first map, ``block_n`` of a second."""
-    C: tl.constexpr = entry.m if INDEX % 2 == 0 else entry.n
-    BLOCK: tl.constexpr = entry.block_m if INDEX % 2 == 0 else entry.block_n
+def _tile(pointers, entry, INDEX: tl.constexpr, sample, channel, position):
+    """``(block_m, block_k)`` of a first map, ``(block_n, block_k)`` of a second."""
+    BLOCK_C: tl.constexpr = entry.block_m if INDEX % 2 == 0 else entry.block_n
+    return load_map(pointers, entry, INDEX, sample, channel, position, BLOCK_C, entry.block_k)
+
+
+@triton.jit
+def load_map(
+    pointers,
+    entry,
+    INDEX: tl.constexpr,
+    sample,
+    channel,
+    position,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile ``(BLOCK_C, BLOCK_K)`` of the map number INDEX of a pair."""
+    # Not given a name: a name would make variables of the layout's constants.
     return load_tile(
-        pointers[INDEX],
-        entry.layouts[INDEX],
+        MapRef(
+            pointers[INDEX],
+            entry.layouts[INDEX],
+            entry.m if INDEX % 2 == 0 else entry.n,
+            positions_of(entry, INDEX),
+        ),
         sample,
         channel,
-        k,
-        C,
-        positions,
-        BLOCK,
-        entry.block_k,
+        position,
+        BLOCK_C,
+        BLOCK_K,
     )
+
+
+@triton.jit
+def write_map_gradient(value, pointers, entry, INDEX: tl.constexpr, sample, channel, position):
+    """Write a tile of the gradient of the map number INDEX of a pair."""
+    channels: tl.constexpr = entry.m if INDEX % 2 == 0 else entry.n
+    positions = positions_of(entry, INDEX)
+    write_gradient(
+        value,
+        MapRef(pointers[INDEX], entry.layouts[INDEX], channels, positions),
+        MapRef(pointers[GRADIENT + INDEX], entry.gradients[INDEX], channels, positions),
+        sample,
+        channel,
+        position,
+    )
+
+
+@triton.jit
+def positions_of(entry, INDEX: tl.constexpr):
+    """How many positions the map number INDEX has, after pooling."""
+    positions = entry.student_positions
+    if INDEX >= TEACHER_FIRST and entry.residual == "apart":
+        positions = entry.teacher_positions
+    return positions
 
 
 @triton.jit

@@ -14,7 +14,13 @@ import triton
 import triton.language as tl
 
 from fsp_kernels.backends.triton.arithmetic import cast_finite, multiply_computed
-from fsp_kernels.backends.triton.maps import INT32_LIMIT, MapLayout, load_tile, write_gradient
+from fsp_kernels.backends.triton.maps import (
+    INT32_LIMIT,
+    MapLayout,
+    MapRef,
+    load_tile,
+    write_gradient,
+)
 from fsp_kernels.backends.triton.residual import (
     MatrixLayout,
     loss_and_slope,
@@ -181,30 +187,21 @@ def _gradient_tile(pointers, entry, sample, row, column):
         offsets = rows[:, None] * entry.slope.row + columns[None, :] * entry.slope.column
         x = tl.load(slope + offsets, mask, other=0.0)
         y = load_tile(
-            other,
-            entry.other,
+            MapRef(other, entry.other, entry.other_channels, entry.positions),
             map_sample,
             start,
             column,
-            entry.other_channels,
-            entry.positions,
             entry.block_other,
             entry.block_k,
         )
         result = multiply_computed(x, y, result, own.dtype.element_ty, entry.precision)
     write_gradient(
         result * entry.ratio,
-        own,
-        entry.own,
-        gradient,
-        entry.gradient,
+        MapRef(own, entry.own, entry.own_channels, entry.positions),
+        MapRef(gradient, entry.gradient, entry.own_channels, entry.positions),
         map_sample,
         row,
         column,
-        entry.own_channels,
-        entry.positions,
-        entry.block_own,
-        entry.block_k,
     )
 
 

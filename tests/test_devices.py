@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fsp_kernels.backends.fused import fp32_precision, raw_stream, why_no_gpu
+from fsp_kernels.backends.devices import fp32_precision, raw_stream, why_no_gpu
 
 
 @pytest.mark.parametrize(
