@@ -139,7 +139,7 @@ def compare(
         Path, typer.Option("--output", "-o", metavar="FOLDER", help="For the report.")
     ] = _RUNS / "comparison",
 ) -> None:
-    """Draw several runs together: one report of all finished runs in the given folders."""
+    """Write one report of all finished runs in the given folders."""
     with _errors():
         _report(runs, output, Monitor(Console()))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,6 +85,12 @@ class Results:
     def split(self) -> str:
         """The evaluated split, or all of them."""
         return " / ".join(sorted({config.evaluation.split for config in self.configs.values()}))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the runs ran on; all values where they differ."""
+        found = pd.DataFrame(run.environment for group in self.groups for run in group.runs)
+        return {name: ", ".join(found[name].dropna().unique()) for name in found}
 
     @cached_property
     def runs(self) -> pd.DataFrame:
@@ -202,8 +207,10 @@ def gather(folders: Sequence[Path]) -> Results:
     teachers = {_root(path, run) / "teacher" for path, run in runs.items()} - runs.keys()
     runs |= {path: records.read(path) for path in teachers if records.is_finished(path)}
     roots = list(dict.fromkeys(_root(path, run) for path, run in runs.items()))
-    above = os.path.commonpath([root.parent for root in roots])
-    studies = {root: root.relative_to(above).as_posix() for root in roots}
+    # The last parts of the paths name the studies: as many as make the names different.
+    ends = ([root.parts[-length:] for root in roots] for length in itertools.count(1))
+    names = next(found for found in ends if len(set(found)) == len(roots))
+    studies = {root: "/".join(name) for root, name in zip(roots, names, strict=True)}
     found = defaultdict(list)
     for path, run in sorted(runs.items(), key=lambda item: item[1].seed):
         found[studies[_root(path, run)], run.arm].append((path, run))

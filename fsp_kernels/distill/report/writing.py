@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import markdown
-import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -28,15 +27,11 @@ _SPACE = 8 << 20  # bytes
 
 
 def write_report(folders: Sequence[Path], output: Path, command: str) -> list[str]:
-    """Write one report of the runs in ``folders`` into ``output``.
+    """Write one report of the runs and studies in ``folders`` into the folder ``output``.
 
     ``report.md`` with ``figures/``, the same in one file as ``report.html``, ``metrics.json``,
-    ``runs.csv``, ``curves.csv``; each replaces what had its name.
-
-    Args:
-        folders: of runs, or of studies.
-        output: made if need be.
-        command: the command line to quote.
+    ``runs.csv``, ``curves.csv``; each replaces what had its name. ``command`` is the command line
+    to quote.
 
     Returns:
         The headline of each study, in plain text.
@@ -56,34 +51,21 @@ def write_report(folders: Sequence[Path], output: Path, command: str) -> list[st
     for name, figure in figures.items():
         with replacing(output / "figures" / f"{name}.png") as unfinished:
             figure.savefig(unfinished, dpi=130, format="png")
-    page = render_markdown(results, command, list(figures))
-    write_text(output / "report.md", page)
-    html = render_html(results, page)
+    page, html = render(results, command, list(figures))
     for name in figures:
         data = base64.b64encode((output / "figures" / f"{name}.png").read_bytes()).decode()
         html = html.replace(f'src="figures/{name}.png"', f'src="data:image/png;base64,{data}"')
+    write_text(output / "report.md", page)
     write_text(output / "report.html", html)
     return headlines(results)
 
 
-def render_markdown(results: Results, command: str, figures: Sequence[str] = ()) -> str:
-    """The page, which shows the ``figures`` of those names."""
-    environments = pd.DataFrame(run.environment for group in results.groups for run in group.runs)
-    return _TEMPLATES.get_template("report.md.jinja").render(
-        title=", ".join(results.configs),
-        headlines=headlines(results),
-        results=results,
-        environment=environments.apply(lambda values: ", ".join(values.dropna().unique())),
-        figures=figures,
-        command=command,
-    )
-
-
-def render_html(results: Results, page: str) -> str:
-    """The same page in HTML."""
+def render(results: Results, command: str, figures: Sequence[str] = ()) -> tuple[str, str]:
+    """The page with the ``figures`` of those names, in Markdown and in HTML."""
+    facts = {"results": results, "command": command, "figures": figures}
+    page = _TEMPLATES.get_template("report.md.jinja").render(facts)
     body = Markup(markdown.markdown(page, extensions=["tables"]))
-    title = ", ".join(results.configs)
-    return _TEMPLATES.get_template("report.html.jinja").render(title=title, body=body)
+    return page, _TEMPLATES.get_template("report.html.jinja").render(facts, body=body)
 
 
 def headlines(results: Results) -> list[str]:
@@ -189,4 +171,5 @@ _TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 _TEMPLATES.filters |= {"accuracy": _accuracy, "points": _points, "steps": _steps}
-_TEMPLATES.globals |= {"titles": TITLES, "yaml": dump_config, "differing_keys": _differing_keys}
+_TEMPLATES.globals |= {"headlines": headlines, "titles": TITLES, "yaml": dump_config}
+_TEMPLATES.globals |= {"differing_keys": _differing_keys}
