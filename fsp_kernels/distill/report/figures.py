@@ -11,6 +11,7 @@ from matplotlib.ticker import LogLocator, PercentFormatter
 from fsp_kernels.distill.arms import ARMS
 from fsp_kernels.distill.report.results import Group, Matrices, Results
 
+FIGURES = ("curves", "fsp-matrices")
 # Okabe and Ito's colours, which people of any colour vision tell apart; teachers are grey.
 _ARMS = ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000")
 _COLOURS = {"teacher": "#555555"} | dict(zip(ARMS, _ARMS, strict=True))

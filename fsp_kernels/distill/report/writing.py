@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from fsp_kernels.distill.config import Config, dump_config
 from fsp_kernels.distill.records import Run
-from fsp_kernels.distill.report.figures import draw
+from fsp_kernels.distill.report.figures import FIGURES, draw
 from fsp_kernels.distill.report.results import TITLES, Group, Results, gather
 from fsp_kernels.distill.settings import read
 from fsp_kernels.distill.storage import check_writable, replacing, write_text
@@ -45,12 +45,13 @@ def write_report(folders: Sequence[Path], output: Path, command: str) -> list[st
     write_text(output / "metrics.json", json.dumps(_metrics(results), indent=1) + "\n")
     write_text(output / "runs.csv", results.runs.to_csv(index=False, lineterminator="\n"))
     write_text(output / "curves.csv", results.curves.to_csv(index=False, lineterminator="\n"))
-    for old in (output / "figures").glob("*.png"):
-        old.unlink()
     figures = draw(results)
-    for name, figure in figures.items():
-        with replacing(output / "figures" / f"{name}.png") as unfinished:
-            figure.savefig(unfinished, dpi=130, format="png")
+    for name in FIGURES:
+        path = output / "figures" / f"{name}.png"
+        path.unlink(missing_ok=True)  # of an earlier report, which may have had others
+        if name in figures:
+            with replacing(path) as unfinished:
+                figures[name].savefig(unfinished, dpi=130, format="png")
     page, html = render(results, command, list(figures))
     for name in figures:
         data = base64.b64encode((output / "figures" / f"{name}.png").read_bytes()).decode()

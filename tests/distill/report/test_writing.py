@@ -226,13 +226,15 @@ def test_any_name_is_shown_as_it_is(name: str) -> None:
     }
 
 
-def test_figures_of_an_earlier_report_are_removed(tmp_path: Path) -> None:
+def test_only_figures_of_an_earlier_report_are_removed(tmp_path: Path) -> None:
     results_of(tmp_path / "kd", {"kd": [0.9]})
     results_of(tmp_path / "teacher", {"teacher": [0.9]})
+    figures = tmp_path / "report" / "figures"
     write_report([tmp_path / "kd"], tmp_path / "report", COMMAND)
-    assert [path.name for path in (tmp_path / "report").rglob("*.png")] == ["curves.png"]
+    (figures / "mine.png").write_bytes(b"")
+    assert {path.name for path in figures.iterdir()} == {"curves.png", "mine.png"}
     write_report([tmp_path / "teacher"], tmp_path / "report", COMMAND)
-    assert not list((tmp_path / "report").rglob("*.png"))
+    assert {path.name for path in figures.iterdir()} == {"mine.png"}
     assert "![" not in (tmp_path / "report" / "report.md").read_text()
 
 
