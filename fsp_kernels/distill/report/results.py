@@ -49,16 +49,16 @@ class Group(NamedTuple):
     runs: list[Run]
     matrices: Matrices | None
 
-    def curve(self, figure: str) -> pd.DataFrame:
-        """``figure`` by steps: a column for each seed, a row for each step that all have.
+    def curve(self, name: str) -> pd.DataFrame:
+        """An evaluated value by steps: a column for each seed, a row for each step that all have.
 
         A seed that a stopping rule ended keeps its last value from there on.
         """
         rows = {
-            run.seed: {row["step"]: row[figure] for row in phase.history}
+            run.seed: {row["step"]: row[name] for row in phase.history}
             for run in self.runs
             for phase in run.phases
-            if figure in phase.history[-1]
+            if name in phase.history[-1]
         }
         table = pd.DataFrame(rows).sort_index()
         has_ended = table.bfill().isna()
