@@ -22,7 +22,7 @@ from fsp_kernels.distill.errors import DistillError, did_you_mean
 from fsp_kernels.distill.interruption import InterruptedRunError, Interruption
 from fsp_kernels.distill.models import build_model
 from fsp_kernels.distill.monitor import Monitor
-from fsp_kernels.distill.report import headline, write_report
+from fsp_kernels.distill.report import write_report
 from fsp_kernels.distill.study import Study
 
 _RUNS = Path("runs")
@@ -139,7 +139,7 @@ def compare(
         Path, typer.Option("--output", "-o", metavar="FOLDER", help="For the report.")
     ] = _RUNS / "comparison",
 ) -> None:
-    """Draw several runs together: one report of all finished runs in the given folders."""
+    """Write one report of all finished runs in the given folders."""
     with _errors():
         _report(runs, output, Monitor(Console()))
 
@@ -196,10 +196,9 @@ def export(
 
 def _report(folders: list[Path], output: Path, monitor: Monitor) -> None:
     command = shlex.join(["fsp-distill", *sys.argv[1:]])
-    report = write_report(folders, output, command)
-    monitor.say("")
-    monitor.say(headline(report.comparison))
-    monitor.say(f"report: {report.path} and {report.path.with_suffix('.html').name}")
+    headlines = write_report(folders, output, command)
+    monitor.say("\n".join(["", *headlines]))
+    monitor.say(f"report: {output / 'report.md'} and report.html")
 
 
 @contextmanager

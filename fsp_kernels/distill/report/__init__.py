@@ -1,10 +1,9 @@
-"""What finished runs say together: tables, figures, ``report.md`` and ``report.html``.
+"""Reports of finished runs: ``report.md``, ``report.html``, figures and tables.
 
-``comparison.py`` reads and groups runs, ``metrics.py`` makes numbers of them, ``figures.py``
-pictures, ``text.py`` words; ``writing.py`` puts the files into a folder.
+``results.py`` reads runs and computes their statistics, ``figures.py`` draws them and
+``writing.py`` writes the report from the templates.
 """
 
-from fsp_kernels.distill.report.text import headline
-from fsp_kernels.distill.report.writing import Report, write_report
+from fsp_kernels.distill.report.writing import write_report
 
-__all__ = ["Report", "headline", "write_report"]
+__all__ = ["write_report"]

@@ -1,97 +1,77 @@
-"""The report's pictures. Only matplotlib's ``Figure`` is used: no pyplot, no global state."""
+"""The report's figures. Only matplotlib's ``Figure`` is used: no pyplot, no global state."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
-import numpy as np
-from matplotlib import colormaps
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, PercentFormatter
 
-from fsp_kernels.distill.records import Phase
-from fsp_kernels.distill.report.comparison import Comparison, Group, Matrices
-from fsp_kernels.distill.report.metrics import curve
+from fsp_kernels.distill.arms import ARMS
+from fsp_kernels.distill.report.results import Group, Matrices, Results
 
-# Okabe and Ito's colours, which people of any colour vision tell apart.
-_COLOURS = {
-    "baseline": "#0072B2",
-    "baseline-long": "#56B4E9",
-    "two-stage": "#D55E00",
-    "one-stage": "#009E73",
-    "kd": "#CC79A7",
-    "two-stage-kd": "#E69F00",
-    "one-stage-kd": "#000000",
-}
-_TEACHER_COLOUR = "#555555"
-_DASHES = ("-", "--", "-.", ":")  # of several studies
-_DPI = 130
-_WIDTH, _HEIGHT, _ROW = 10.0, 4.2, 0.2  # inches, of two axes and of a legend's row
-_CHARACTERS, _SYMBOL = 140, 8  # in a legend's row, and taken by each line's symbol
+FIGURES = ("curves", "fsp-matrices")
+# Okabe and Ito's colours, which people of any colour vision tell apart; teachers are grey.
+_ARMS = ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000")
+_COLOURS = {"teacher": "#555555"} | dict(zip(ARMS, _ARMS, strict=True))
+_NAMES = {"accuracy": "accuracy", "loss": "cross-entropy", "fsp_loss": "FSP loss"}
 
 
-def draw_accuracy(comparison: Comparison, path: Path) -> None:
-    """Accuracy by task steps and by all steps: mean over seeds, shaded by its deviation."""
-    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
-    by_task, by_all = figure.subplots(1, 2, sharey=True)
-    for group in comparison.students:
-        phases = [run.task for run in group.runs]
-        before = statistics.median_low(run.steps - run.task.steps for run in group.runs)
-        _curve(by_task, comparison, group, phases, "accuracy", scale=100)
-        _curve(by_all, comparison, group, phases, "accuracy", scale=100, shift=before)
-    for group in _drawn_teachers(comparison):
-        accuracy = 100 * statistics.fmean(run.accuracy for run in group.runs)
-        colour = _colour(comparison, group)
-        for axes in (by_task, by_all):
-            axes.axhline(accuracy, color=colour, ls=(0, (1, 2)), label=group.title)
-    by_task.set(
-        xlabel="steps on the task loss",
-        ylabel=f"{_splits(comparison)} accuracy, %",
-        title="By steps on the task loss",
-    )
-    by_all.set(xlabel="all optimiser steps", title="By all steps, stage 1 counted")
-    by_task.set_ylim(*_accuracy_range(comparison))
-    _finish(figure, by_task, by_all)
-    figure.savefig(path, dpi=_DPI, format="png")
+def draw(results: Results) -> dict[str, Figure]:
+    """The figures that there is something for, by name."""
+    figures = {"curves": draw_curves(results)} if results.students else {}
+    found = [group.matrices for group in results.students if group.matrices is not None]
+    return figures | ({"fsp-matrices": draw_matrices(found[0])} if found else {})
 
 
-def draw_losses(comparison: Comparison, path: Path) -> None:
-    """The FSP loss where it was minimised, and the cross-entropy, on the evaluation split."""
-    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
-    task, fsp = figure.subplots(1, 2)
-    for group in comparison.students:
-        distilled = [phase for run in group.runs for phase in run.phases if phase.has_fsp]
-        if distilled:
-            _curve(fsp, comparison, group, distilled, "fsp_loss")
-        _curve(task, comparison, group, [run.task for run in group.runs], "loss")
-    if not fsp.lines:
-        fsp.text(0.5, 0.5, "no run has an FSP loss", transform=fsp.transAxes, ha="center")
-    splits = _splits(comparison)
-    task.set(xlabel="steps on the task loss", title=f"Cross-entropy, {splits}")
-    fsp.set(xlabel="steps of the stage that has it", title=f"FSP loss, {splits}")
-    for axes in (task, fsp):
-        _logarithmic(axes)
-    _finish(figure, task, fsp)
-    figure.savefig(path, dpi=_DPI, format="png")
+def draw_curves(results: Results) -> Figure:
+    """Accuracy, cross-entropy and FSP loss on the evaluation split by steps: means over seeds.
+
+    A band is one standard deviation to each side. Teachers are levels of accuracy.
+    """
+    panels = [  # a curve, its x axis and whether stage 1 counts there
+        ("accuracy", "steps on the task loss", False),
+        ("accuracy", "all steps, stage 1 counted", True),
+        ("loss", "steps on the task loss", False),
+        ("fsp_loss", "steps of the stage that has it", False),
+    ]
+    # What a teacher was on other data has no place here.
+    groups = [group for group in results.groups if group.arm != "source"]
+    figure = Figure(figsize=(10, 8 + 0.2 * len(groups)), layout="constrained")
+    for axes, (name, steps, whole) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        axes.set(title=f"{_NAMES[name]}, {results.split}", xlabel=steps)
+        axes.grid(alpha=0.3)
+        for group in groups:
+            row = results.summaries[group.study, group.arm]
+            if group.arm in ARMS:
+                _draw_curve(axes, results, group, name, row["stage1_steps"] if whole else 0)
+            elif name == "accuracy":
+                axes.axhline(row["accuracy"], **_style(results, group))
+        if name == "accuracy":
+            last = [run.accuracy for group in groups for run in group.runs]
+            best, worst = max(last), min(last)
+            # From just under the first accuracies worth a look to just over the best.
+            axes.set_ylim(max(0, worst - 2 * (best - worst) - 0.05), min(1, best + 0.02))
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+        else:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", handlelength=5, fontsize="small")
+    return figure
 
 
-def draw_matrices(comparison: Comparison, path: Path) -> None:
-    """FSP matrices: teacher, student before and after, and what is left of the difference.
+def draw_matrices(matrices: Matrices) -> Figure:
+    """FSP matrices: teacher, student before and after, and the difference that is left.
 
     A row is a pair of layers and has one colour scale.
     """
-    found = drawn_matrices(comparison)
-    assert found is not None
-    matrices = found[1]
     rows = sum(name.startswith("teacher/") for name in matrices.tensors)
     figure = Figure(figsize=(11, 2.7 * rows), layout="constrained")
-    grid = figure.subplots(rows, 4, squeeze=False)
-    for index, line in enumerate(grid):
+    for index, line in enumerate(figure.subplots(rows, 4, squeeze=False)):
         teacher, before, after = (
             matrices.tensors[f"{name}/{index}"].numpy() for name in ("teacher", "before", "after")
         )
@@ -101,98 +81,33 @@ def draw_matrices(comparison: Comparison, path: Path) -> None:
             "student after": after,
             "after − teacher": after - teacher,
         }
-        limit = float(max(np.abs(matrix).max() for matrix in panels.values()))
+        limit = max(abs(matrix).max() for matrix in panels.values())
         for axes, (title, matrix) in zip(line, panels.items(), strict=True):
             image = axes.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-            axes.set(xticks=[], yticks=[])
-            if index == 0:
-                axes.set_title(title)
+            axes.set(xticks=[], yticks=[], title=title if index == 0 else "")
         m, n = teacher.shape
         paths = "\nto ".join(matrices.pairs[index].student) if matrices.pairs else f"pair {index}"
         line[0].set_ylabel(f"{paths}\n({m} x {n})")
         figure.colorbar(image, ax=line, shrink=0.9)
-    figure.savefig(path, dpi=_DPI, format="png")
+    return figure
 
 
-def drawn_matrices(comparison: Comparison) -> tuple[Group, Matrices] | None:
-    """Those that are drawn: of the first group that has any."""
-    found = ((group, group.matrices) for group in comparison.students)
-    return next(((group, matrices) for group, matrices in found if matrices is not None), None)
+def _draw_curve(axes: Axes, results: Results, group: Group, name: str, shift: int) -> None:
+    """The mean over seeds, and a band of one deviation; nothing if no run has the curve."""
+    table = group.curve(name)
+    if not table.empty:
+        steps, style = shift + table.index, _style(results, group)
+        mean, deviation = table.mean(axis=1), table.std(axis=1).fillna(0)
+        axes.plot(steps, mean, alpha=0.8, **style)  # both baselines show where they agree
+        axes.fill_between(steps, mean - deviation, mean + deviation, fc=style["color"], alpha=0.2)
 
 
-def _curve(
-    axes: Axes,
-    comparison: Comparison,
-    group: Group,
-    phases: Sequence[Phase],
-    figure: str,
-    scale: float = 1.0,
-    shift: float = 0,
-) -> None:
-    """The mean of ``figure`` over ``phases`` (one per seed), and a band of one deviation."""
-    at, each = curve(phases, figure)
-    steps, values = shift + np.array(at), scale * np.array(each)
-    mean, deviation = values.mean(0), values.std(0, ddof=1 if len(phases) > 1 else 0)
-    colour, dashes = _colour(comparison, group), _dashes(comparison, group)
-    axes.plot(steps, mean, ls=dashes, color=colour, label=group.title)
-    axes.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.2, lw=0)
-
-
-def _finish(figure: Figure, *both: Axes) -> None:
-    """Grids, and below the axes one legend for both."""
-    named: dict[str, Artist] = {}
-    for axes in both:
-        axes.grid(alpha=0.3)
-        for line, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            named.setdefault(str(label), line)
-    columns = min(len(named), max(1, _CHARACTERS // (_SYMBOL + max(map(len, named)))))
-    rows = -(-len(named) // columns)
-    figure.set_figheight(_HEIGHT + _ROW * rows)
-    figure.legend(
-        named.values(), named.keys(), loc="outside lower center", ncols=columns, fontsize="small"
-    )
-
-
-def _logarithmic(axes: Axes) -> None:
-    """A logarithmic scale with plain numbers, where there is more than a few ticks' range."""
-    values = [y for line in axes.lines for y in np.asarray(line.get_ydata(), float) if y > 0]
-    if not values or max(values) < 3 * min(values):
-        return
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _colour(comparison: Comparison, group: Group) -> str:
-    """By the arm; of several studies each group has its own."""
-    if len(comparison.configs) > 1:
-        drawn = [*comparison.students, *_drawn_teachers(comparison)]
-        few = colormaps["tab10" if len(drawn) <= 10 else "tab20"]
-        return to_hex(few(drawn.index(group) % few.N))
-    return _COLOURS.get(group.arm, _TEACHER_COLOUR)
-
-
-def _dashes(comparison: Comparison, group: Group) -> str:
-    """By the study; of one, the longer baseline lets the shorter shine through where they agree."""
-    if len(comparison.configs) == 1:
-        return "--" if group.arm == "baseline-long" else "-"
-    return _DASHES[list(comparison.configs).index(group.study) % len(_DASHES)]
-
-
-def _drawn_teachers(comparison: Comparison) -> list[Group]:
-    """Not what they were on other data."""
-    return [group for group in comparison.teachers if group.arm == "teacher"]
-
-
-def _splits(comparison: Comparison) -> str:
-    found = {config.evaluation.split for config in comparison.configs.values()}
-    return " and ".join(sorted(found))
-
-
-def _accuracy_range(comparison: Comparison) -> tuple[float, float]:
-    """From just under the first figures worth comparing to just over the best."""
-    drawn = [*comparison.students, *_drawn_teachers(comparison)]
-    last = [run.accuracy for group in drawn for run in group.runs]
-    best, worst = 100 * max(last), 100 * min(last)
-    return max(0.0, worst - 2 * (best - worst) - 5), min(100.0, best + 2)
+def _style(results: Results, group: Group) -> dict[str, Any]:
+    """The arm's colour, dashes with longer gaps the later the study, and the title."""
+    study = list(results.configs).index(group.study)
+    return {
+        "color": _COLOURS[group.arm],
+        "linestyle": (0, (1, 2 + study) if group.arm == "teacher" else (6, 2 * study)),
+        # Matplotlib reads "$" as mathematics and a leading "_" as "no label".
+        "label": f" {group.title}".replace("$", r"\$"),
+    }

@@ -12,7 +12,7 @@ from fsp_kernels.distill import checkpoint, records
 from fsp_kernels.distill.arms import ARMS
 from fsp_kernels.distill.config import Config
 from fsp_kernels.distill.records import Phase, Run
-from fsp_kernels.distill.report.comparison import Comparison, gather
+from fsp_kernels.distill.report.results import Results, gather
 from fsp_kernels.distill.settings import read
 
 PAIR = {"student": ["one", "two"], "teacher": ["one", "three"]}
@@ -84,7 +84,7 @@ def keep_matrices(folder: Path, **means: float) -> None:
     checkpoint.save(folder / records.MATRICES, tensors, {"pairs": [PAIR]})
 
 
-def comparison_of(study: Path, accuracies: Mapping[str, Sequence[float]]) -> Comparison:
+def results_of(study: Path, accuracies: Mapping[str, Sequence[float]]) -> Results:
     """A study whose arms end at ``accuracies``, seed by seed from 0."""
     for arm, each in accuracies.items():
         for seed, accuracy in enumerate(each):

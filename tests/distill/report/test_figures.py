@@ -1,190 +1,116 @@
-"""What the pictures show, read off matplotlib's own objects."""
+"""What the figures show, read off matplotlib's own objects."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
-from matplotlib.image import imread
 from matplotlib.lines import Line2D
 
 from distill.report.made_up import (
-    comparison_of,
     fsp_phase,
     keep,
     keep_matrices,
     recipe,
+    results_of,
     run_of,
     task_phase,
 )
-from fsp_kernels.distill.report import figures
-from fsp_kernels.distill.report.comparison import Comparison, gather
-
-Draw = Callable[[Comparison, Path], None]
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[[Draw, Comparison], Figure]:
-    """The figure that would have been written."""
-    kept: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: kept.append(figure))
-
-    def draw(which: Draw, comparison: Comparison) -> Figure:
-        which(comparison, Path("nowhere"))
-        return kept.pop()
-
-    return draw
-
-
-Drawn = Callable[[Draw, Comparison], Figure]
+from fsp_kernels.distill.report.figures import draw_curves, draw_matrices
+from fsp_kernels.distill.report.results import Results, gather
 
 
 def line(axes: Axes, title: str) -> Line2D:
-    [found] = [line for line in axes.lines if line.get_label() == title]
+    [found] = [line for line in axes.lines if str(line.get_label()).strip() == title]
     return found
 
 
-def band(axes: Axes) -> tuple[float, float]:
-    """The lowest and the highest of the only band."""
-    [collection] = axes.collections
-    heights = collection.get_paths()[0].vertices[:, 1]
-    return heights.min(), heights.max()
-
-
 @pytest.fixture
-def two_stages(tmp_path: Path) -> Comparison:
+def two_stages(tmp_path: Path) -> Results:
     for seed, last in enumerate((0.6, 0.8)):
         phases = [fsp_phase(8.0, 2.0, every=200), task_phase(0.5, last)]
         keep(run_of("two-stage", seed, phases=phases), tmp_path)
     return gather([tmp_path])
 
 
-def test_accuracy_is_drawn_in_percent_with_its_deviation(
-    drawn: Drawn, two_stages: Comparison
-) -> None:
-    by_task, _ = drawn(figures.draw_accuracy, two_stages).axes
-    curve = line(by_task, "FSP in two stages")
-    np.testing.assert_allclose(curve.get_xdata(), [0, 10])
-    np.testing.assert_allclose(curve.get_ydata(), [50, 70])
-    np.testing.assert_allclose(band(by_task), [50, 70 + 200**0.5])
+def test_curves_are_means_over_seeds_by_the_steps_of_their_stage(two_stages: Results) -> None:
+    expected = [([0, 10], [0.5, 0.7]), ([200, 210], [0.5, 0.7])]  # all steps count stage 1
+    expected += [([0, 10], [0.5, 0.3]), ([0, 200], [8, 2])]
+    for axes, (steps, values) in zip(draw_curves(two_stages).axes, expected, strict=True):
+        found = line(axes, "FSP in two stages")
+        np.testing.assert_allclose(found.get_xdata(), steps)
+        np.testing.assert_allclose(found.get_ydata(), values)
 
 
-def test_the_second_axes_count_stage_1(drawn: Drawn, two_stages: Comparison) -> None:
-    _, by_all = drawn(figures.draw_accuracy, two_stages).axes
-    np.testing.assert_allclose(line(by_all, "FSP in two stages").get_xdata(), [200, 210])
+@pytest.mark.parametrize(("seeds", "deviation"), [(2, 0.02**0.5), (1, 0.0)])
+def test_a_band_is_the_sample_deviation(tmp_path: Path, seeds: int, deviation: float) -> None:
+    found = results_of(tmp_path, {"baseline": [0.6, 0.8][:seeds]})
+    [band] = draw_curves(found).axes[0].collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert heights.max() == pytest.approx(np.mean([0.6, 0.8][:seeds]) + deviation)
 
 
-def test_one_seed_has_a_band_of_no_width(drawn: Drawn, tmp_path: Path) -> None:
-    keep(run_of(phases=[task_phase(0.5, 0.5)]), tmp_path)
-    by_task, _ = drawn(figures.draw_accuracy, gather([tmp_path])).axes
-    assert band(by_task) == (50, 50)
-
-
-def test_the_teacher_is_a_level_and_its_source_is_not(drawn: Drawn, tmp_path: Path) -> None:
+def test_the_teacher_is_a_level_and_its_source_is_not(tmp_path: Path) -> None:
     arms = {"baseline": [0.9], "teacher": [0.97], "source": [0.1]}
-    by_task, by_all = drawn(figures.draw_accuracy, comparison_of(tmp_path, arms)).axes
-    for axes in (by_task, by_all):
-        assert [x.get_label() for x in axes.lines] == ["baseline, stage 2's steps", "teacher"]
-        assert list(line(axes, "teacher").get_ydata()) == [97, 97]
-    assert by_task.get_ylim() == (pytest.approx(90 - 2 * 7 - 5), pytest.approx(99))
+    for axes in draw_curves(results_of(tmp_path, arms)).axes[:2]:
+        assert len(axes.lines) == 2
+        assert list(line(axes, "teacher").get_ydata()) == [0.97, 0.97]
+        assert axes.get_ylim() == (pytest.approx(0.9 - 2 * 0.07 - 0.05), pytest.approx(0.99))
 
 
-def test_losses_are_those_of_the_stages_that_have_them(
-    drawn: Drawn, two_stages: Comparison
-) -> None:
-    task, fsp = drawn(figures.draw_losses, two_stages).axes
-    assert list(line(fsp, "FSP in two stages").get_ydata()) == [8, 2]
-    np.testing.assert_allclose(line(task, "FSP in two stages").get_ydata(), [0.5, 0.3])
-
-
-@pytest.mark.parametrize(("last", "scale"), [(0.9, "linear"), (0.2, "log")])
-def test_losses_are_logarithmic_where_they_span_something(
-    drawn: Drawn, tmp_path: Path, last: float, scale: str
-) -> None:
-    keep(run_of("two-stage", phases=[fsp_phase(1.0, last), task_phase(0.0, 0.5)]), tmp_path)
-    _, fsp = drawn(figures.draw_losses, gather([tmp_path])).axes
-    assert fsp.get_yscale() == scale
-
-
-def test_that_no_run_has_an_fsp_loss_is_written(drawn: Drawn, tmp_path: Path) -> None:
-    _, fsp = drawn(figures.draw_losses, comparison_of(tmp_path, {"kd": [0.9]})).axes
-    assert [said.get_text() for said in fsp.texts] == ["no run has an FSP loss"]
-
-
-@pytest.mark.parametrize("draw", [figures.draw_accuracy, figures.draw_losses])
-def test_the_split_is_named(drawn: Drawn, tmp_path: Path, draw: Draw) -> None:
+def test_the_splits_are_named(tmp_path: Path) -> None:
     keep(run_of(), tmp_path / "a")
     keep(run_of(recipe=recipe(evaluation={"split": "validation"})), tmp_path / "b")
-    axes = drawn(draw, gather([tmp_path])).axes[0]
-    assert "test and validation" in axes.get_ylabel() + axes.get_title()
+    figure = draw_curves(gather([tmp_path]))
+    assert all("test / validation" in axes.get_title() for axes in figure.axes)
 
 
-def test_one_legend_names_each_line_once(drawn: Drawn, tmp_path: Path) -> None:
-    found = comparison_of(tmp_path, {"baseline": [0.9], "two-stage": [0.9], "teacher": [0.9]})
-    figure = drawn(figures.draw_accuracy, found)
+def test_one_legend_names_each_group_once_whatever_its_study_is_called(tmp_path: Path) -> None:
+    for study in ("_a", r"$\frac$"):
+        results_of(tmp_path / study, {"baseline": [0.9], "teacher": [0.9]})
+    figure = draw_curves(gather([tmp_path / "_a", tmp_path / r"$\frac$"]))
+    figure.canvas.draw()
     [legend] = figure.legends
-    assert [said.get_text() for said in legend.get_texts()] == [
-        "baseline, stage 2's steps",
-        "FSP in two stages",
-        "teacher",
+    assert [text.get_text().strip() for text in legend.get_texts()] == [
+        "_a: teacher",
+        "_a: baseline, stage 2's steps",
+        r"\$\frac\$: teacher",
+        r"\$\frac\$: baseline, stage 2's steps",
     ]
-    assert all(axes.get_legend() is None for axes in figure.axes)
 
 
 def test_a_long_legend_takes_no_room_from_the_axes(tmp_path: Path) -> None:
-    for study in "abcdefgh":
-        comparison_of(tmp_path / study, {"two-stage-kd": [0.9], "one-stage-kd": [0.9]})
-    figures.draw_accuracy(gather([tmp_path / "a"]), tmp_path / "few.png")
-    figures.draw_accuracy(gather([tmp_path]), tmp_path / "many.png")
-    few, many = (imread(tmp_path / f"{name}.png").shape for name in ("few", "many"))
-    assert many[1] == few[1]
-    assert many[0] - few[0] == pytest.approx(7 * 0.2 * 130, abs=2)  # rows, inches, pixels an inch
+    heights = []
+    for studies in ("a", "bcdefgh"):
+        for study in studies:
+            arms = {"two-stage-kd": [0.9], "one-stage-kd": [0.9]}
+            results_of(tmp_path / studies / study, arms)
+        figure = draw_curves(gather([tmp_path / studies]))
+        figure.canvas.draw()
+        heights.append(figure.axes[0].get_window_extent().height)
+    assert heights[1] >= heights[0]
 
 
-def test_groups_of_several_studies_look_different(drawn: Drawn, tmp_path: Path) -> None:
+def test_an_arm_has_one_colour_and_a_study_its_own_dashes(tmp_path: Path) -> None:
     for study in "abcdef":
-        comparison_of(tmp_path / study, {"baseline": [0.9], "two-stage": [0.9], "teacher": [0.9]})
-    by_task, _ = drawn(figures.draw_accuracy, gather([tmp_path])).axes
-    colours = [to_hex(line.get_color()) for line in by_task.lines]
-    assert len(set(colours)) == len(colours) == 18
-    students = [line for line in by_task.lines if "teacher" not in str(line.get_label())]
-    assert [line.get_linestyle() for line in students[:8:2]] == ["-", "--", "-.", ":"]
+        results_of(tmp_path / study, {"baseline": [0.9], "two-stage": [0.9], "teacher": [0.9]})
+    lines = draw_curves(gather([tmp_path])).axes[0].lines
+    styles = {(to_hex(one.get_color()), str(one._dash_pattern)) for one in lines}
+    assert len(styles) == len(lines) == 18
+    assert len({to_hex(one.get_color()) for one in lines}) == 3
 
 
-def test_an_arm_of_one_study_has_its_colour_whatever_else_there_is(
-    drawn: Drawn, tmp_path: Path
-) -> None:
-    alone = comparison_of(tmp_path / "a", {"two-stage": [0.9]})
-    beside = comparison_of(tmp_path / "b", {"two-stage": [0.9], "baseline": [0.9]})
-    colours = {
-        line(drawn(figures.draw_accuracy, found).axes[0], "FSP in two stages").get_color()
-        for found in (alone, beside)
-    }
-    assert len(colours) == 1
-
-
-@pytest.fixture
-def with_matrices(tmp_path: Path) -> Comparison:
+def test_matrices_are_teacher_before_after_and_the_difference_that_is_left(tmp_path: Path) -> None:
     folder = keep(run_of("two-stage"), tmp_path)
     keep_matrices(folder, teacher=3.0, before=-1.0, after=1.0)
-    return gather([tmp_path])
-
-
-def test_matrices_are_teacher_before_after_and_what_is_left(
-    drawn: Drawn, with_matrices: Comparison
-) -> None:
-    panels = drawn(figures.draw_matrices, with_matrices).axes[:4]
+    matrices = gather([tmp_path]).groups[0].matrices
+    assert matrices is not None
+    panels = draw_matrices(matrices).axes[:4]
     shown = [axes.images[0].get_array() for axes in panels]
     assert [float(matrix[0, 0]) for matrix in shown] == [3, -1, 1, -2]
     assert all(matrix.shape == (2, 3) for matrix in shown)
     assert all(axes.images[0].get_clim() == (-3, 3) for axes in panels)
-
-
-def test_matrices_are_named_by_the_students_layers(drawn: Drawn, with_matrices: Comparison) -> None:
-    panel = drawn(figures.draw_matrices, with_matrices).axes[0]
-    assert panel.get_ylabel() == "one\nto two\n(2 x 3)"
+    assert panels[0].get_ylabel() == "one\nto two\n(2 x 3)"
