@@ -157,7 +157,7 @@ class Pair(Settings):
     weight: NotNegative = 1.0  # of the pair's loss
     # As in fsp_kernels.fsp_loss: 1 for maps (B, C, *spatial), -1 for (B, *spatial, C). Maps of
     # three axes, such as a transformer's (B, T, C), need it.
-    channel_dim: Literal[1, -1] | None = None
+    channel_dim: Annotated[int, Field(ge=-1, le=1)] | None = None
 
 
 # The tags make an error speak of one member of the union only.
