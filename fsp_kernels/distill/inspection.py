@@ -59,20 +59,19 @@ def print_inspection(
     tables = [_module_table(model, image, role) for role, model in networks.items()]
     both = student, student if teacher is None else teacher
     found: dict[str, tuple[Pair, ...]] = {}
-    hint = ""
+    hints = []
     for source in _SOURCES:
         try:
             found[source] = resolve_pairs(source, *both, image)
         except DistillError as error:
-            hint = hint or str(error)
+            hints.append(str(error))
     if found:
         console.print(_pair_table(found, *both, image))
+    text = hints[0] if hints else ""
     if "auto" in found:
         console.print("For a recipe, the pairs of auto:\n", highlight=False)
-        recipe = pairs_yaml(found["auto"])
-        console.print(recipe, markup=False, highlight=False, soft_wrap=True)
-    else:
-        console.print(hint, markup=False, highlight=False)
+        text = pairs_yaml(found["auto"])
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
     if modules:
         console.print(*tables)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -25,6 +24,7 @@ Lines = dict[str, int]
 _LARGEST_FILE = 1 << 20  # bytes
 _MOST_VALUES = 10_000  # an alias counts as all the values that it stands for
 _DEEPEST = 30  # sections and lists inside one another
+_TOO_LARGE = f"more than {_MOST_VALUES:,} values or {_DEEPEST} levels"
 _ERRORS_SHOWN = 10
 
 # ``must be ...`` for the errors of pydantic that speak of Python's types or of a pattern.
@@ -99,7 +99,7 @@ def parse_yaml(text: str, source: str) -> tuple[Any, Lines]:
         node = loader.get_single_node()
         if node is None:
             return None, {}
-        lines = _check(node)
+        lines = _lines_of(node)
         return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -107,7 +107,7 @@ def parse_yaml(text: str, source: str) -> tuple[Any, Lines]:
     except yaml.reader.ReaderError as error:
         line, problem = text.count("\n", 0, error.position), error.reason
     except RecursionError:
-        line, problem = loader.line if loader else 0, f"more than {_DEEPEST} levels deep"
+        line, problem = loader.line if loader else 0, _TOO_LARGE
     raise DistillError(f"{source}, line {line + 1}: not readable as YAML: {problem}")
 
 
@@ -174,10 +174,6 @@ class _Loader(yaml.SafeLoader):
         for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
         if not str(tag).endswith((":timestamp", ":set", ":binary", ":omap", ":pairs"))
     }
-    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {
-        first: [rule for rule in rules if not rule[0].endswith(":timestamp")]
-        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -187,6 +183,10 @@ class _Loader(yaml.SafeLoader):
             raise _error(f"{_describe(node.value)} is no {kind}: {error}", node) from None
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [rule for rule in rules if not rule[0].endswith(":timestamp")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 # 1e-4 is a number, as in YAML 1.2.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -199,17 +199,19 @@ def _error(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
-def _check(root: yaml.Node) -> Lines:
+def _lines_of(root: yaml.Node) -> Lines:
     """The line of each key. Refuses what is too large, with each alias spelled out."""
-    found = list(islice(_walk(root, "", 1), _MOST_VALUES))
-    nodes = dict(found)
-    if len(found) == _MOST_VALUES:
-        top = nodes[found[-1][0].partition(".")[0]]
-        raise _error(f"{_MOST_VALUES:,} values or more, counting what aliases stand for", top)
-    return {key: node.start_mark.line + 1 for key, node in found}
+    lines: Lines = {}
+    for count, (key, node) in enumerate(_walk(root, "")):
+        if "." not in key:
+            top = node
+        if count == _MOST_VALUES or key.count(".") == _DEEPEST:
+            raise _error(f"{_TOO_LARGE}, counting what aliases stand for", top)
+        lines[key] = node.start_mark.line + 1
+    return lines
 
 
-def _walk(node: yaml.Node, dotted: str, depth: int) -> Iterator[tuple[str, yaml.Node]]:
+def _walk(node: yaml.Node, parent: str) -> Iterator[tuple[str, yaml.Node]]:
     """Every key in ``node`` and below, dotted, with the node that marks its place."""
     children: list[tuple[str, yaml.Node, yaml.Node]] = []
     if isinstance(node, yaml.SequenceNode):
@@ -222,11 +224,9 @@ def _walk(node: yaml.Node, dotted: str, depth: int) -> Iterator[tuple[str, yaml.
                 raise _error(f"{key.value}: given twice", key)  # PyYAML would keep the last
             children.append((key.value, key, value))
     for name, place, value in children:
-        if depth > _DEEPEST:
-            raise _error(f"more than {_DEEPEST} levels deep, with what aliases stand for", place)
-        key = f"{dotted}.{name}" if dotted else name
-        yield key, place
-        yield from _walk(value, key, depth + 1)
+        dotted = f"{parent}.{name}" if parent else name
+        yield dotted, place
+        yield from _walk(value, dotted)
 
 
 def _explain(details: ErrorDetails) -> tuple[str, str]:
