@@ -397,10 +397,9 @@ class Study:
         both = self.pairs, self.shapes
         check_steps(student, [*stages.values()], images, "student", config.fsp, *both, teacher)
         sizes = [_bytes_of(student.state_dict()), _bytes_of(teacher.state_dict())]
-        # A checkpoint holds the weights and up to two numbers of the optimiser for each.
-        return (
-            len(self.students) * sizes[0] + 2 * sizes[1] + 3 * 3 * max(sizes)
-        )  # two checkpoints, and the next one while it is written
+        # A checkpoint holds the weights and up to two numbers of the optimiser for each. There are
+        # two, and a third while it is written.
+        return len(self.students) * sizes[0] + 2 * sizes[1] + 3 * 3 * max(sizes)
 
     def _check_sets(self) -> None:
         """Each training pool fills a batch, each batch its passes and processes; and there are
