@@ -25,6 +25,7 @@ _LARGEST_FILE = 1 << 20  # bytes
 _MOST_VALUES = 10_000  # an alias counts as all the values that it stands for
 _DEEPEST = 30  # sections and lists inside one another
 _TOO_LARGE = f"more than {_MOST_VALUES:,} values or {_DEEPEST} levels"
+_LONGEST_KEY = 200  # characters
 _ERRORS_SHOWN = 10
 
 # ``must be ...`` for the errors of pydantic that speak of Python's types or of a pattern.
@@ -76,7 +77,10 @@ def read(kind: type[M], tree: object, place: Callable[[str], str] = lambda _: ""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        found = map(_explain, error.errors(include_url=False)[:_ERRORS_SHOWN])
+        # A list whose items are all wrong is not too short; pydantic counts the valid ones only.
+        errors = error.errors(include_url=False)
+        errors = [x for x in errors if not (x["type"] == "too_short" and x["input"])]
+        found = map(_explain, errors[:_ERRORS_SHOWN])
         lines = (f"{place(key)}{key}{': ' if key else ''}{problem}" for key, problem in found)
         raise DistillError("\n".join(lines)) from None
 
@@ -218,8 +222,8 @@ def _walk(node: yaml.Node, parent: str) -> Iterator[tuple[str, yaml.Node]]:
         children = [(str(index), value, value) for index, value in enumerate(node.value)]
     elif isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise _error("a key must be text, this is a list or a section", key)
+            if not isinstance(key, yaml.ScalarNode) or len(key.value) > _LONGEST_KEY:
+                raise _error(f"a key must be text of at most {_LONGEST_KEY} characters", key)
             if any(key.value == name for name, _, _ in children):
                 raise _error(f"{key.value}: given twice", key)  # PyYAML would keep the last
             children.append((key.value, key, value))

@@ -76,6 +76,7 @@ def test_floats_may_be_written_as_people_write_them(text: str, value: float) -> 
         ("name", "a/b", "is 'a/b', must be a folder name"),
         ("seeds", 3, "is 3, must be a list"),
         ("seeds", [], r"is \[\], must have at least 1 item"),
+        ("seeds", [-1], "is -1, must be greater than or equal to 0"),
         ("seeds", [0, -1], "is -1, must be greater than or equal to 0"),
         ("seeds", [0, "x"], "is 'x', must be a whole number"),
         ("seeds", [1, 1], r"is \[1, 1\], must not hold one twice"),
@@ -119,6 +120,7 @@ def test_each_error_names_the_key_what_it_was_and_what_it_must_be(
     tree |= {section: tree[section] | {name: value}} if section else {name: value}
     with pytest.raises(DistillError, match=rf"^{key}[\w.]*: {problem}") as caught:
         read(Config, tree)
+    assert len(str(caught.value).splitlines()) == 1
     assert len(str(caught.value)) < 300
 
 
@@ -176,8 +178,9 @@ LADDER = "a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1
     ("text", "line", "problem"),
     [
         ("steps: 1\nsteps: 2\n", 2, "steps: given twice"),
-        ("a: 1\n? [x, y]\n: 2\n", 2, "a key must be text, this is a list or a section"),
-        ("a: 1\n? {x: y}\n: 2\n", 2, "a key must be text, this is a list or a section"),
+        ("a: 1\n? [x, y]\n: 2\n", 2, "a key must be text of at most 200 characters"),
+        ("a: 1\n? {x: y}\n: 2\n", 2, "a key must be text of at most 200 characters"),
+        ("k" * 201 + ": 1\n", 1, "a key must be text of at most 200 characters"),
         ("a: 1\nb: !!int foo\n", 2, "'foo' is no int"),
         ("b: !!bool foo\n", 1, "'foo' is no bool"),
         ("a: !!timestamp 2024-13-45\n", 1, "could not determine a constructor for the tag"),
