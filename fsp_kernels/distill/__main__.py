@@ -1,4 +1,4 @@
-"""``python -m fsp_kernels.distill``: ``fsp-distill`` for launchers that want a module."""
+"""``python -m fsp_kernels.distill`` is ``fsp-distill``, for launchers that need a module."""
 
 from fsp_kernels.distill.cli import main
 

@@ -1,8 +1,8 @@
-"""Which settings of a run may change between two of its processes, and which would change it."""
+"""Which settings of a run may change when it is resumed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,22 @@ from fsp_kernels.distill.settings import is_within, read, to_tree
 
 Tree = Mapping[str, Any]
 
-# Where the images are, how fast it goes, and what is looked at on the way: not what is learnt.
+# These change where the images are, how fast training is and what is measured, not what is learnt.
 _FREE = (
-    *(
-        f"{data}.{key}"
-        for data in ("data", "source.data")
-        for key in ("root", "download", "corrupt", "workers")
-    ),
+    *(f"data.{key}" for key in ("root", "download", "corrupt", "workers")),
+    *(f"source.data.{key}" for key in ("root", "download", "corrupt", "workers")),
     "evaluation.every",
     "evaluation.targets",
     "execution.threads",
 )
-# What a stage's end and rates come from. They are free where the steps taken had the same rates.
+# A stage's end and rates depend on these. They may change if the steps taken had the same rates.
 _FREE_OF_A_STAGE = ("steps", "stop", "learning_rate", "schedule", "milestones", "decay", "warmup")
 
 
 def settings_of(stages: Sequence[Stage]) -> dict[str, Any]:
-    """The part of a run's settings that its stages make: by the recipe's section of each.
+    """The settings of stages, by the section of the recipe that each is trained by.
 
-    Epochs are worked out: they are ``steps``, of all that the stage takes.
+    ``steps`` is the number of steps of the stage, also where the recipe gives epochs.
     """
     tree: dict[str, Any] = {}
     for stage in stages:
@@ -47,9 +44,14 @@ def settings_of(stages: Sequence[Stage]) -> dict[str, Any]:
     return tree
 
 
-def differing(before: Tree, now: Tree) -> list[str]:
-    """The dotted keys whose values are not the same in both trees."""
-    return sorted(_differing(before, now, ""))
+def differing(before: Any, now: Any, key: str = "") -> list[str]:
+    """The dotted keys, below ``key``, of the values that differ between two trees."""
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        return [] if before == now else [key]
+    found = []
+    for name in sorted(before.keys() | now.keys()):
+        found += differing(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+    return found
 
 
 def check_changes(
@@ -60,25 +62,19 @@ def check_changes(
     done: int | None = None,
     step: int = 0,
 ) -> None:
-    """What a run has learnt so far, it would have learnt under its new settings, too.
+    """Check that a run would be at the same weights if it had been trained under ``now``.
 
-    Args:
-        place: where it is, for messages.
-        before: the settings that it was trained under so far.
-        now: those that it is to go on under.
-        stages: its stages now.
-        done: how many of them are finished; ``None`` for all.
-        step: the steps that the next one has taken.
+    ``stages`` are those of ``now``, of which ``done`` are finished (``None``: all); the next one
+    has taken ``step`` steps. ``place`` names the run in the message.
 
     Raises:
         DistillError: it would not; the message names the keys.
     """
     done = len(stages) if done is None else done
     begun = stages[: done + (step > 0)]
-    free = set(_FREE)
+    free = {*_FREE, *(stage.section for stage in stages[len(begun) :])}
     if any(stage.training.stop for stage in begun):
-        free.discard("evaluation.every")  # a stopping rule counts evaluations
-    free |= {stage.section for stage in stages[len(begun) :]}
+        free.remove("evaluation.every")  # a stopping rule counts evaluations
     if not any(stage.kd for stage in begun):
         free.add("kd")
     if step and _same_rates(before, stages[done], step):
@@ -92,21 +88,12 @@ def check_changes(
 
 
 def _same_rates(before: Tree, stage: Stage, step: int) -> bool:
-    """All steps so far had the learning rates that they would have now, and there are as many."""
+    """Whether the first ``step`` steps of a stage had the learning rates of ``stage``."""
     section = before.get(stage.section)
-    if section is None:
+    if section is None or step > stage.steps:
         return False
     earlier = read(Training, {key: section[key] for key in Training.model_fields})
-    return step <= stage.steps and all(
+    return all(
         rate(earlier, section["steps"], t) == rate(stage.training, stage.steps, t)
         for t in range(step)
     )
-
-
-def _differing(before: Any, now: Any, dotted: str) -> Iterator[str]:
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        for key in before.keys() | now.keys():
-            where = f"{dotted}.{key}" if dotted else key
-            yield from _differing(before.get(key), now.get(key), where)
-    elif before != now:
-        yield dotted

@@ -97,7 +97,7 @@ class Series:
         keep: how many. With two, a damaged newest one leaves another to go on from.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self._keep = folder, keep
 
     def paths(self) -> list[Path]:

@@ -1,4 +1,4 @@
-"""``fsp-distill``: the entry point, able to say what is missing without the extra ``train``."""
+"""The entry point of ``fsp-distill``; it works without the extra ``train``, to say so."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fsp_kernels._machine import prepare_terminal
 
 
 def main() -> None:
-    """Run the command line; exit code 2 when the extra ``train`` is not installed."""
+    """Run the command line. Without the extra ``train`` the exit code is 2."""
     prepare_terminal()
     try:
         from fsp_kernels.distill.commands import app

@@ -1,4 +1,4 @@
-"""The commands of ``fsp-distill``; ``cli.py`` starts them."""
+"""The commands of ``fsp-distill``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from rich.markup import escape
 
 from fsp_kernels.distill import export as exporting
 from fsp_kernels.distill import inspection, records
-from fsp_kernels.distill.arms import ARMS
-from fsp_kernels.distill.config import Config, Network, load_config
-from fsp_kernels.distill.errors import DistillError, did_you_mean
+from fsp_kernels.distill.config import ArmName, Config, Network, load_config
+from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.interruption import InterruptedRunError, Interruption
 from fsp_kernels.distill.models import build_model
 from fsp_kernels.distill.monitor import Monitor
@@ -35,7 +34,7 @@ app = typer.Typer(
 
         fsp-distill study recipe.yaml stage1.steps=200 execution.precision=bf16
 
-    On several GPUs or machines, start the same under a launcher:
+    On several GPUs or machines, start the same command with a launcher:
 
         torchrun --nproc-per-node 4 -m fsp_kernels.distill train recipe.yaml
     """,
@@ -56,38 +55,31 @@ Output = Annotated[
         "--output",
         "-o",
         metavar="FOLDER",
-        help="The run folder; runs/NAME of the recipe by default. Results of an earlier run in it "
-        "are replaced; a folder that holds anything else is refused.",
+        help="The run folder, by default runs/NAME with the recipe's name. Results of an earlier "
+        "run in it are replaced; a folder that holds anything else is refused.",
     ),
 ]
 Resume = Annotated[
     bool | None,
     typer.Option(
         "--resume/--restart",
-        help="Go on where an earlier process stopped, keeping what it finished; or begin again. "
-        "With neither, an unfinished run is an error.",
+        help="Resume an unfinished run, or begin again. With neither, an unfinished run is an "
+        "error.",
         show_default=False,
     ),
 ]
-
-
-def _known_arm(name: str) -> str:
-    if name not in ARMS:
-        hint = did_you_mean(name, ARMS) or f"; there are {', '.join(ARMS)}"
-        raise typer.BadParameter(f"no arm is called {name!r}{hint}")
-    return name
 
 
 @app.command()
 def study(
     recipe: Recipe, overrides: Overrides = None, output: Output = None, resume: Resume = None
 ) -> None:
-    """Train the teacher (or reuse it), then the student in each of the recipe's arms and seeds.
+    """Train the teacher (or reuse it), then a student for each of the recipe's arms and seeds.
 
     Writes report.md and report.html, figures, metrics.json, runs.csv, curves.csv, weights and
-    TensorBoard's event files.
+    event files for TensorBoard.
     """
-    with _study(recipe, overrides, output, resume) as opened:
+    with _open_study(recipe, overrides, output, resume) as opened:
         opened.all()
         if opened.trainer.accelerator.is_main_process:
             _report([opened.folder], opened.folder, opened.monitor)
@@ -98,7 +90,7 @@ def teacher(
     recipe: Recipe, overrides: Overrides = None, output: Output = None, resume: Resume = None
 ) -> None:
     """Train the teacher and keep its weights in the run folder."""
-    with _study(recipe, overrides, output, resume, lambda _: []) as opened:
+    with _open_study(recipe, overrides, output, resume, lambda _: []) as opened:
         _ = opened.teacher
         opened.monitor.say(f"weights: {opened.folder / 'teacher' / records.MODEL}")
 
@@ -107,24 +99,22 @@ def teacher(
 def train(
     recipe: Recipe,
     overrides: Overrides = None,
-    arm: Annotated[
-        str, typer.Option(help=f"How to train it: {', '.join(ARMS)}.", callback=_known_arm)
-    ] = "two-stage",
+    arm: Annotated[ArmName, typer.Option(help="How to train it.")] = "two-stage",
     seed: Annotated[
         int | None, typer.Option(min=0, help="The seed; the recipe's first by default.")
     ] = None,
     output: Output = None,
     resume: Resume = None,
 ) -> None:
-    """Train one student (its teacher first, if need be) and report on it."""
+    """Train one student (first its teacher, if there is none yet) and report on it."""
 
-    def chosen(config: Config) -> list[tuple[str, int]]:
+    def student(config: Config) -> list[tuple[str, int]]:
         return [(arm, config.seeds[0] if seed is None else seed)]
 
-    with _study(recipe, overrides, output, resume, chosen) as opened:
-        [(arm, number)] = opened.students
-        opened.student(arm, number)
-        folder = opened.folder_of(arm, number)
+    with _open_study(recipe, overrides, output, resume, student) as opened:
+        [chosen] = opened.students
+        opened.student(*chosen)
+        folder = opened.folder_of(*chosen)
         if opened.trainer.accelerator.is_main_process:
             _report([folder], folder, opened.monitor)
             opened.monitor.say(f"weights: {folder / records.MODEL}")
@@ -140,7 +130,7 @@ def compare(
     ] = _RUNS / "comparison",
 ) -> None:
     """Write one report of all finished runs in the given folders."""
-    with _errors():
+    with _exit_codes():
         _report(runs, output, Monitor(Console()))
 
 
@@ -165,19 +155,19 @@ def inspect(
         bool, typer.Option("--modules", help="Also print every module's path and output.")
     ] = False,
 ) -> None:
-    """Print a model's pairs for FSP matrices, and its modules with the shapes of their outputs."""
-    with _errors():
-        shape = inspection.parse_input_shape(input)
-        names = {"student": model} | ({"teacher": teacher} if teacher else {})
+    """Print the pairs of feature maps that a model offers, and its modules with their outputs."""
+    with _exit_codes():
+        image = inspection.blank_image(input)
         networks = {
             role: build_model(
-                Network(model=name), in_channels=shape[0], classes=classes, where=role
+                Network(model=name), in_channels=image.shape[1], classes=classes, where=role
             )
-            for role, name in names.items()
+            for role, name in (("student", model), ("teacher", teacher))
+            if name
         }
-        # A pipe has no width: rows stay whole, to be searched.
+        # A pipe has no width, and its rows should stay whole, so that they can be searched.
         console = Console() if Console().is_terminal else Console(width=160)
-        inspection.print_inspection(console, shape, **networks, modules=modules)
+        inspection.print_inspection(console, image, **networks, modules=modules)
 
 
 @app.command()
@@ -188,8 +178,8 @@ def export(
         typer.Option("--output", "-o", metavar="FOLDER", help="RUN/export by default."),
     ] = None,
 ) -> None:
-    """Write a run's student as safetensors and as a torch.export program, checked against it."""
-    with _errors():
+    """Write a run's network as safetensors and as a torch.export program, which is checked."""
+    with _exit_codes():
         for path in exporting.export_run(run, output or run / "export"):
             print(path)
 
@@ -202,21 +192,20 @@ def _report(folders: list[Path], output: Path, monitor: Monitor) -> None:
 
 
 @contextmanager
-def _study(
+def _open_study(
     recipe: Path,
     overrides: list[str] | None,
     output: Path | None,
     resume: bool | None,
     students: Callable[[Config], list[tuple[str, int]]] | None = None,
 ) -> Iterator[Study]:
-    """The recipe's study with its bars running, to train all its ``students`` or those."""
-    first = os.environ.get("RANK", "0") == "0"
-    with _errors(), Interruption() as interruption:
+    """The recipe's study, with progress bars; ``students`` chooses what to train of it."""
+    with _exit_codes(), Interruption() as interruption:
         config = load_config(recipe, overrides or [])
         folder = output or _RUNS / config.name
-        # Of several processes one speaks.
+        first = os.environ.get("RANK", "0") == "0"  # only this process prints
         monitor = Monitor(Console(quiet=not first), folder / "tensorboard" if first else None)
-        chosen = None if students is None else students(config)
+        chosen = students(config) if students else None
         opened = Study(config, folder, monitor, interruption, resume, chosen)
         with monitor:
             yield opened
@@ -225,8 +214,8 @@ def _study(
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
-    """A ``DistillError`` ends with exit code 2, a signal with the shell's code for it."""
+def _exit_codes() -> Iterator[None]:
+    """Print an error and exit with code 2, or with the shell's code for a signal."""
     try:
         yield
     except DistillError as error:

@@ -1,33 +1,31 @@
-"""What a recipe says: the schema of the YAML files in ``configs/`` and nothing else."""
+"""The schema of recipes, the YAML files in ``configs/``."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Strict, Tag, model_validator
 
 from fsp_kernels.distill.errors import did_you_mean
 from fsp_kernels.distill.settings import (
-    AS_TUPLE,
-    SettingError,
     Settings,
+    is_within,
     load_yaml,
-    must,
     override,
     read,
     to_tree,
+    wrong,
 )
 
 T = TypeVar("T")
 
-# No value is without an upper bound: what cannot be meant is told at once, not by what breaks.
-MOST_STEPS = 10**8  # of which the names of checkpoints have digits
-_LARGEST = 1e38  # about what single precision holds
+# Every value has an upper bound, so that a mistake is an error at once and not during training.
+MOST_STEPS = 10**8  # checkpoints are named by as many digits
+_LARGEST = 1e38  # about the largest number in single precision
 Count = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 Images = Annotated[int, Field(ge=10, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -37,11 +35,14 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Part = Annotated[float, Field(ge=0, lt=1)]
 FilePath = Annotated[str, Field(min_length=1, max_length=4096)]
 ModulePath = Annotated[str, Field(min_length=1, max_length=1000)]
-TwoPaths = Annotated[tuple[ModulePath, ModulePath], AS_TUPLE]
-Many = Annotated[tuple[T, ...], Field(min_length=1, max_length=1000), AS_TUPLE]
+# YAML has lists, which become tuples here.
+TwoPaths = Annotated[tuple[ModulePath, ModulePath], Strict(False)]
+Many = Annotated[tuple[T, ...], Strict(False), Field(min_length=1, max_length=1000)]
 
-# The keys of ``Data`` that not every data set has a use for, and who has.
-_SOME_HAVE = ("root", "download", "arguments", "corrupt")
+ArmName = Literal[
+    "baseline", "baseline-long", "two-stage", "one-stage", "kd", "two-stage-kd", "one-stage-kd"
+]
+# The data sets by name, and which of ``_SOME_USE`` each of them uses.
 _DATASETS: dict[str, tuple[str, ...]] = {
     "digits": (),
     "mnist5k": (),
@@ -50,162 +51,136 @@ _DATASETS: dict[str, tuple[str, ...]] = {
     "imagefolder": ("root", "corrupt"),
 }
 _CALLABLE = ("arguments", "corrupt")
-ArmName = Literal[
-    "baseline", "baseline-long", "two-stage", "one-stage", "kd", "two-stage-kd", "one-stage-kd"
-]
+_SOME_USE = ("root", "download", "arguments", "corrupt")
 
 
 class Data(Settings):
-    """Which images, and how many of the training pool the networks may see.
+    """The images, and how many of the training pool the networks may see."""
 
-    Attributes:
-        dataset: ``digits`` and ``mnist5k`` come with their packages; ``cifar10``, ``cifar100`` and
-            ``imagefolder`` are in ``root``; ``package.module:callable`` returns images of one's
-            own, see ``fsp_kernels.distill.data.own``.
-        root: of ``cifar10`` and ``cifar100`` the folder that torchvision keeps them in; of
-            ``imagefolder`` one with ``train/CLASS/*`` and ``val/CLASS/*``, as ImageNet is kept.
-        download: fetch ``cifar10`` or ``cifar100`` into ``root`` where it is not there.
-        arguments: handed to the callable.
-        corrupt: what becomes of images that cannot be read, of an ``imagefolder`` or a callable:
-            all are read before training, and any such is an error (``refuse``) or left out
-            (``skip``). ``unchecked`` leaves it to the step that draws one, for sets that are too
-            large to be read at each start.
-        image_size: height and width, pixels; ``None`` for the set's own (``imagefolder``: 224).
-        train_images: the student's, drawn from the teacher's; ``None`` for all of those.
-        teacher_images: drawn from the training pool; ``None`` for all of it.
-        validation_images: held out of the training pool; ``None`` for the set's own number.
-        augment: random crops and, where a mirrored image keeps its class, flips.
-        batch_size: images of one optimiser step, over all processes and accumulated passes.
-        workers: processes that load images, for each training process.
-    """
-
+    # digits and mnist5k come with their packages; cifar10, cifar100 and imagefolder are in root;
+    # package.module:callable returns your own images, see fsp_kernels.distill.data.own.
     dataset: Annotated[str, Field(max_length=1000)] = "digits"
+    # For cifar10 and cifar100 the folder where torchvision keeps them; for imagefolder a folder
+    # with train/CLASS/* and val/CLASS/*, as for ImageNet.
     root: FilePath | None = None
-    download: bool = False
-    arguments: dict[str, Any] = Field(default_factory=dict)
+    download: bool = False  # download cifar10 or cifar100 into root if it is not there
+    arguments: dict[str, Any] = Field(default_factory=dict)  # of the callable
+    # What to do with unreadable images of an imagefolder or a callable. All are read before
+    # training; an unreadable one is an error (refuse) or left out (skip). unchecked reads none
+    # before training, for large sets; an unreadable one is then an error in the step that needs it.
     corrupt: Literal["refuse", "skip", "unchecked"] = "refuse"
+    # Height and width in pixels; null for the set's own (imagefolder: 224).
     image_size: Annotated[int, Field(ge=4, le=4096)] | None = None
-    train_images: Images | None = None
-    teacher_images: Images | None = None
+    train_images: Images | None = None  # the student's, of the teacher's; null for all of those
+    teacher_images: Images | None = None  # of the training pool; null for all of it
+    # Held out of the training pool; null for the set's own number.
     validation_images: Annotated[int, Field(ge=0, le=10**9)] | None = None
-    augment: bool = True
-    # Batch normalisation needs two images.
+    augment: bool = True  # crop at random, and flip if a mirrored image keeps its class
+    # Images of one optimiser step, over all processes and accumulated passes; batch normalisation
+    # needs two.
     batch_size: Annotated[int, Field(ge=2, le=10**6)] = 32
-    workers: Annotated[int, Field(ge=0, le=256)] = 0
+    workers: Annotated[int, Field(ge=0, le=256)] = 0  # that load images, for each process
+
+    @model_validator(mode="after")
+    def _check_keys_of_data_set(self) -> Data:
+        name = self.dataset
+        used = _CALLABLE if ":" in name else _DATASETS.get(name)
+        if used is None:
+            known = f"{', '.join(_DATASETS)}, or package.module:callable"
+            near = did_you_mean(name, _DATASETS)
+            raise wrong("dataset", f"is {name!r}, must be {known}{near}")
+        for key in _SOME_USE:
+            default = type(self).model_fields[key].get_default(call_default_factory=True)
+            if key not in used and getattr(self, key) != default:
+                raise wrong(key, f"{name} does not use it")
+        if "root" in used and self.root is None:
+            raise wrong("root", f"missing; the folder of {name}")
+        return self
 
 
 class Network(Settings):
-    """A network by name; ``fsp_kernels.distill.models`` says which names there are.
+    """A network by name; the names are in ``fsp_kernels.distill.models``."""
 
-    Attributes:
-        model: ``cifar/resnet26``, ``cifar/wrn16-2``, ``torchvision/resnet18``, ``timm/resnet18``,
-            or ``package.module:callable``.
-        arguments: handed to its constructor.
-        weights: to start from: a file of a state dict, or one of a training script that holds it.
-        pretrained: start from the weights that torchvision or timm publish, downloaded.
-        logits: where they are, if the network gives a tuple, a mapping or an object: a path in that
-            output, as ``:output[0]`` or ``:output.logits``.
-    """
-
+    # cifar/resnet26, cifar/wrn16-2, torchvision/resnet18, timm/resnet18, or package.module:callable
     model: ModulePath
-    arguments: dict[str, Any] = Field(default_factory=dict)
-    weights: FilePath | None = None
-    pretrained: bool = False
+    arguments: dict[str, Any] = Field(default_factory=dict)  # of its constructor
+    weights: FilePath | None = None  # to start from: the file of a state dict or of a checkpoint
+    pretrained: bool = False  # start from the weights that torchvision or timm publish, downloaded
+    # The path of the logits in an output that is a tuple, a mapping or an object, such as
+    # :output[0] or :output.logits.
     logits: ModulePath | None = None
 
 
 class Stop(Settings):
-    """End a stage early: after ``patience`` evaluations without a loss lower by ``min_delta``.
+    """End a stage early by its own loss on the validation split."""
 
-    The loss is the stage's own, on the validation split.
-    """
-
-    patience: Count
-    min_delta: NotNegative = 0.0
+    patience: Count  # evaluations in a row without a lower loss
 
 
 class Training(Settings):
-    """One run of an optimiser.
+    """One run of an optimiser."""
 
-    Attributes:
-        steps: of the optimiser; or else ``epochs`` over the images.
-        optimizer: by ``torch.optim``; ``momentum`` and ``nesterov`` are of ``sgd``.
-        learning_rate: at the start, or at the end of the warm-up.
-        weight_decay: as the optimiser takes it.
-        schedule: ``multistep`` multiplies the rate by ``decay`` at each of ``milestones`` (shares
-            of the steps), ``cosine`` takes it to 0.
-        warmup: share of the steps in which the rate rises linearly from nearly 0.
-        clip: largest norm of the gradient.
-        stop: when to stop before ``steps``.
-    """
-
-    steps: Count | None = None
+    steps: Count | None = None  # give steps or epochs
     epochs: Count | None = None
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    learning_rate: Positive
-    momentum: Part = 0.9
-    nesterov: bool = False
+    learning_rate: Positive  # after the warm-up
+    momentum: Part = 0.9  # of sgd
     weight_decay: NotNegative = 1e-4
+    # multistep multiplies the rate by decay at each of milestones; cosine lowers it to 0.
     schedule: Literal["multistep", "cosine", "constant"] = "multistep"
-    milestones: Annotated[tuple[Share, ...], Field(max_length=1000), AS_TUPLE] = (0.5, 0.75)
+    # Shares of the steps.
+    milestones: Annotated[tuple[Share, ...], Strict(False), Field(max_length=1000)] = (0.5, 0.75)
     decay: Share = 0.1
-    warmup: Part = 0.0
-    clip: Positive | None = None
+    warmup: Part = 0.0  # the share of the steps in which the rate rises from nearly 0
+    clip: Positive | None = None  # the largest norm of the gradient
     stop: Stop | None = None
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Training:
+        if (self.steps is None) == (self.epochs is None):
+            raise wrong("", "must have steps or epochs, one of the two")
+        return self
 
 
 class Source(Settings):
-    """Another data set, which the teacher is trained on first (the paper's section 4.3)."""
+    """Another data set, on which the teacher is trained first (section 4.3 of the paper)."""
 
     data: Data
     training: Training
 
 
 class Pair(Settings):
-    """The two feature maps of one FSP matrix, by module path, in each network.
-
-    ``channel_dim`` is the axis of the maps' channels, as in ``fsp_kernels.fsp_loss``: 1 for
-    (B, C, *spatial), -1 for (B, *spatial, C); maps of three axes, as a transformer's (B, T, C),
-    need it.
-    """
+    """The two feature maps of one FSP matrix, by module path, in each network."""
 
     student: TwoPaths
     teacher: TwoPaths
-    weight: NotNegative = 1.0
-    channel_dim: Annotated[int, Field(ge=-1, le=1), must(bool, "1 or -1")] | None = None
+    weight: NotNegative = 1.0  # of the pair's loss
+    # As in fsp_kernels.fsp_loss: 1 for maps (B, C, *spatial), -1 for (B, *spatial, C). Maps of
+    # three axes, such as a transformer's (B, T, C), need it.
+    channel_dim: Annotated[int, Field(ge=-1, le=1)] | None = None
 
 
-def _kind_of_pairs(value: object) -> str | None:
-    """Which member of ``Pairs`` a value is to be, so that an error is about that one."""
-    if isinstance(value, (list, tuple)):
-        return "list"
-    return "name" if isinstance(value, str) else None
-
-
+# The tags make an error speak of one member of the union only.
 Pairs = Annotated[
-    Annotated[Literal["auto", "family"], Tag("name")] | Annotated[Many[Pair], Tag("list")],
+    Annotated[Literal["auto", "family"], Tag("[name]")] | Annotated[Many[Pair], Tag("[list]")],
     Discriminator(
-        _kind_of_pairs,
+        lambda value: {str: "[name]", list: "[list]", tuple: "[list]"}.get(type(value)),
         custom_error_type="pairs",
-        custom_error_message="'auto', 'family', or a list of pairs",
+        custom_error_message="Input should be 'auto', 'family' or a list of pairs",
     ),
 ]
 
 
 class Fsp(Settings):
-    """The FSP loss: ``pool`` and ``norm`` as in ``fsp_kernels.fsp_loss``.
-
-    Attributes:
-        projection: where channels differ, a learnt 1x1 convolution takes the student's maps to the
-            teacher's channels; it is trained with the student and not kept.
-        beta: the loss's weight beside the task's, where both are minimised together.
-        cache_teacher: keep the teacher's FSP matrices and logits on disk; needs ``augment: false``.
-    """
+    """The FSP loss; ``pool`` and ``norm`` are those of ``fsp_kernels.fsp_loss``."""
 
     pool: Literal["max", "avg"] = "max"
     norm: Literal["frobenius", "mse", "column"] = "frobenius"
+    # Where channels differ, learn a 1x1 convolution from the student's channels to the teacher's;
+    # it is trained with the student and not kept.
     projection: bool = False
-    beta: Positive = 1.0
+    beta: Positive = 1.0  # the weight beside the task loss, where both are minimised together
+    # Keep the teacher's FSP matrices and logits on disk; needs data.augment=false.
     cache_teacher: bool = False
 
 
@@ -217,55 +192,49 @@ class SoftTargets(Settings):
 
 
 class Execution(Settings):
-    """How the arithmetic is done.
+    """How the networks are computed."""
 
-    Attributes:
-        precision: of the forward passes, by autocast; ``fp16`` scales the loss and needs a GPU.
-        accumulation: passes whose gradients make one step, each over a part of its batch.
-        channels_last: the memory format of images and weights.
-        compile: ``torch.compile`` the networks.
-        sync_batch_norm: normalise by the statistics of all processes' images.
-        threads: of each process on the CPU; ``None`` leaves PyTorch's choice.
-    """
-
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of autocast; fp16 needs a GPU
+    # The passes whose gradients make one step, each over a part of its batch.
     accumulation: Annotated[int, Field(ge=1, le=10**6)] = 1
-    channels_last: bool = False
-    compile: bool = False
-    sync_batch_norm: bool = False
+    channels_last: bool = False  # the memory format of images and weights
+    compile: bool = False  # compile the networks with torch.compile
+    sync_batch_norm: bool = False  # normalise by all processes' images; needs GPUs
+    # Of each process on the CPU; null for PyTorch's choice.
     threads: Annotated[int, Field(ge=1, le=512)] | None = None
 
 
 class Evaluation(Settings):
-    """Which split is quoted, how often (steps), and which accuracies the step counts are about."""
+    """What is measured during training, and what the report quotes."""
 
-    split: Literal["validation", "test"] = "test"
-    every: Count = 10
-    targets: Many[Share] = (0.8, 0.9)
+    split: Literal["validation", "test"] = "test"  # the one that is quoted
+    every: Count = 10  # steps
+    targets: Many[Share] = (0.8, 0.9)  # accuracies; the report has the steps to reach each
 
 
 class Checkpoints(Settings):
-    """What a run can be resumed from: written each ``every`` steps, the last ``keep`` are kept."""
+    """What an interrupted run is resumed from."""
 
-    every: Count = 500
-    # Of a damaged one and the one before, the latter serves.
-    keep: Annotated[int, Field(ge=2, le=1000)] = 2
+    every: Count = 500  # steps
+
+
+def _check_unique(values: tuple[T, ...]) -> tuple[T, ...]:
+    if len(set(values)) < len(values):
+        raise wrong("", f"is {list(values)}, must not hold one twice")
+    return values
 
 
 class Config(Settings):
     """One whole recipe."""
 
-    name: Annotated[
-        str,
-        Field(max_length=100),
-        must(
-            re.compile(r"\w[\w.-]*").fullmatch,
-            "a folder name of letters, digits, '.', '_' and '-'",
-        ),
-    ]
-    seeds: Many[Seed] = (0,)
+    name: Annotated[str, Field(max_length=100, pattern=r"^\w[\w.-]*$")]
+    seeds: Annotated[Many[Seed], AfterValidator(_check_unique)] = (0,)
     teacher_seed: Seed = 1000
-    arms: Many[ArmName] = ("baseline", "baseline-long", "two-stage")
+    arms: Annotated[Many[ArmName], AfterValidator(_check_unique)] = (
+        "baseline",
+        "baseline-long",
+        "two-stage",
+    )
     data: Data
     source: Source | None = None
     teacher: Network
@@ -280,84 +249,47 @@ class Config(Settings):
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
 
+    @model_validator(mode="after")
+    def _check_sections_together(self) -> Config:
+        batch, accumulation = self.data.batch_size, self.execution.accumulation
+        if self.teacher_training is None:
+            if self.source is not None:
+                raise wrong("teacher_training", "missing; the source is trained on before it")
+            if not (self.teacher.weights or self.teacher.pretrained):
+                problem = "missing; without it, teacher.weights or teacher.pretrained is needed"
+                raise wrong("teacher_training", problem)
+        if self.fsp.cache_teacher and self.data.augment:
+            problem = "is true, must be false while data.augment is true: images differ each epoch"
+            raise wrong("fsp.cache_teacher", problem)
+        if batch % accumulation:
+            problem = f"is {batch}, must be a multiple of execution.accumulation ({accumulation})"
+            raise wrong("data.batch_size", problem)
+        return self
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a recipe and apply ``section.key=value`` overrides.
+    """Read a recipe from a YAML file and apply ``section.key=value`` overrides.
 
-    Args:
-        path: a YAML file; unless it sets ``name``, the recipe's name is its stem, with ``-`` for
-            what a name can't have.
-        overrides: applied in order, values read as YAML.
+    By default its ``name`` is the stem of the file, with ``-`` for characters that a name can't
+    have.
 
     Raises:
-        DistillError: the file, a key or a value is wrong; the message names it.
+        DistillError: the file, a key or a value is wrong; the message names file, line and key.
     """
     tree, lines = load_yaml(path)
     tree.setdefault("name", re.sub(r"[^\w.-]+", "-", path.stem).lstrip("-.") or "recipe")
     overridden = override(tree, overrides)
-    try:
-        config = read(Config, tree)
-        _check(config)
-    except SettingError as error:
-        raise error.in_file(path, lines, overridden) from None
-    return config
+
+    def place(key: str) -> str:
+        if is_within(key, overridden):
+            return ""
+        while key and key not in lines:  # the section that the key is missing in
+            key = key.rpartition(".")[0]
+        return f"{path}, line {lines[key]}: " if key else f"{path}: "
+
+    return read(Config, tree, place)
 
 
 def dump_config(config: Config) -> str:
     """The recipe with every default filled in, as YAML that ``load_config`` reads back."""
     return yaml.safe_dump(to_tree(config), sort_keys=False, default_flow_style=None)
-
-
-def _check(config: Config) -> None:
-    """What no single key can tell."""
-    for key in ("seeds", "arms"):
-        values = getattr(config, key)
-        if len(set(values)) < len(values):
-            raise SettingError((key, f"is {list(values)}, must not hold one twice"))
-    _check_data(config.data, "data")
-    trainings = {name: getattr(config, name) for name in ("stage1", "stage2", "teacher_training")}
-    if config.source is not None:
-        _check_data(config.source.data, "source.data")
-        trainings["source.training"] = config.source.training
-        if config.teacher_training is None:
-            raise SettingError(("teacher_training", "missing; the source is trained on before it"))
-    for name, training in trainings.items():
-        if training is not None and (training.steps is None) == (training.epochs is None):
-            raise SettingError((name, "must have steps or epochs, one of the two"))
-    if config.teacher_training is None and not (
-        config.teacher.weights or config.teacher.pretrained
-    ):
-        problem = "missing; a teacher needs it, or else teacher.weights or teacher.pretrained"
-        raise SettingError(("teacher_training", problem))
-    if config.fsp.cache_teacher and config.data.augment:
-        problem = (
-            "is true, must be false while data.augment is true: each epoch shows the teacher other "
-            "images"
-        )
-        raise SettingError(("fsp.cache_teacher", problem))
-    accumulation = config.execution.accumulation
-    if config.data.batch_size % accumulation:
-        problem = (
-            f"is {config.data.batch_size}, must be a multiple of execution.accumulation "
-            f"({accumulation})"
-        )
-        raise SettingError(("data.batch_size", problem))
-
-
-def _check_data(data: Data, where: str) -> None:
-    keys = _CALLABLE if ":" in data.dataset else _DATASETS.get(data.dataset)
-    if keys is None:
-        known = f"{', '.join(_DATASETS)}, or package.module:callable"
-        near = did_you_mean(data.dataset, _DATASETS)
-        raise SettingError((f"{where}.dataset", f"is {data.dataset!r}, must be {known}{near}"))
-    for key in _SOME_HAVE:
-        if key not in keys and getattr(data, key) != getattr(Data(), key):
-            raise SettingError((f"{where}.{key}", f"{data.dataset} has none"))
-    if "root" in keys and data.root is None:
-        raise SettingError((f"{where}.root", f"missing; the folder that {data.dataset} is in"))
-    counts = ("batch_size", "train_images", "teacher_images")
-    given = [(key, getattr(data, key)) for key in counts if getattr(data, key) is not None]
-    for (key, count), (limit_key, limit) in pairwise(given):
-        if count > limit:
-            problem = f"is {count}, must be at most {where}.{limit_key} ({limit})"
-            raise SettingError((f"{where}.{key}", problem))

@@ -1,4 +1,4 @@
-"""What would end a study after hours, found in seconds: networks run before any is trained."""
+"""Run networks before any is trained, to find in seconds what would end a study after hours."""
 
 from __future__ import annotations
 
@@ -22,28 +22,24 @@ from fsp_kernels.distill.stages import looking, run
 def check_logits(
     model: nn.Module, images: Tensor, classes: int, where: str, trained: bool = True
 ) -> None:
-    """The network gives logits: as it evaluates and, if it is to be trained, as it trains.
+    """Check that a network gives logits in evaluation mode and, if it is trained, in training mode.
 
-    They have to be finite, but not in evaluation mode before training: deep networks are not.
-
-    Args:
-        model: left as it was, with all random generators.
-        images: ``(B, C, H, W)``, two at least, on the network's device.
-        classes: number of logits.
-        where: the network's section of the recipe, for messages.
-        trained: whether it is to be trained.
+    The network and all random generators are left as they were. ``images`` are ``(B, C, H, W)``, at
+    least two, on its device; ``where`` is its section of the recipe. The logits of a network that
+    is going to be trained need not be finite in evaluation mode, since its running statistics are
+    not yet those of any images.
 
     Raises:
         DistillError: it gives something else, or raises an error.
     """
-    expected = len(images), classes
+    shape = len(images), classes
     with kept_generators():
         with looking(model):
-            _check_logits(run(model, images, where), expected, where, finite=not trained)
-        if trained and not _waits(model):
+            _check_output(run(model, images, where), shape, where, finite=not trained)
+        if trained and not _waits_for_processes(model):
             with by_batch_statistics(model):
                 output = run(model, images, where)
-            _check_logits(output, expected, where, "while it trains, ")
+            _check_output(output, shape, where, "while it trains, ")
 
 
 def check_steps(
@@ -56,25 +52,20 @@ def check_steps(
     shapes: Sequence[PairShapes] = (),
     teacher: nn.Module | None = None,
 ) -> None:
-    """Each stage's loss has a gradient for some weight.
+    """Check that the loss of each stage that trains a network has a gradient for some weight.
 
-    Args:
-        model: left as it was, with all random generators, but without gradients.
-        stages: that it is trained by.
-        images: ``(B, C, H, W)``, two at least, on the networks' device.
-        where: the network's section of the recipe, for messages.
-        fsp: how the FSP loss is taken.
-        pairs, shapes: as ``check_pairs`` takes and gives them, for stages with that loss.
-        teacher: left as it was, for stages that need one.
+    The networks and all random generators are left as they were, but without gradients. ``images``
+    and ``where`` are as for ``check_logits``. Stages with the FSP loss need ``pairs`` and
+    ``shapes``, as ``check_pairs`` takes and gives them, and the ``teacher``.
 
     Raises:
-        DistillError: not so, or the step raises an error.
+        DistillError: a loss has none, or the step raises an error.
     """
-    if _waits(model):
+    if _waits_for_processes(model):
         return
     labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
     with kept_generators():
-        targets = Targets() if teacher is None else _targets(teacher, pairs, images)
+        targets = _targets(teacher, pairs, images)
         for stage in stages:
             projection = Projection(shapes).to(images.device) if fsp.projection else None
             objective = Objective(model, stage, pairs, fsp, projection)
@@ -84,33 +75,33 @@ def check_steps(
                     if not loss.requires_grad:
                         raise ValueError("no weight that its loss depends on requires a gradient")
                     loss.backward()
-            except DistillError as error:  # of a tap, which knows the path
+            except DistillError as error:  # of a tap; it names the path
                 raise DistillError(f"pairs: while it trains, the {where}'s {error}") from error
             except Exception as error:
-                raise DistillError(
-                    f"{where}.model: cannot be trained by {stage.name}: {explain(error)}"
-                ) from error
+                problem = f"cannot be trained by {stage.name}: {explain(error)}"
+                raise DistillError(f"{where}.model: {problem}") from error
             finally:
                 objective.student.taps.detach()
                 objective.zero_grad()
 
 
-def _waits(model: nn.Module) -> bool:
-    """Whether its training mode waits for other processes, which may look later, and for a GPU."""
+def _waits_for_processes(model: nn.Module) -> bool:
+    """Whether training mode needs all processes, which may not run this check together."""
     synchronised = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
     return synchronised and dist.is_available() and dist.is_initialized()
 
 
-def _targets(teacher: nn.Module, pairs: Sequence[Pair], images: Tensor) -> Targets:
-    paths, dims = [pair.teacher for pair in pairs], [pair.channel_dim for pair in pairs]
-    tapped = Tapped(teacher, paths, dims)
+def _targets(teacher: nn.Module | None, pairs: Sequence[Pair], images: Tensor) -> Targets:
+    if teacher is None:
+        return Targets()
+    tapped = Tapped(teacher, [pair.teacher for pair in pairs], [x.channel_dim for x in pairs])
     with looking(teacher):
         logits, maps = tapped(images)
     tapped.taps.detach()
     return Targets(maps, logits)
 
 
-def _check_logits(
+def _check_output(
     output: object, shape: tuple[int, int], where: str, mode: str = "", finite: bool = True
 ) -> None:
     hint = ""
@@ -123,7 +114,7 @@ def _check_logits(
         fault = f"shape {tuple(output.shape)}"
     elif not output.is_floating_point():
         fault = f"{output.dtype}"
-    elif finite and not bool(output.isfinite().all()):
+    elif finite and not output.isfinite().all():
         fault = "numbers that are not finite"
     else:
         return

@@ -1,4 +1,4 @@
-"""What a run's numbers may depend on; nothing that names the machine or its user."""
+"""What a run's numbers may depend on, without names of the machine or its user."""
 
 from __future__ import annotations
 
@@ -13,15 +13,10 @@ _PACKAGES = ("fsp-kernels", "torch", "torchvision", "accelerate", "numpy")
 
 def describe_environment(device: torch.device) -> dict[str, str]:
     """Versions, platform and device, by name."""
+    name = f"{cpu_model()}, {cores()} cores" if device.type == "cpu" else device.type
     return {
         "python": platform.python_version(),
         **{package: installed(package) for package in _PACKAGES},
         "platform": f"{platform.system()} {platform.machine()}",
-        "device": _name(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
     }
-
-
-def _name(device: torch.device) -> str:
-    if device.type == "cpu":
-        return f"{cpu_model()}, {cores()} cores"
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

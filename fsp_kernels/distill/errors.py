@@ -1,4 +1,4 @@
-"""The one exception a person at the command line is meant to read."""
+"""Errors that a person at the command line reads."""
 
 from __future__ import annotations
 
@@ -9,32 +9,33 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# A user's file is in none of these: Python's own, installed packages, and this one.
+# Code in these folders is not the user's: Python, installed packages, and this package.
 _LIBRARIES = [
     *(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
     Path(__file__).parents[1],
 ]
-_PLAIN = (ValueError, TypeError, RuntimeError, ImportError, SyntaxError)  # these say what is wrong
+# The messages of these errors are clear without the name of the error.
+_PLAIN = (ValueError, TypeError, RuntimeError, ImportError, SyntaxError)
 _FRAMES = 3  # of a traceback in one message
 
 
 class DistillError(ValueError):
-    """Something the user gave cannot be used; the message says what, and what would do."""
+    """Something that the user gave cannot be used; the message says what, and what can."""
 
 
 class DamagedError(DistillError):
-    """A file of this program's own is damaged."""
+    """A file that this program wrote is damaged."""
 
 
 def did_you_mean(wrong: str, known: Iterable[str], limit: int = 1) -> str:
-    """``"; did you mean 'steps'?"`` where ``wrong`` is close to a known name, else ``""``."""
+    """``"; did you mean 'steps'?"`` if ``wrong`` is close to a known name, else ``""``."""
     close = difflib.get_close_matches(wrong, list(known), n=limit)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 @contextmanager
 def prefixed(where: str) -> Iterator[None]:
-    """What is wrong with a value inside becomes a ``DistillError`` that begins with ``where``."""
+    """Turn an error about a value into a ``DistillError`` that begins with ``where``."""
     try:
         yield
     except (ValueError, TypeError, IndexError) as error:
@@ -42,7 +43,7 @@ def prefixed(where: str) -> Iterator[None]:
 
 
 def explain(error: BaseException) -> str:
-    """What a user's code raised and, a line each, the last places in that code that led there."""
+    """The message of an error in a user's code, and the last lines of that code that led to it."""
     kind, text = type(error).__name__, str(error)
     if not (text and isinstance(error, _PLAIN)):
         text = f"{kind}: {text}" if text else kind

@@ -1,4 +1,4 @@
-"""A trained network for use elsewhere: weights, a program without code of ours, and a note."""
+"""Export a trained network: its weights, a program without code of this package, and a note."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fsp_kernels.distill import checkpoint, records
-from fsp_kernels.distill.config import Config, Data
+from fsp_kernels.distill.config import Config
 from fsp_kernels.distill.data import Splits, load_splits
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.models import build_model
@@ -22,80 +22,61 @@ _BATCH = 4
 
 
 def export_run(folder: Path, output: Path) -> list[Path]:
-    """Write the network of a finished run.
+    """Write the network of the finished run in ``folder`` to three files in ``output``.
 
-    Args:
-        folder: the run's.
-        output: gets ``model.safetensors``, its state dict; ``model.pt2``, a program of
-            ``torch.export`` that takes a batch of any size (``torch.export.load(...).module()``);
-            ``model.json``, what it takes and gives.
-
-    Returns:
-        The three paths.
+    ``model.safetensors`` is its state dict, ``model.pt2`` a program of ``torch.export`` for batches
+    of any size (``torch.export.load(...).module()``), ``model.json`` describes input and output.
 
     Raises:
         DistillError: there is no such run, its weights are damaged, its data are gone, the network
             can't be exported, or the exported program's logits are not the network's.
     """
     if folder.is_dir() and not records.is_finished(folder):
-        runs = [str(run) for run in records.find(folder)]
-        raise DistillError(f"{folder}: is no run, but holds some; choose one of {', '.join(runs)}")
-    run = records.read(folder)
-    stored = checkpoint.load(folder / records.MODEL)
+        runs = ", ".join(map(str, records.find(folder)))
+        raise DistillError(f"{folder}: is not a run, but contains some; choose one of {runs}")
+    run, path = records.read(folder), folder / records.MODEL
+    stored = checkpoint.load(path)
     config = read(Config, run.config)
-    splits = load_splits(_data_of(run, config))
-    model = _network_of(run, config, splits)
-    checkpoint.restore(model, stored, folder / records.MODEL)
+    role = "teacher" if run.arm in ("teacher", "source") else "student"
+    data = config.source.data if run.arm == "source" and config.source else config.data
+    if data.corrupt == "refuse":  # only a few images are needed here
+        data = data.model_copy(update={"corrupt": "unchecked"})
+    splits = load_splits(data)
+    # Initial weights are not needed, and may be gone.
+    network = getattr(config, role).model_copy(update={"weights": None, "pretrained": False})
+    channels, classes = splits.image_shape[0], splits.classes
+    model = build_model(network, in_channels=channels, classes=classes, where=role).eval()
+    checkpoint.restore(model, stored, path)
     check_writable(output, 3 * sum(x.nbytes for x in stored.tensors.values()))
     paths = [output / f"model.{suffix}" for suffix in ("safetensors", "pt2", "json")]
-    _write_program(model, splits, paths[1])  # first, as it may fail
+    _write_program(model, splits, paths[1])  # first, since it may fail
     with replacing(paths[0]) as unfinished:
         save_file(stored.tensors, unfinished)
     write_text(paths[2], json.dumps(_note(run, config, splits), indent=1) + "\n")
     return paths
 
 
-def _data_of(run: records.Run, config: Config) -> Data:
-    data = config.data
-    if run.arm == "source" and config.source is not None:
-        data = config.source.data
-    # All were read before the run; here it takes a few.
-    return data.model_copy(update={"corrupt": "unchecked"}) if data.corrupt == "refuse" else data
-
-
-def _network_of(run: records.Run, config: Config, splits: Splits) -> nn.Module:
-    """The architecture; the weights that it once started from are not asked for."""
-    where = "teacher" if run.arm in ("teacher", "source") else "student"
-    network = getattr(config, where).model_copy(update={"weights": None, "pretrained": False})
-    channels, classes = splits.image_shape[0], splits.classes
-    return build_model(network, in_channels=channels, classes=classes, where=where).eval()
-
-
+@torch.no_grad()
 def _write_program(model: nn.Module, splits: Splits, path: Path) -> None:
+    """Export the network and check that what was written gives the network's logits."""
     images = torch.stack([splits.test[index].image for index in range(_BATCH)])
     batch = torch.export.Dim("batch", min=1)
     try:
-        with torch.no_grad():
-            program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
-    except Exception as error:  # torch.export raises what the model's code makes it raise
+        program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+    except Exception as error:  # whatever the model's code raises
         raise DistillError(f"the network can't be exported by torch.export: {error}") from error
     with replacing(path) as unfinished:
         with unfinished.open("wb") as file:
             torch.export.save(program, file)
         with unfinished.open("rb") as file:
-            _check(model, torch.export.load(file).module(), images)
-
-
-@torch.no_grad()
-def _check(model: nn.Module, program: Any, images: torch.Tensor) -> None:
-    """What was written gives the network's logits, for a batch of another size too."""
-    for batch in (images, images[:1]):
-        ours, theirs = model(batch), program(batch)
-        if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
-            worst = (ours - theirs).abs().max().item()
-            raise DistillError(
-                f"the exported program's logits differ from the network's by {worst}"
-            )
+            written = torch.export.load(file).module()
+        for some in (images, images[:1]):
+            ours, theirs = model(some), written(some)
+            if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
+                raise DistillError(
+                    "the exported program's logits differ from the network's by "
+                    f"{(ours - theirs).abs().max().item()}"
+                )
 
 
 def _note(run: records.Run, config: Config, splits: Splits) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""What ``fsp-distill inspect`` shows: the pairs that networks could have, and their modules."""
+"""``fsp-distill inspect``: the pairs that networks could have, and their modules."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import yaml
@@ -19,111 +19,59 @@ from fsp_kernels.distill.pairs import PairShapes, check_pairs, resolve_pairs
 from fsp_kernels.distill.paths import tensors_in
 from fsp_kernels.distill.stages import ModuleRun, stages_of, trace
 
-_LARGEST = 1024  # channels, height or width; all of a network's maps are kept at once
+_LARGEST = 1024  # channels, height or width; all maps of a network are in memory at once
 _SHOWN = 2  # tensors in one note
-_TIMES = {2: "twice", 3: "three times"}
+_SOURCES: tuple[Literal["auto", "family"], ...] = ("auto", "family")
 
 
-class Row(NamedTuple):
-    """One module: ``shape`` is of its output without the batch, ``stage`` as ``"2 first"``."""
-
-    path: str
-    type: str
-    shape: str
-    stage: str
-    note: str
-
-
-class PairRow(NamedTuple):
-    """One pair that a recipe could have, and what would become of it."""
-
-    source: Literal["auto", "family"]
-    pair: Pair
-    shapes: PairShapes
-    verdict: str
-
-
-def parse_input_shape(text: str) -> tuple[int, int, int]:
-    """``"3x32x32"`` as channels, height and width.
+def blank_image(text: str) -> Tensor:
+    """A black image (1, C, H, W) of a shape such as ``"3x32x32"``.
 
     Raises:
-        DistillError: it is something else.
+        DistillError: the shape is something else.
     """
     match = re.fullmatch(r"(\d{1,4})x(\d{1,4})x(\d{1,4})", text)
-    channels, height, width = map(int, match.groups()) if match else (0, 0, 0)
-    if not all(1 <= size <= _LARGEST for size in (channels, height, width)):
+    sizes = [int(size) for size in match.groups()] if match else [0]
+    if not all(1 <= size <= _LARGEST for size in sizes):
         raise DistillError(
             f"--input: is {text!r}, must be channels, height and width, as in 3x32x32, each from "
             f"1 to {_LARGEST}"
         )
-    return channels, height, width
-
-
-def module_table(model: nn.Module, image: Tensor, role: str = "student") -> list[Row]:
-    """Every submodule in the order of definition, with what it did with ``image`` (1, C, H, W)."""
-    entries = trace(model, image, role)
-    marks: dict[str, str] = {}
-    for number, stage in enumerate(stages_of(entries, image), start=1):
-        marks[stage.first.path] = f"{number} first"
-        marks[stage.last.path] = f"{number} last"
-    return [
-        Row(
-            entry.path,
-            type(entry.module).__name__,
-            _times(entry.output.shape[1:]) if entry.output is not None else "",
-            marks.get(entry.path, ""),
-            _note(entry),
-        )
-        for entry in entries
-    ]
-
-
-def pair_table(student: nn.Module, teacher: nn.Module, image: Tensor) -> list[PairRow]:
-    """The pairs of ``auto`` and, where both networks' are known, of ``family``."""
-    rows = []
-    sources: tuple[Literal["auto", "family"], ...] = ("auto", "family")
-    for source in sources:
-        pairs = _pairs(source, student, teacher, image)
-        shapes = check_pairs(pairs, student, teacher, image, projection=True)
-        rows += [
-            PairRow(source, pair, shape, _verdict(shape))
-            for pair, shape in zip(pairs, shapes, strict=True)
-        ]
-    return rows
+    return torch.zeros(1, *sizes)
 
 
 def print_inspection(
     console: Console,
-    shape: tuple[int, int, int],
+    image: Tensor,
     student: nn.Module,
     teacher: nn.Module | None = None,
     modules: bool = False,
 ) -> None:
-    """The pairs of one network or two, as a table and for a recipe; their modules where asked for.
+    """Print the pairs of two networks as a table and for a recipe; with ``modules``, these too.
 
-    Args:
-        console: where to.
-        shape: of the images, as ``parse_input_shape`` gives it.
-        student: left as it was.
-        teacher: without one, the pairs are of ``student`` with its like.
-        modules: also every module of each network.
+    The networks run on ``image``, (1, C, H, W), and are left as they were. Without a ``teacher``
+    the student is paired with itself.
+
+    Raises:
+        DistillError: a network does not take the image.
     """
-    image = torch.zeros(1, *shape)
     networks = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
-    # Made before the pairs: it raises the error of a network that can't take the image.
-    tables = [_modules(model, image, role) for role, model in networks.items()]
-    rows = pair_table(student, teacher or student, image)
-    if rows:
-        console.print(_pair_listing(rows))
-    pasted = [row.pair for row in rows if row.source == "auto"]
-    if pasted:
-        console.print("For a recipe, the pairs of auto:\n", highlight=False)
-        console.print(pairs_yaml(pasted), markup=False, highlight=False, soft_wrap=True)
-    else:
+    tables = [_module_table(model, image, role) for role, model in networks.items()]
+    both = student, student if teacher is None else teacher
+    found: dict[str, tuple[Pair, ...]] = {}
+    hints = []
+    for source in _SOURCES:
         try:
-            resolve_pairs("auto", student, teacher or student, image)
-        except DistillError as why:
-            console.print(str(why), markup=False, highlight=False)
+            found[source] = resolve_pairs(source, *both, image)
+        except DistillError as error:
+            hints.append(str(error))
+    if found:
+        console.print(_pair_table(found, *both, image))
+    text = hints[0] if hints else ""
+    if "auto" in found:
+        console.print("For a recipe, the pairs of auto:\n", highlight=False)
+        text = pairs_yaml(found["auto"])
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
     if modules:
         console.print(*tables)
 
@@ -134,90 +82,71 @@ def pairs_yaml(pairs: Sequence[Pair]) -> str:
     return yaml.safe_dump({"pairs": tree}, sort_keys=False, default_flow_style=None, width=1000)
 
 
-def _pairs(
-    source: Literal["auto", "family"], student: nn.Module, teacher: nn.Module, image: Tensor
-) -> tuple[Pair, ...]:
-    try:
-        return resolve_pairs(source, student, teacher, image)
-    except DistillError:
-        return ()
-
-
-def _verdict(shapes: PairShapes) -> str:
-    ours, theirs = _pooled(shapes.student_sizes), _pooled(shapes.teacher_sizes)
-    words = []
-    if ours == theirs:
-        words += [f"pooled to {ours}"] if ours else []
-    else:
-        both = (("student", ours), ("teacher", theirs))
-        words += [f"{role} pooled to {size}" for role, size in both if size]
-    needs = dict.fromkeys(
-        f"{have} -> {want}"
-        for have, want in zip(shapes.student, shapes.teacher, strict=True)
-        if have != want
-    )
-    words += [f"needs fsp.projection ({', '.join(needs)})"] if needs else []
-    return ", ".join(words) or "fits"
-
-
-def _pooled(sizes: tuple[tuple[int, ...], tuple[int, ...]]) -> str:
-    """The size that a pair's larger map is pooled to; nothing where the maps are of one size."""
-    return "" if sizes[0] == sizes[1] else _times(map(min, *sizes))
-
-
-def _note(entry: ModuleRun) -> str:
-    if not entry.calls:
-        return "did not run"
-    if entry.calls > 1:
-        return f"runs {_TIMES.get(entry.calls, f'{entry.calls} times')}"
-    if entry.overwritten:
-        return "overwritten in place"
-    if entry.output is not None:
-        return ""
-    within = [f"{keys} is {_times(x.shape[1:])}" for keys, x in tensors_in(entry.other)]
-    return "; ".join([type(entry.other).__name__, *within[:_SHOWN]])
-
-
-def _modules(model: nn.Module, image: Tensor, role: str) -> Table:
-    table = Table(
-        title=f"{role.capitalize()}: {type(model).__name__} on {_times(image.shape[1:])}",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    table.add_column("module", overflow="fold")
-    table.add_column("type", overflow="fold")
-    table.add_column("output", no_wrap=True)
-    table.add_column("stage", no_wrap=True)
-    table.add_column("note", max_width=36)
-    for row in module_table(model, image, role):
-        table.add_row(*row, style="bold" if row.stage else "")
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column in ("from", "output", "stage"))
     return table
 
 
-def _pair_listing(rows: Sequence[PairRow]) -> Table:
-    table = Table(title="Pairs", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("from", no_wrap=True)
-    table.add_column("student", overflow="fold")
-    table.add_column("teacher", overflow="fold")
-    table.add_column("verdict")
-    for row in rows:
-        shapes = row.shapes
-        table.add_row(
-            row.source,
-            _two_maps(row.pair.student, shapes.student, shapes.student_sizes),
-            _two_maps(row.pair.teacher, shapes.teacher, shapes.teacher_sizes),
-            row.verdict,
-        )
+def _pair_table(
+    found: dict[str, tuple[Pair, ...]], student: nn.Module, teacher: nn.Module, image: Tensor
+) -> Table:
+    table = _table("Pairs", "from", "student", "teacher", "verdict")
+    for source, pairs in found.items():
+        shapes = check_pairs(pairs, student, teacher, image, projection=True)
+        for pair, shape in zip(pairs, shapes, strict=True):
+            ours = _two_maps(pair.student, shape.student, shape.student_sizes)
+            theirs = _two_maps(pair.teacher, shape.teacher, shape.teacher_sizes)
+            table.add_row(source, ours, theirs, _verdict(shape))
     return table
 
 
 def _two_maps(
-    paths: tuple[str, str],
-    channels: tuple[int, int],
-    sizes: tuple[tuple[int, ...], tuple[int, ...]],
+    paths: Sequence[str], channels: Sequence[int], sizes: Sequence[tuple[int, ...]]
 ) -> str:
     maps = zip(paths, channels, sizes, strict=True)
     return "\n".join(f"{path} {_times((count, *size))}" for path, count, size in maps)
+
+
+def _verdict(shapes: PairShapes) -> str:
+    """How the maps of a pair are made to fit each other and the other network's."""
+    words = [
+        f"{role} pooled to {_times(map(min, *sizes))}"
+        for role, sizes in (("student", shapes.student_sizes), ("teacher", shapes.teacher_sizes))
+        if sizes[0] != sizes[1]
+    ]
+    channels = zip(shapes.student, shapes.teacher, strict=True)
+    needs = dict.fromkeys(f"{have} -> {want}" for have, want in channels if have != want)
+    words += [f"needs fsp.projection ({', '.join(needs)})"] if needs else []
+    return ", ".join(words) or "fits"
+
+
+def _module_table(model: nn.Module, image: Tensor, role: str) -> Table:
+    """Every module in the order of definition, with its output for ``image``."""
+    runs = trace(model, image, role)
+    marks: dict[str, str] = {}
+    for number, stage in enumerate(stages_of(runs, image), start=1):
+        marks |= {stage.first.path: f"{number} first", stage.last.path: f"{number} last"}
+    title = f"{role.capitalize()}: {type(model).__name__} on {_times(image.shape[1:])}"
+    table = _table(title, "module", "type", "output", "stage", "note")
+    for run in runs:
+        kind, mark = type(run.module).__name__, marks.get(run.path, "")
+        shape = "" if run.output is None else _times(run.output.shape[1:])
+        table.add_row(run.path, kind, shape, mark, _note(run), style="bold" if mark else "")
+    return table
+
+
+def _note(run: ModuleRun) -> str:
+    """Why the module's output is not a feature map, if it is not."""
+    if run.calls != 1:
+        return f"runs {run.calls} times" if run.calls else "did not run"
+    if run.overwritten:
+        return "overwritten in place"
+    if run.output is not None:
+        return ""
+    within = [f"{keys} is {_times(x.shape[1:])}" for keys, x in tensors_in(run.other)]
+    return "; ".join([type(run.other).__name__, *within[:_SHOWN]])
 
 
 def _times(sizes: Iterable[int]) -> str:

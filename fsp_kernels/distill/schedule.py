@@ -20,9 +20,7 @@ def make_optimizer(training: Training, parameters: Iterable[nn.Parameter]) -> Op
         return torch.optim.Adam(parameters, lr, weight_decay=decay)
     if training.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr, weight_decay=decay)
-    return torch.optim.SGD(
-        parameters, lr, training.momentum, weight_decay=decay, nesterov=training.nesterov
-    )
+    return torch.optim.SGD(parameters, lr, training.momentum, weight_decay=decay)
 
 
 def rate(training: Training, steps: int, step: int) -> float:
@@ -65,7 +63,7 @@ class Patience:
         """One more evaluation's loss."""
         if self._rule is None:
             return
-        if loss < self.best - self._rule.min_delta:
+        if loss < self.best:
             self.best, self.waited = loss, 0
         else:
             self.waited += 1

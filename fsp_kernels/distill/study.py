@@ -284,7 +284,7 @@ class Study:
         require_agreement(run is not None, job.folder)
         if run is not None:
             if self._accelerator.is_main_process:  # which may have been killed before it did this
-                Series(job.folder / "checkpoints", self.config.checkpoints.keep).clear()
+                Series(job.folder / "checkpoints").clear()
             self.reused.append(run)
             self._say(job, run, f"finished earlier, in {run.seconds:.1f} s")
             return run
@@ -310,7 +310,7 @@ class Study:
         if self._accelerator.is_main_process:
             checkpoint.save(job.folder / MODEL, network.state_dict(), {"settings": job.settings})
             records.write(run, job.folder)
-            Series(job.folder / "checkpoints", self.config.checkpoints.keep).clear()
+            Series(job.folder / "checkpoints").clear()
         self._accelerator.wait_for_everyone()
         self.trained.append(run)
         self._say(job, run, f"{run.seconds:.1f} s")
@@ -365,7 +365,7 @@ class Study:
             (job.folder / name).unlink(missing_ok=True)
         if not self._resume:  # an unfinished run may be in its second stage, these are of the first
             (job.folder / records.MATRICES).unlink(missing_ok=True)
-            Series(job.folder / "checkpoints", self.config.checkpoints.keep).clear()
+            Series(job.folder / "checkpoints").clear()
 
     def _say(self, job: Job, run: Run, how: str) -> None:
         split = self.config.evaluation.split
@@ -397,12 +397,9 @@ class Study:
         both = self.pairs, self.shapes
         check_steps(student, [*stages.values()], images, "student", config.fsp, *both, teacher)
         sizes = [_bytes_of(student.state_dict()), _bytes_of(teacher.state_dict())]
-        # A checkpoint holds the weights and up to two numbers of the optimiser for each.
-        return (
-            len(self.students) * sizes[0]
-            + 2 * sizes[1]
-            + 3 * (config.checkpoints.keep + 1) * max(sizes)
-        )
+        # A checkpoint holds the weights and up to two numbers of the optimiser for each. There are
+        # two, and a third while it is written.
+        return len(self.students) * sizes[0] + 2 * sizes[1] + 3 * 3 * max(sizes)
 
     def _check_sets(self) -> None:
         """Each training pool fills a batch, each batch its passes and processes; and there are

@@ -93,7 +93,7 @@ class Trainer:
                 are of other settings, or not the same ones to each process.
             InterruptedRunError: by a signal; a checkpoint was written.
         """
-        series = Series(job.folder / "checkpoints", self.config.checkpoints.keep)
+        series = Series(job.folder / "checkpoints")
         state = self._earlier(job, series) if resume else None
         require_agreement(state and (len(state.phases), state.step), job.folder)
         if state is None:

@@ -10,20 +10,21 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from distill.studies import TINY_RECIPE
 from fsp_kernels.distill.commands import app
 
 
 def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(
-        app, [str(argument) for argument in arguments], catch_exceptions=False
-    )
+    return CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a study, of one seed and the arms baseline-long and two-stage."""
-    from distill.studies import TINY_RECIPE
-
     recipe = tmp_path_factory.mktemp("commands") / "tiny.yaml"
     recipe.write_text(TINY_RECIPE)
     folder = recipe.parent / "out"
@@ -35,39 +36,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_study_writes_a_run_folder_and_says_where(finished: Path) -> None:
-    assert {path.name for path in finished.iterdir()} == {
-        ".lock",
-        "baseline-long",
-        "config.yaml",
-        "curves.csv",
-        "figures",
-        "metrics.json",
-        "report.html",
-        "report.md",
-        "runs.csv",
-        "teacher",
-        "tensorboard",
-        "two-stage",
-    }
-    events = {path.parent.name for path in finished.glob("tensorboard/*/events*")}
-    assert events == {
+def test_study_writes_a_run_folder_without_checkpoints_and_unfinished_files(finished: Path) -> None:
+    files = ["config.yaml", "curves.csv", "metrics.json", "report.html", "report.md", "runs.csv"]
+    folders = ["baseline-long", "figures", "teacher", "tensorboard", "two-stage"]
+    assert names_in(finished) == {".lock", *files, *folders}
+    assert {path.parent.name for path in finished.glob("tensorboard/*/events*")} == {
         "baseline-long-seed-3-task",
         "teacher-task",
         "two-stage-seed-3-stage-1",
         "two-stage-seed-3-stage-2",
     }
+    assert not [x for x in finished.rglob("*") if "checkpoints" in x.name or "unfini" in x.name]
 
 
-def test_a_finished_run_keeps_no_checkpoints_and_nothing_unfinished(finished: Path) -> None:
-    names = {path.name for path in finished.rglob("*")}
-    assert "checkpoints" not in names
-    assert not any("unfinished" in name for name in names)
-
-
-def test_a_finished_study_is_left_as_it_is_and_says_what_restart_would_cost(
-    recipe: Path,
-) -> None:
+def test_a_finished_study_is_left_as_it_is_and_says_what_restart_would_cost(recipe: Path) -> None:
     command = ["study", recipe, "seeds=[3]", "arms=[baseline]", "-o", recipe.parent / "out"]
     invoke(*command)
     model = recipe.parent / "out" / "baseline" / "seed-3" / "model.safetensors"
@@ -92,34 +74,23 @@ def test_train_does_not_mind_what_else_the_folder_holds(recipe: Path) -> None:
 
 
 def test_train_trains_one_student_and_reports_on_it(recipe: Path) -> None:
-    folder = recipe.parent / "out"
+    folder, handler = recipe.parent / "out", signal.getsignal(signal.SIGTERM)
     result = invoke("train", recipe, "--arm", "kd", "--seed", 5, "-o", folder)
     assert result.exit_code == 0, result.output
     run = folder / "kd" / "seed-5"
-    assert {"model.safetensors", "run.json", "report.md", "report.html"} <= {
-        path.name for path in run.iterdir()
-    }
+    assert {"model.safetensors", "run.json", "report.md", "report.html"} <= names_in(run)
     assert f"weights: {run / 'model.safetensors'}" in result.output
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
-def test_teacher_trains_the_teacher_alone(recipe: Path) -> None:
-    folder = recipe.parent / "out"
-    assert invoke("teacher", recipe, "-o", folder).exit_code == 0
-    assert {path.name for path in folder.iterdir()} == {
-        ".lock",
-        "config.yaml",
-        "teacher",
-        "tensorboard",
-    }
-    assert "accuracy 32.75%, finished earlier" in invoke("train", recipe, "-o", folder).output
-
-
-def test_the_run_folder_is_named_after_the_recipe(
+def test_teacher_trains_the_teacher_alone_in_a_folder_named_after_the_recipe(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(recipe.parent)
     assert invoke("teacher", recipe).exit_code == 0
+    assert names_in(Path("runs/tiny")) == {".lock", "config.yaml", "teacher", "tensorboard"}
     assert Path("runs/tiny/teacher/model.safetensors").is_file()
+    assert "accuracy 32.75%, finished earlier" in invoke("train", recipe).output
 
 
 def test_compare_draws_runs_together(finished: Path, tmp_path: Path) -> None:
@@ -130,84 +101,71 @@ def test_compare_draws_runs_together(finished: Path, tmp_path: Path) -> None:
     assert [group["arm"] for group in groups] == ["teacher", "baseline-long", "two-stage"]
 
 
-def test_compare_of_a_folder_without_runs_is_an_error(tmp_path: Path) -> None:
-    result = invoke("compare", tmp_path, "-o", tmp_path / "together")
-    assert result.exit_code == 2
-    assert "holds no finished run" in result.stderr
-
-
 def test_export_writes_weights_and_program(finished: Path) -> None:
-    run = finished / "two-stage" / "seed-3"
-    result = invoke("export", run)
+    result = invoke("export", finished / "two-stage" / "seed-3")
     assert result.exit_code == 0, result.output
-    paths = result.output.split()
-    assert [Path(path).name for path in paths] == ["model.safetensors", "model.pt2", "model.json"]
-    assert all(Path(path).is_file() for path in paths)
+    paths = list(map(Path, result.output.split()))
+    assert [path.name for path in paths] == ["model.safetensors", "model.pt2", "model.json"]
+    assert all(path.is_file() for path in paths)
 
 
-def test_inspect_prints_paths_shapes_and_pairs_that_fit() -> None:
+def test_inspect_prints_pairs_that_fit_and_modules_where_asked_for() -> None:
     command = ["inspect", "cifar/resnet8", "--teacher", "cifar/resnet14", "--input", "1x8x8"]
     result = invoke(*command)
     assert result.exit_code == 0, result.output
     assert "fits" in result.output
-    module = r"stage2\.0\.relu1 +ReLU +32x4x4"
-    assert not re.search(module, result.output)
     everything = invoke(*command, "--modules").output
     assert everything.startswith(result.output)
-    assert len(re.findall(module, everything)) == 2
+    modules = r"stage2\.0\.relu1 +ReLU +32x4x4"
+    assert [len(re.findall(modules, text)) for text in (result.output, everything)] == [0, 2]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["cifar/resnet9"], "cifar/resnet9"),
-        (["cifar/resnet8", "--input", "3x32"], "3x32"),
-        (["cifar/resnet8", "--input", "3x99999999x99999999"], "each from 1 to 1024"),
-        (["cifar/resnet8", "--input", f"{'9' * 5000}x1x1"], "each from 1 to 1024"),
-        (["cifar/resnet8", "--classes", "100001"], "less than or equal to 100000"),
-        (["cifar/resnet99999998"], "at most 1202"),
-        (["torchvision/resnet19"], "did you mean"),
+        (["inspect", "cifar/resnet9"], "cifar/resnet9"),
+        (["inspect", "cifar/resnet8", "--input", "3x32"], "3x32"),
+        (["inspect", "cifar/resnet8", "--input", "3x99999999x99999999"], "each from 1 to 1024"),
+        (["inspect", "cifar/resnet8", "--classes", "100001"], "less than or equal to 100000"),
+        (["compare", "."], "holds no finished run"),
+        (["train", "tiny.yaml", "--arm", "baselin"], "'baselin' is not one of 'baseline'"),
     ],
 )
-def test_inspect_refuses_what_it_cannot_make(arguments: list[str], message: str) -> None:
-    result = invoke("inspect", *arguments)
+def test_a_wrong_argument_ends_with_code_2(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(recipe.parent)
+    result = invoke(*arguments)
     assert result.exit_code == 2
-    assert message in result.stderr
+    assert message in re.sub(r"[\s│]+", " ", result.stderr)
+    assert names_in(recipe.parent) == {"tiny.yaml"}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("override", "message"),
     [
-        (["stage1.learing_rate=3"], "stage1.learing_rate: unknown key; did you mean 'learning"),
-        (["student.model=cifar/resnet7"], "student.model: "),
-        (["student.arguments={width: 2}"], "pairs.0: the student's FSP matrix is 32 x 32"),
-        (["data.teacher_images=900"], "data.teacher_images: is 900, must be at most 797"),
-        (["nonsense"], "'nonsense': an override is written section.key=value"),
+        ("stage1.learing_rate=3", "stage1.learing_rate: unknown key; did you mean 'learning"),
+        ("student.model=cifar/resnet7", "student.model: "),
+        ("student.arguments={width: 2}", "pairs.0: the student's FSP matrix is 32 x 32"),
+        ("data.teacher_images=900", "data.teacher_images: is 900, must be at most 797"),
+        ("data.batch_size=41", "data.batch_size: "),
+        (
+            "pairs=[{student: [conv, fc], teacher: [conv, fc], channel_dim: 0}]",
+            "channel_dim: got 0",
+        ),
+        ("nonsense", "'nonsense': an override is written section.key=value"),
     ],
 )
 @pytest.mark.parametrize("command", ["study", "train", "teacher"])
-def test_bad_input_ends_with_code_2_one_line_and_nothing_changed(
-    recipe: Path, command: str, arguments: list[str], message: str
+def test_a_wrong_recipe_ends_with_code_2_one_line_and_nothing_changed(
+    recipe: Path, command: str, override: str, message: str
 ) -> None:
-    result = invoke(command, recipe, *arguments, "-o", recipe.parent / "out")
+    result = invoke(command, recipe, override, "-o", recipe.parent / "out")
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.output
     assert len(result.stderr.strip().splitlines()) == 1
-    assert sorted(path.name for path in recipe.parent.iterdir()) == ["tiny.yaml"]
-
-
-def test_signals_are_as_they_were_after_a_command(recipe: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    invoke("train", recipe, "--arm", "baseline", "-o", recipe.parent / "out")
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_an_unknown_arm_is_refused_before_anything_changes(recipe: Path) -> None:
-    result = invoke("train", recipe, "--arm", "baselin", "-o", recipe.parent / "out")
-    assert result.exit_code == 2
-    assert "did you mean 'baseline'" in re.sub(r"[\s│]+", " ", result.stderr)
-    assert not (recipe.parent / "out").exists()
+    assert names_in(recipe.parent) == {"tiny.yaml"}
 
 
 @pytest.mark.parametrize("command", ["teacher", "train", "study"])

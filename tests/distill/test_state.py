@@ -41,7 +41,6 @@ OPTIMIZERS = pytest.mark.parametrize(
     [
         {"momentum": 0.0},
         {"momentum": 0.9},
-        {"momentum": 0.9, "nesterov": True},
         {"optimizer": "adam"},
         {"optimizer": "adamw"},
     ],

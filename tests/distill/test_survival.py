@@ -83,7 +83,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "one-stage-kd, stopping rule": (
         WEAK,
         "evaluation.every=2",
-        "stage2.stop={patience: 3, min_delta: 1e9}",
+        "stage2.stop={patience: 2}",
+        "stage2.learning_rate=1e-12",
     ),
     "one-stage-kd, accumulation": (
         AUGMENTED,
@@ -272,7 +273,7 @@ def test_a_finished_run_is_not_taken_for_one_of_other_settings_nor_replaced(
 def test_how_often_checkpoints_are_written_may_change(
     recipe: Path, unfinished: Path, plain: Path
 ) -> None:
-    study = open_study(recipe, unfinished, "checkpoints={every: 1, keep: 5}", resume=True)
+    study = open_study(recipe, unfinished, "checkpoints.every=1", resume=True)
     study.student("two-stage", 0)
     assert results(unfinished / "two-stage" / "seed-0") == results(plain)
 

@@ -33,7 +33,7 @@ class Part:
 
 
 def look(parts: Sequence[Part], corrupt: str = "refuse") -> list[dict[int, int]]:
-    return survey(parts, Data(corrupt=corrupt), "here", lambda _: None)
+    return survey(parts, Data(dataset="a:b", corrupt=corrupt), "here", lambda _: None)
 
 
 def test_what_is_found_is_told_by_part_and_number() -> None:
