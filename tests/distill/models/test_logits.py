@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fsp_kernels.distill.errors import DistillError
-from fsp_kernels.distill.models.logits import SelectLogits
+from fsp_kernels.distill.models.registry import SelectLogits
 
 
 @dataclass
