@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
+from torch import Tensor
 
 from fsp_kernels.distill.config import Data
 from fsp_kernels.distill.data.batches import (
@@ -65,7 +65,8 @@ def load_splits(
     train = _draw_up_to(data.train_images, teacher, f"{where}.train_images")
     moments = collection.moments
     if moments is None:
-        pixels = torch.as_tensor(train.source)[train.numbers].numpy()
+        assert isinstance(train.source, Tensor)
+        pixels = train.source[train.numbers].numpy()
         moments = (float(pixels.mean()),), (float(pixels.std()),)
     split = partial(Split, collection=collection, moments=moments)
     return Splits(

@@ -269,9 +269,10 @@ def _check_together(source: Source) -> list[Any]:
     state, count = PartialState(), len(source)
     first, end = (count * (state.process_index + i) // state.num_processes for i in (0, 1))
     check = partial(_check_or_error, source)
+    if not source.threads:
+        return gather_object([*map(check, range(first, end))])
     with ThreadPool() as pool:
-        facts = (pool.map if source.threads else map)(check, range(first, end))
-        return gather_object([*facts])
+        return gather_object(pool.map(check, range(first, end)))
 
 
 def _check_or_error(source: Source, number: int) -> Any:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import tarfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,10 @@ def draw(labelled: Labelled, count: int) -> tuple[Labelled, Labelled]:
     return labelled.take(drawn), labelled.take(others)
 
 
-def _mix(source: Source, labels: Mapping[int, int]) -> Labelled:
-    """The images whose labels are given by number, in a random order that is always the same."""
-    numbers = np.array([*labels])[np.random.default_rng(_SEED).permutation(len(labels))]
-    return Labelled(source, numbers, np.array([labels[n] for n in numbers], dtype=np.int64))
+def _mix(source: Source, numbers: Sequence[int], labels: Sequence[int] | np.ndarray) -> Labelled:
+    """The images at ``numbers``, in a random order that is always the same."""
+    order = np.random.default_rng(_SEED).permutation(len(labels))
+    return Labelled(source, np.array(numbers)[order], np.array(labels, dtype=np.int64)[order])
 
 
 def bundled(data: Data, where: str, _say: Say) -> Collection:
@@ -143,9 +144,7 @@ def cifar(data: Data, where: str, _say: Say) -> Collection:
         raise DistillError(problem) from error
     pool, test = (
         Labelled(
-            images.resize(
-                torch.from_numpy(part.data.transpose(0, 3, 1, 2)), data.image_size, where
-            ),
+            images.resize(torch.from_numpy(part.data).movedim(-1, 1), data.image_size, where),
             np.arange(len(part.data)),
             np.array(part.targets, dtype=np.int64),
         )
@@ -180,24 +179,25 @@ def image_folder(data: Data, where: str, say: Say) -> Collection:
         raise DistillError(
             f"{where}.root: {folders[0]} must have 2 classes or more, has {len(train)}"
         )
-    sources, labels = [], []
-    for folder, by_class in zip(folders, paths, strict=True):
-        sources.append(ImageFiles(folder, [path for of in by_class.values() for path in of]))
-        of_all = [label for label, of in enumerate(by_class.values()) for _ in of]
-        labels.append(dict(enumerate(of_all)))
+    sources = [
+        ImageFiles(folder, [*chain(*by_class.values())])
+        for folder, by_class in zip(folders, paths, strict=True)
+    ]
+    numbers: list[Sequence[int]] = [range(len(source)) for source in sources]
     if data.corrupt != "unchecked":
-        found = images.check_images(sources, data, where, say)
-        labels = [{n: of[n] for n in kept} for of, kept in zip(labels, found, strict=True)]
-    for folder, of in zip(folders, labels, strict=True):
-        for label in sorted({*range(len(train))} - {*of.values()}):
+        numbers = [[*kept] for kept in images.check_images(sources, data, where, say)]
+    parts = []
+    for folder, by_class, source, kept in zip(folders, paths, sources, numbers, strict=True):
+        labels = np.repeat(range(len(train)), [*map(len, by_class.values())])[kept]
+        for label in sorted({*range(len(train))} - {*labels.tolist()}):
             place, suffixes = folder / [*train][label], ", ".join(IMG_EXTENSIONS)
             raise DistillError(f"{where}.root: {place} holds no image ({suffixes})")
-    pool, test = map(_mix, sources, labels)
+        parts.append(_mix(source, kept, labels))
     size = data.image_size or 224  # ImageNet's
     augmentation, evaluation = images.imagenet_transforms(size)
     return Collection(
-        pool=pool,
-        test=test,
+        pool=parts[0],
+        test=parts[1],
         classes=len(train),
         image_shape=(3, size, size),
         moments=_IMAGENET_MOMENTS,
@@ -209,12 +209,12 @@ def image_folder(data: Data, where: str, say: Say) -> Collection:
 def _list_images(folder: Path, where: str) -> dict[str, list[str]]:
     """The paths in ``folder`` of each class's image files, which may be in subfolders.
 
-    Links are followed, but each real folder is walked once, and those around ``folder`` never.
+    Links are followed, but each real folder is read once, and those around ``folder`` are not.
     Hidden entries are left out, such as the ``._NAME`` of macOS. A broken link is an error unless
     it has the name of an image, since it may stand for a folder that is not mounted.
     """
 
-    def fail(error: OSError) -> None:
+    def raise_unlisted(error: OSError) -> None:
         raise DistillError(
             f"{where}.root: {error.filename} cannot be listed ({error.strerror}); the root must "
             "hold train/CLASS/* and val/CLASS/*"
@@ -223,7 +223,7 @@ def _list_images(folder: Path, where: str) -> dict[str, list[str]]:
     walked = {str(folder.resolve()), *map(str, folder.resolve().parents)}
     classes: list[str] = []
     found: defaultdict[str, list[str]] = defaultdict(list)
-    for parent, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+    for parent, folders, files in os.walk(folder, onerror=raise_unlisted, followlinks=True):
         visible = sorted((name for name in folders if name[0] != "."), reverse=True)
         real = {os.path.realpath(os.path.join(parent, name)): name for name in visible}
         folders[:] = sorted(name for path, name in real.items() if path not in walked)
@@ -275,7 +275,7 @@ def own(data: Data, where: str, say: Say) -> Collection:
     parts = {}
     for (name, source), facts in zip(sources.items(), found, strict=True):
         source.expect(shape[:1] if data.image_size else shape, facts)
-        parts[name] = _mix(source, {number: fact.label for number, fact in facts.items()})
+        parts[name] = _mix(source, [*facts], [fact.label for fact in facts.values()])
     features = getattr(datasets["train"], "features", None)  # of a Hugging Face data set
     names = getattr(features.get("label"), "names", None) if isinstance(features, Mapping) else None
     largest = max(int(part.labels.max()) for part in parts.values())
