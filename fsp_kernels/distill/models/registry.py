@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -53,14 +54,7 @@ def build_model(
     """
     if network.weights is not None and network.pretrained:
         raise DistillError(f"{where}.weights: given beside pretrained, must be one of the two")
-    source, slash, name = network.model.partition("/")
-    if ":" in network.model:
-        model = _build_imported(network, in_channels, classes, where)
-    elif slash and source in _SOURCES:
-        model = _SOURCES[source](network, name, in_channels, classes, where)
-    else:
-        hint = did_you_mean(source, _SOURCES) if slash else ""
-        raise DistillError(f"{where}.model: is {network.model!r}, must be {_NAMES}{hint}")
+    model = _Builder(network, in_channels, classes, where).build()
     if network.logits is not None:
         model.register_forward_hook(SelectLogits(network.logits, f"{where}.logits"))
     if network.weights is not None:
@@ -105,148 +99,151 @@ class SelectLogits:
             return select(output, self._path)
 
 
-def _build_cifar(
-    network: Network, name: str, in_channels: int, classes: int, where: str
-) -> nn.Module:
-    _refuse_pretrained(network, where)
-    kind = WideResNet if name.startswith("wrn") else CifarResNet
-    match = re.fullmatch(r"resnet(\d{1,9})|wrn(\d{1,9})-(\d{1,9})", name)
-    if not match:
-        raise DistillError(
-            f"{where}.model: is {network.model!r}, must be cifar/resnetDEPTH or "
-            "cifar/wrnDEPTH-WIDTH, as cifar/resnet26 or cifar/wrn16-2"
-        )
-    create = partial(kind, *(int(number) for number in match.groups() if number))
-    return _call(create, network, where, in_channels=in_channels, classes=classes)
+@dataclass
+class _Builder:
+    """Builds one network with its initial or published weights, by a method for each source."""
 
+    network: Network
+    in_channels: int
+    classes: int
+    where: str
 
-def _build_torchvision(
-    network: Network, name: str, in_channels: int, classes: int, where: str
-) -> nn.Module:
-    models = _import("torchvision.models", network, where)
-    _check_known(name, models.list_models(module=models), network, where)
-    options: dict[str, Any] = {"weights": None, "num_classes": classes}
-    if name in _AUXILIARY:
-        # The published weights are for colours scaled by what transform_input does.
-        transform = network.pretrained and in_channels == 3
-        options |= {"aux_logits": False, "init_weights": True, "transform_input": transform}
-    model = _call(partial(models.get_model, name), network, where, **options)
-    if network.pretrained:
-        try:
-            # From a network of theirs, as it can read the names in its older weights.
-            state = models.get_model(name, weights="DEFAULT", progress=False).state_dict()
-        except (OSError, RuntimeError) as error:
-            raise _download_error(network, where, error) from error
-        left_out = _AUXILIARY.get(name, ())
-        state = {key: x for key, x in state.items() if not key.startswith(left_out)}
-        load_weights(model, state, f"{where}.pretrained")
-    if in_channels != 3:
-        _average_colours(model, in_channels, network, where)
-    return model
+    def build(self) -> nn.Module:
+        model = self.network.model
+        source, slash, name = model.partition("/")
+        sources = {"cifar": self.cifar, "torchvision": self.torchvision, "timm": self.timm}
+        if ":" in model:
+            return self.imported()
+        if slash and source in sources:
+            return sources[source](name)
+        hint = did_you_mean(source, sources) if slash else ""
+        raise self.error("model", f"is {model!r}, must be {_NAMES}{hint}")
 
+    def error(self, key: str, problem: str) -> DistillError:
+        return DistillError(f"{self.where}.{key}: {problem}")
 
-def _average_colours(model: nn.Module, in_channels: int, network: Network, where: str) -> None:
-    """Give the first convolution ``in_channels``, each with the mean weights of the colours.
+    def cifar(self, name: str) -> nn.Module:
+        self.refuse_pretrained()
+        match = re.fullmatch(r"resnet(\d{1,9})|wrn(\d{1,9})-(\d{1,9})", name)
+        if not match:
+            raise self.error(
+                "model",
+                f"is {self.network.model!r}, must be cifar/resnetDEPTH or cifar/wrnDEPTH-WIDTH, as "
+                "cifar/resnet26 or cifar/wrn16-2",
+            )
+        kind = WideResNet if name.startswith("wrn") else CifarResNet
+        create = partial(kind, *(int(number) for number in match.groups() if number))
+        return self.call(create, in_channels=self.in_channels, classes=self.classes)
 
-    Their sum stays, so on an image of equal channels nothing changes.
-    """
-    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if convolution is None or convolution.in_channels != 3:
-        raise DistillError(f"{where}.model: {network.model} takes images of 3 channels alone")
-    with torch.no_grad():
-        weight = convolution.weight.sum(1, keepdim=True) / in_channels
-        weight = weight.expand(-1, in_channels, -1, -1).contiguous()
-    convolution.weight = nn.Parameter(weight)
-    convolution.in_channels = in_channels
-
-
-def _build_timm(
-    network: Network, name: str, in_channels: int, classes: int, where: str
-) -> nn.Module:
-    timm = _import("timm", network, where)
-    if not timm.is_model(name):
-        _check_known(name, timm.list_models(), network, where)
-    create = partial(timm.create_model, name, in_chans=in_channels, num_classes=classes)
-    model = _call(create, network, where, pretrained=False)
-    if not network.pretrained:
+    def torchvision(self, name: str) -> nn.Module:
+        models = self.package("torchvision.models")
+        self.check_known(name, models.list_models(module=models))
+        pretrained, auxiliary = self.network.pretrained, _AUXILIARY.get(name)
+        options: dict[str, Any] = {"weights": None, "num_classes": self.classes}
+        if auxiliary:
+            # The published weights are for colours scaled by what transform_input does.
+            transform = pretrained and self.in_channels == 3
+            options |= {"aux_logits": False, "init_weights": True, "transform_input": transform}
+        model = self.call(partial(models.get_model, name), **options)
+        if pretrained:
+            try:
+                # From a network of theirs, as it can read the names in its older weights.
+                state = models.get_model(name, weights="DEFAULT", progress=False).state_dict()
+            except (OSError, RuntimeError) as error:
+                raise self.download_error(error) from error
+            kept = {key: x for key, x in state.items() if not key.startswith(auxiliary or ())}
+            load_weights(model, kept, f"{self.where}.pretrained")
+        if self.in_channels != 3:
+            self.average_colours(model)
         return model
-    try:  # the arguments are right, so an error is one of the download
-        return create(**network.arguments, pretrained=True)
-    except Exception as error:  # of whichever library timm downloads by
-        raise _download_error(network, where, error) from error
 
+    def average_colours(self, model: nn.Module) -> None:
+        """Give the first convolution ``in_channels``, each with the mean weights of the colours.
 
-_SOURCES = {"cifar": _build_cifar, "torchvision": _build_torchvision, "timm": _build_timm}
+        Their sum stays, so on an image of equal channels nothing changes.
+        """
+        convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        if convolution is None or convolution.in_channels != 3:
+            raise self.error("model", f"{self.network.model} takes images of 3 channels alone")
+        with torch.no_grad():
+            weight = convolution.weight.sum(1, keepdim=True) / self.in_channels
+            weight = weight.expand(-1, self.in_channels, -1, -1).contiguous()
+        convolution.weight = nn.Parameter(weight)
+        convolution.in_channels = self.in_channels
 
+    def timm(self, name: str) -> nn.Module:
+        timm = self.package("timm")
+        if not timm.is_model(name):
+            self.check_known(name, timm.list_models())
+        options = {"in_chans": self.in_channels, "num_classes": self.classes}
+        create = partial(timm.create_model, name)
+        model = self.call(create, **options, pretrained=False)
+        if not self.network.pretrained:
+            return model
+        try:  # the arguments are right, so an error is one of the download
+            return create(**options, **self.network.arguments, pretrained=True)
+        except Exception as error:  # of whichever library timm downloads by
+            raise self.download_error(error) from error
 
-def _build_imported(network: Network, in_channels: int, classes: int, where: str) -> nn.Module:
-    _refuse_pretrained(network, where)
-    factory = find_callable(network.model, f"{where}.model", _NAMES)
-    try:
-        parameters: Mapping[str, inspect.Parameter] = inspect.signature(factory).parameters
-    except ValueError:  # written in C
-        parameters = {}
-    kinds = {parameter.kind for parameter in parameters.values()}
-    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    taken = {
-        key: value
-        for key, value in {"in_channels": in_channels, "classes": classes}.items()
-        if inspect.Parameter.VAR_KEYWORD in kinds
-        or (key in parameters and parameters[key].kind in by_name)
-    }
-    # What the recipe gives, such as another number of classes, counts more than the data's.
-    taken = {key: value for key, value in taken.items() if key not in network.arguments}
-    return _call(factory, network, where, **taken)
-
-
-def _call(factory: Callable[..., Any], network: Network, where: str, **keywords: Any) -> nn.Module:
-    try:
-        model = factory(**keywords, **network.arguments)
-    except (Exception, SystemExit) as error:
-        key = "arguments" if network.arguments else "model"
-        raise DistillError(f"{where}.{key}: {network.model} refuses: {explain(error)}") from error
-    problem = None
-    if not isinstance(model, nn.Module):
-        problem = f"{type(model).__name__}, must return a torch.nn.Module"
-    # A program of torch.export has an eval of its own, which raises an error.
-    elif isinstance(model, torch.jit.ScriptModule) or "eval" in vars(model):
-        problem = (
-            "a program, by TorchScript or torch.export, must return the torch.nn.Module that it "
-            "was made from"
-        )
-    elif any(map(is_lazy, (*model.parameters(), *model.buffers()))):
-        problem = "a network with lazy modules, which have no weights yet; must run it once before"
-    if problem:
-        raise DistillError(f"{where}.model: {network.model} returned {problem}")
-    return model
-
-
-def _import(name: str, network: Network, where: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # any, if it was built for another PyTorch
-        package = name.partition(".")[0]
-        raise DistillError(
-            f"{where}.model: {network.model} needs {package} ({error}); pip install {package}"
-        ) from error
-
-
-def _check_known(name: str, known: list[str], network: Network, where: str) -> None:
-    if name not in known:
-        source = network.model.partition("/")[0]
-        near = did_you_mean(name, known, limit=3)
-        raise DistillError(f"{where}.model: {source} has no classification model {name!r}{near}")
-
-
-def _refuse_pretrained(network: Network, where: str) -> None:
-    if network.pretrained:
-        raise DistillError(
-            f"{where}.pretrained: is true, must be false: of {network.model} no weights are "
-            "published; weights may name a file of them"
+    def imported(self) -> nn.Module:
+        self.refuse_pretrained()
+        factory = find_callable(self.network.model, f"{self.where}.model", _NAMES)
+        try:
+            parameters = [*inspect.signature(factory).parameters.values()]
+        except ValueError:  # written in C
+            parameters = []
+        names = {x.name for x in parameters if x.kind in (x.POSITIONAL_OR_KEYWORD, x.KEYWORD_ONLY)}
+        takes_any = any(x.kind is x.VAR_KEYWORD for x in parameters)
+        offered = {"in_channels": self.in_channels, "classes": self.classes}
+        # What the recipe gives, such as another number of classes, counts more than the data's.
+        left = {key: x for key, x in offered.items() if key not in self.network.arguments}
+        return self.call(
+            factory, **{key: x for key, x in left.items() if takes_any or key in names}
         )
 
+    def call(self, factory: Callable[..., Any], **keywords: Any) -> nn.Module:
+        name, arguments = self.network.model, self.network.arguments
+        try:
+            model = factory(**keywords, **arguments)
+        except (Exception, SystemExit) as error:
+            key = "arguments" if arguments else "model"
+            raise self.error(key, f"{name} refuses: {explain(error)}") from error
+        problem = None
+        if not isinstance(model, nn.Module):
+            problem = f"{type(model).__name__}, must return a torch.nn.Module"
+        # A program of torch.export has an eval of its own, which raises an error.
+        elif isinstance(model, torch.jit.ScriptModule) or "eval" in vars(model):
+            problem = (
+                "a program, by TorchScript or torch.export, must return the torch.nn.Module that "
+                "it was made from"
+            )
+        elif any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+            problem = "a network with lazy modules, which have no weights; must run it once before"
+        if problem:
+            raise self.error("model", f"{name} returned {problem}")
+        return model
 
-def _download_error(network: Network, where: str, error: Exception) -> DistillError:
-    return DistillError(
-        f"{where}.pretrained: the weights of {network.model} cannot be downloaded: {error}"
-    )
+    def package(self, name: str) -> Any:
+        try:
+            return importlib.import_module(name)
+        except Exception as error:  # any, if it was built for another PyTorch
+            package = name.partition(".")[0]
+            problem = f"{self.network.model} needs {package} ({error}); pip install {package}"
+            raise self.error("model", problem) from error
+
+    def check_known(self, name: str, known: list[str]) -> None:
+        if name not in known:
+            source, near = self.network.model.partition("/")[0], did_you_mean(name, known, limit=3)
+            raise self.error("model", f"{source} has no classification model {name!r}{near}")
+
+    def refuse_pretrained(self) -> None:
+        if self.network.pretrained:
+            raise self.error(
+                "pretrained",
+                f"is true, must be false: of {self.network.model} no weights are published; "
+                "weights may name a file of them",
+            )
+
+    def download_error(self, error: Exception) -> DistillError:
+        problem = f"the weights of {self.network.model} cannot be downloaded: {error}"
+        return self.error("pretrained", problem)
