@@ -98,9 +98,7 @@ class CifarResNet(nn.Module):
         self.conv = nn.Conv2d(in_channels, 16 * width, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(16 * width)
         self.relu = nn.ReLU()
-        self.stage1 = _stage(blocks, 16 * width, 16 * width, 1, BasicBlock)
-        self.stage2 = _stage(blocks, 16 * width, 32 * width, 2, BasicBlock)
-        self.stage3 = _stage(blocks, 32 * width, 64 * width, 2, BasicBlock)
+        self.stage1, self.stage2, self.stage3 = _stages(BasicBlock, blocks, 16 * width, width)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(64 * width, classes)
         _initialise(self)
@@ -130,9 +128,7 @@ class WideResNet(nn.Module):
         super().__init__()
         blocks = _blocks_per_stage(depth, 4, width)
         self.conv = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
-        self.stage1 = _stage(blocks, 16, 16 * width, 1, PreActivationBlock)
-        self.stage2 = _stage(blocks, 16 * width, 32 * width, 2, PreActivationBlock)
-        self.stage3 = _stage(blocks, 32 * width, 64 * width, 2, PreActivationBlock)
+        self.stage1, self.stage2, self.stage3 = _stages(PreActivationBlock, blocks, 16, width)
         self.bn = nn.BatchNorm2d(64 * width)
         self.relu = nn.ReLU()
         self.pool = nn.AdaptiveAvgPool2d(1)
@@ -157,15 +153,16 @@ def _blocks_per_stage(depth: int, rest: int, width: int) -> int:
     return depth // 6
 
 
-def _stage(
-    blocks: int,
-    in_channels: int,
-    channels: int,
-    stride: int,
-    block: Callable[[int, int, int], nn.Module],
-) -> nn.Sequential:
-    first = block(in_channels, channels, stride)
-    return nn.Sequential(first, *(block(channels, channels, 1) for _ in range(blocks - 1)))
+def _stages(
+    block: Callable[[int, int, int], nn.Module], blocks: int, in_channels: int, width: int
+) -> list[nn.Sequential]:
+    stages = []
+    for channels, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
+        first = block(in_channels, channels, stride)
+        others = (block(channels, channels, 1) for _ in range(blocks - 1))
+        stages.append(nn.Sequential(first, *others))
+        in_channels = channels
+    return stages
 
 
 def _initialise(model: nn.Module) -> None:
