@@ -15,8 +15,8 @@ where huggingface_dataset.yaml is
     execution: {threads: 1}
     evaluation: {every: 50}
 
-A set of the Hub is ``datasets.load_dataset(NAME, split=...)``, its columns renamed to ``image`` and
-``label``.
+A data set of the Hub is ``datasets.load_dataset(NAME, split=...)``, with its columns renamed to
+``image`` and ``label``.
 """
 
 import numpy as np
@@ -26,9 +26,10 @@ from sklearn.datasets import load_digits
 
 
 def splits(test_images: int = 360, seed: int = 0) -> tuple[Dataset, None, Dataset]:
-    """To train on, to validate with (none: ``data.validation_images`` of the first), to test with.
+    """The images to train on and to test with, and none to validate with.
 
-    ``data.arguments={test_images: 500}`` gives other numbers.
+    The trainer draws ``data.validation_images`` from the first. The recipe can set other numbers
+    by ``data.arguments={test_images: 500}``.
     """
     digits = load_digits()
     pixels = (digits.images * 255 / 16).round().astype(np.uint8)  # (1797, 8, 8)

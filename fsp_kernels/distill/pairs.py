@@ -1,4 +1,4 @@
-"""Which feature maps make the FSP matrices, in each network, and whether they fit one another."""
+"""Choosing the pairs of feature maps for the FSP matrices, and checking that networks fit."""
 
 from __future__ import annotations
 
@@ -45,14 +45,7 @@ _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 @dataclass(frozen=True)
 class PairShapes:
-    """What one image gives for one pair.
-
-    Attributes:
-        student: channels ``(m, n)`` of the first and the second map.
-        teacher: the same of the teacher's.
-        student_sizes: the spatial sizes of the first and the second map.
-        teacher_sizes: the same of the teacher's.
-    """
+    """Channels ``(m, n)`` of the first and the second map of one pair, and their spatial sizes."""
 
     student: tuple[int, int]
     teacher: tuple[int, int]
@@ -70,13 +63,13 @@ def resolve_pairs(
 
     Args:
         pairs: ``auto`` for the first and the last map of each stage of equal spatial size, as
-            ``stages.stages_of`` finds them; ``family`` for those that go with a known
-            architecture; or the pairs themselves.
+            ``stages.stages_of`` finds them; ``family`` for those of a known architecture; or the
+            pairs themselves.
         student, teacher: left as they were.
         image: ``(1, C, H, W)``, on the networks' device.
 
     Raises:
-        DistillError: there are none, or not as many of ``family`` in both networks.
+        DistillError: there are none, or ``family`` has other numbers of them in both networks.
     """
     if pairs == "auto":
         return _auto_pairs(student, teacher, image)
@@ -86,7 +79,7 @@ def resolve_pairs(
 
 
 def family_paths(model: nn.Module) -> tuple[Paths, ...] | None:
-    """The pairs that go with the architecture; ``None`` where it is not known or lacks them."""
+    """The pairs of the model's architecture; ``None`` if it is not known or lacks some modules."""
     modules = {path for path, _ in model.named_modules()}
     for kind in type(model).__mro__:
         paths = FAMILIES.get(f"{kind.__module__}.{kind.__qualname__}")
@@ -102,39 +95,38 @@ def check_pairs(
     image: Tensor,
     projection: bool,
 ) -> list[PairShapes]:
-    """Both networks have the maps, and the FSP matrices of each pair have one shape.
+    """Check that both networks have the maps, and that the FSP matrices of each pair fit.
 
     Args:
         pairs: as ``resolve_pairs`` gives them.
         student, teacher: left as they were.
         image: ``(1, C, H, W)``, on the networks' device.
-        projection: the student's channels may be others than the teacher's.
+        projection: the student's channels may differ from the teacher's.
 
     Raises:
-        DistillError: not so; the message names the pair.
+        DistillError: they do not; the message names the pair.
     """
-    students = _shapes(pairs, "student", student, image)
-    teachers = _shapes(pairs, "teacher", teacher, image)
-    for index, ((ours, _), (theirs, _)) in enumerate(zip(students, teachers, strict=True)):
-        if ours != theirs and not projection:
+    students = _run_pairs(pairs, "student", student, image)
+    teachers = _run_pairs(pairs, "teacher", teacher, image)
+    found = []
+    for index, (ours, theirs) in enumerate(zip(students, teachers, strict=True)):
+        m, n = (x.shape[1] for x in ours)
+        wanted_m, wanted_n = (x.shape[1] for x in theirs)
+        if (m, n) != (wanted_m, wanted_n) and not projection:
             raise DistillError(
-                f"pairs.{index}: the student's FSP matrix is {ours[0]} x {ours[1]}, the teacher's "
-                f"{theirs[0]} x {theirs[1]}; their feature maps must have equal channels or "
+                f"pairs.{index}: the student's FSP matrix is {m} x {n}, the teacher's "
+                f"{wanted_m} x {wanted_n}; their feature maps must have equal channels or "
                 "fsp.projection be true"
             )
-    return [
-        PairShapes(ours, theirs, our_sizes, their_sizes)
-        for (ours, our_sizes), (theirs, their_sizes) in zip(students, teachers, strict=True)
-    ]
+        our_sizes, their_sizes = (
+            (tuple(x.shape[2:]), tuple(y.shape[2:])) for x, y in (ours, theirs)
+        )
+        found.append(PairShapes((m, n), (wanted_m, wanted_n), our_sizes, their_sizes))
+    return found
 
 
 def channels_first(pairs: Sequence[Maps], channel_dims: Sequence[int | None]) -> list[Maps]:
-    """The pairs that ``FeatureTaps.take_pairs()`` gives, with maps ``(B, C, *spatial)``.
-
-    Args:
-        pairs: of maps.
-        channel_dims: of each pair; where it is -1, maps are moved, in a view.
-    """
+    """Views ``(B, C, *spatial)`` of maps whose channels are last, where a pair's dim is -1."""
     return [
         (checks.channels_first(a), checks.channels_first(b)) if dim == -1 else (a, b)
         for (a, b), dim in zip(pairs, channel_dims, strict=True)
@@ -144,10 +136,7 @@ def channels_first(pairs: Sequence[Maps], channel_dims: Sequence[int | None]) ->
 class Projection(nn.Module):
     """Learnt 1x1 convolutions, without bias, from the student's channels to the teacher's.
 
-    Maps whose channels are the teacher's pass untouched.
-
-    Args:
-        shapes: as ``check_pairs`` gives them.
+    Maps that have the teacher's channels stay as they are. ``shapes`` are those of ``check_pairs``.
     """
 
     def __init__(self, shapes: Sequence[PairShapes]) -> None:
@@ -162,7 +151,8 @@ class Projection(nn.Module):
 
     def forward(self, pairs: Sequence[Maps]) -> list[Maps]:
         """The student's pairs ``(B, C, *spatial)`` with the teacher's channels."""
-        maps = [project(x) for project, x in zip(self.maps, _flat(pairs), strict=True)]
+        flat = [x for pair in pairs for x in pair]
+        maps = [project(x) for project, x in zip(self.maps, flat, strict=True)]
         return list(zip(maps[::2], maps[1::2], strict=True))
 
 
@@ -217,11 +207,8 @@ def _family_pairs(student: nn.Module, teacher: nn.Module) -> tuple[Pair, ...]:
     return tuple(Pair(student=s, teacher=t) for s, t in zip(*found, strict=True))
 
 
-_Shapes = tuple[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]]
-
-
-def _shapes(pairs: Sequence[Pair], role: str, model: nn.Module, image: Tensor) -> list[_Shapes]:
-    """Channels and spatial sizes of each pair of one network, which runs once."""
+def _run_pairs(pairs: Sequence[Pair], role: str, model: nn.Module, image: Tensor) -> list[Maps]:
+    """The maps (B, C, *spatial) of each pair of one network, which runs once."""
     found = []
     with ExitStack() as stack:
         stack.enter_context(looking(model))
@@ -234,12 +221,6 @@ def _shapes(pairs: Sequence[Pair], role: str, model: nn.Module, image: Tensor) -
         for index, (pair, taps) in enumerate(zip(pairs, all_taps, strict=True)):
             with prefixed(f"pairs.{index}.{role}"):
                 maps = taps.take_pairs()
-                fsp_matrix(*maps[0], channel_dim=pair.channel_dim)  # it knows which maps make one
-                [(first, second)] = channels_first(maps, [pair.channel_dim])
-            channels = first.shape[1], second.shape[1]
-            found.append((channels, (tuple(first.shape[2:]), tuple(second.shape[2:]))))
+                fsp_matrix(*maps[0], channel_dim=pair.channel_dim)  # checks that they make a pair
+                found += channels_first(maps, [pair.channel_dim])
     return found
-
-
-def _flat(pairs: Sequence[Maps]) -> list[Tensor]:
-    return [x for pair in pairs for x in pair]

@@ -1,10 +1,10 @@
-"""Paths to what a network computes: a module, its input or output, and what to choose in that."""
+"""Paths to tensors in a network, such as ``layer3:output[0]``, and choosing by them."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from fsp_kernels.distill.errors import DistillError
 
 _SIDE = re.compile(r"(input|output)((?:\[[^\[\]]+\]|\.\w+)*)")
 _KEY = re.compile(r"\[([^\[\]]+)\]|\.(\w+)")
+_NUMBER = re.compile(r"-?\d{1,9}")
 _SHOWN = 4  # choices in one message
 
 
@@ -26,10 +27,10 @@ class Path(NamedTuple):
 
 
 def parse_path(text: str) -> Path:
-    """The path that ``text`` is; without a colon it is a module's output.
+    """Parse a path; without a colon it is a module's output.
 
     Raises:
-        DistillError: what comes after the colon is something else.
+        DistillError: after the colon, ``text`` is not as it must be.
     """
     module, colon, rest = text.partition(":")
     match = _SIDE.fullmatch(rest if colon else "output")
@@ -40,14 +41,14 @@ def parse_path(text: str) -> Path:
         )
     side, keys = match.groups()
     names = [index or name for index, name in _KEY.findall(keys)]
-    return Path(text, module, side, tuple(int(n) if _is_whole(n) else n for n in names))
+    return Path(text, module, side, tuple(int(n) if _NUMBER.fullmatch(n) else n for n in names))
 
 
 def select(value: object, path: Path) -> Tensor:
-    """The tensor that ``path`` chooses in ``value``, the input or output it names.
+    """The tensor that ``path`` chooses in ``value``, a module's input or output.
 
     Raises:
-        DistillError: that is no tensor, or not there; the message lists what could be chosen.
+        DistillError: there is none; the message lists what could be chosen.
     """
     chosen = f":{path.side}"
     for key in path.keys:
@@ -80,26 +81,25 @@ def choices(value: object, chosen: str) -> str:
 
 def tensors_in(value: object) -> Iterator[tuple[str, Tensor]]:
     """Every tensor within tuples, mappings and dataclasses, and the keys that choose it."""
+    items: Iterable[tuple[object, object]] = ()
     if isinstance(value, Tensor):
         yield "", value
-        return
-    items: Iterator[tuple[object, object]] = iter(())
-    if isinstance(value, Mapping):
-        items = iter(value.items())
+    elif isinstance(value, Mapping):
+        items = value.items()
     elif isinstance(value, (tuple, list)):
-        items = iter(enumerate(value))
+        items = enumerate(value)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+        items = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
     for key, item in items:
         for keys, tensor in tensors_in(item):
             yield f"{_step(key)}{keys}", tensor
 
 
 def _item(value: object, key: int | str) -> object:
-    """``value[key]`` or ``value.key``; ``None`` where there is none."""
-    if isinstance(value, Tensor):  # whose items are of the batch
+    """``value[key]`` or ``value.key``; ``None`` if there is none."""
+    if isinstance(value, Tensor):  # its items are those of the batch
         return None
-    if isinstance(value, Mapping):  # whose keys may be numbers written as text
+    if isinstance(value, Mapping):  # its keys may be numbers written as text
         return value.get(key, value.get(str(key)))
     if isinstance(key, str):
         return getattr(value, key, None)
@@ -110,7 +110,3 @@ def _item(value: object, key: int | str) -> object:
 
 def _step(key: object) -> str:
     return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key}]"
-
-
-def _is_whole(name: str) -> bool:
-    return re.fullmatch(r"-?\d{1,9}", name) is not None

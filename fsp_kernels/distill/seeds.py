@@ -1,4 +1,4 @@
-"""Random numbers that depend on where a run is, not on how it came there."""
+"""Seeds of random numbers that depend on the place in a run, so that a resumed run is the same."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 class Purpose(IntEnum):
-    """What numbers are drawn for: it makes a seed together with the run's and where the run is."""
+    """What random numbers are for: a part of their seed, beside the run's seed and its step."""
 
     WEIGHTS = 0
     STEP = 1
@@ -22,16 +22,16 @@ class Purpose(IntEnum):
 
 
 def mixed(*numbers: int) -> int:
-    """A 32-bit seed from non-negative whole numbers, another one for any other sequence of them.
+    """A 32-bit seed from whole numbers, for which other numbers or another order give another.
 
-    Not Python's ``hash``, and not their sum: seeds 1, 0 and 0, 1 must not meet.
+    It is the same in every process, unlike Python's ``hash``.
     """
     text = ",".join(str(int(number)) for number in numbers)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")
 
 
 def seed_everything(*numbers: int) -> None:
-    """Python's, NumPy's and PyTorch's generators, on every device, from ``mixed(*numbers)``."""
+    """Seed Python's, NumPy's and PyTorch's generators, on every device, by ``mixed(*numbers)``."""
     seed = mixed(*numbers)
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  # users' models may draw from it
@@ -40,7 +40,7 @@ def seed_everything(*numbers: int) -> None:
 
 @contextmanager
 def kept_generators() -> Iterator[None]:
-    """Afterwards, Python's, NumPy's and PyTorch's generators of the CPU are as they were before."""
+    """Restore the CPU generators of Python, NumPy and PyTorch at the end of the block."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""Feature maps by module path, from models that know nothing of it."""
+"""Recording a model's feature maps by module path, without changing the model."""
 
 from __future__ import annotations
 
@@ -20,36 +20,35 @@ class FeatureTaps:
 
     Each path is a name as in ``model.named_modules()``, followed by ``:output`` (the default) or
     ``:input``: ``"stage1.0.relu1"``, ``"layer2:input"``. The input of a module is its first tensor
-    argument. A module that runs several times in one forward pass gives the last time.
+    argument. Of a module that runs several times in one forward pass, the last time counts.
 
-    Of tuples, mappings and objects, keys choose one value: ``"encoder.layer.3:output[0]"``,
-    ``"block:output.hidden_states[2]"``. ``[key]`` and ``.key`` are items of mappings and attributes
-    alike. Of an input they first choose the argument, by place or keyword: ``"layer:input[1]"``,
-    ``"layer:input.mask"``. Without a module, as in ``":output.hidden_states[2]"``, the path is of
-    the model itself, before any hook changes what it gives.
+    Keys choose one value of a tuple, a mapping or an object: ``"encoder.layer.3:output[0]"``,
+    ``"block:output.hidden_states[2]"``. ``[key]`` and ``.key`` both stand for items of mappings and
+    for attributes. Of an input, the first key chooses the argument, by place or keyword:
+    ``"layer:input[1]"``, ``"layer:input.mask"``. A path without a module, such as
+    ``":output.hidden_states[2]"``, is of the model itself, before other hooks change its output.
 
-    The hooks are there inside a ``with`` block (or from ``attach()`` to ``detach()``) only::
+    The hooks exist only inside a ``with`` block, or from ``attach()`` to ``detach()``::
 
         with FeatureTaps(model, ["stage1:input", "stage1"]) as taps:
             model(images)
             first, second = taps.take()
 
-    The taps record ``model`` and not its copies, and not what checkpointing runs again in backward.
-    Each thread takes the maps of its own forward pass. A model can be copied, pickled and saved
-    whole while the hooks are there; to read such a file this package has to be installed.
+    Copies of ``model`` are not recorded, nor what checkpointing runs again in backward. Each thread
+    takes the maps of its own forward pass. A model can be copied, pickled and saved whole while the
+    hooks exist; to read such a file, this package has to be installed.
 
-    ``torch.compile`` sees the hooks that are there when the model first runs: attach them before,
-    and leave them. In compiled code and under ``torch.inference_mode`` the taps copy each map,
-    since PyTorch does not count there how often a tensor is written to. ``torch.no_grad`` does
-    without the copy.
+    ``torch.compile`` sees the hooks that exist when the model first runs, so attach them before and
+    leave them. In compiled code and under ``torch.inference_mode`` the taps copy each map, since
+    PyTorch does not count there how often a tensor is overwritten. ``torch.no_grad`` needs no copy.
 
     Args:
         model: any module; it is not changed.
-        paths: what to record, in the order ``take()`` returns it.
+        paths: what to record, in the order in which ``take()`` returns it.
 
     Raises:
-        DistillError: a path names no submodule; the message lists close ones. Or, as the model
-            runs: a replica of ``nn.DataParallel`` runs.
+        DistillError: a path names no submodule; the message lists close ones. When the model runs:
+            it is a replica of ``nn.DataParallel``.
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
@@ -71,7 +70,7 @@ class FeatureTaps:
         return self
 
     def detach(self) -> None:
-        """Remove the hooks and let go of what they recorded."""
+        """Remove the hooks and forget what they recorded."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -95,16 +94,16 @@ class FeatureTaps:
         self._passes.last.seen.clear()
         maps = []
         for path in self._paths:
-            if path not in seen:
+            found = seen.get(path)
+            if found is None:
                 raise DistillError(f"{path}: did not run in the model's forward pass")
-            found = seen[path]
             if isinstance(found, DistillError):
                 raise found
             tensor, version, lost = found
             if version is not None and tensor._version != version:
                 raise DistillError(
-                    f"{path}: was overwritten in place by a later module; "
-                    f"tap that module's output, or make it not in-place"
+                    f"{path}: was overwritten in place by a later module; tap that module's "
+                    "output, or make it not in-place"
                 )
             if lost:
                 raise DistillError(
@@ -151,19 +150,21 @@ class FeatureTaps:
         self._record(path, output)
 
     def _record(self, path: Path, given: object) -> None:
-        seen = self._passes.last.seen
+        this = self._passes.last
         try:
             value = select(given, path)
-        except DistillError as error:  # for who takes the maps, who knows what they are for
-            seen[path.text] = error
+        except DistillError as error:  # take() raises it, as its caller knows the map's purpose
+            this.seen[path.text] = error
             return
-        lost = self._passes.last.has_gradient and not value.requires_grad and _in_function()
-        # PyTorch counts writes to neither of these two kinds, so a copy is kept. It costs what a
-        # ReLU does. Comparing values later would cost the same and make the host wait for a GPU.
+        lost = this.has_gradient and not value.requires_grad and _in_function()
+        version = None
+        # PyTorch does not count writes to these tensors, so a copy is kept, which costs as much as
+        # a ReLU. To compare values later would cost the same and make the host wait for a GPU.
         if torch.compiler.is_compiling() or value.is_inference():
-            seen[path.text] = _Seen(value.clone(), None, lost)
+            value = value.clone()
         else:
-            seen[path.text] = _Seen(value, value._version, lost)
+            version = value._version
+        this.seen[path.text] = _Seen(value, version, lost)
 
 
 class _Seen(NamedTuple):
@@ -183,9 +184,10 @@ class _Pass:
 
 
 class _Passes(threading.local):
-    """Each thread's last forward pass. A copy starts anew: maps with a graph can't be copied."""
+    """Each thread's last forward pass. A copy is empty, as maps with a graph can't be copied."""
 
     def __init__(self) -> None:
+        # torch.compile would lose what is written to attributes of this object itself.
         self.last = _Pass()
 
     def __reduce__(self) -> tuple[type[_Passes], tuple[()]]:
@@ -195,8 +197,8 @@ class _Passes(threading.local):
 class _Hook:
     """Calls ``act`` before or after ``module`` runs, but not when backward runs it again.
 
-    If ``first``, it runs before the module's other hooks. A copy or a file of the module has a hook
-    that does nothing.
+    ``first`` puts it before the module's other hooks. In a copy or a file of the module, the hook
+    does nothing.
     """
 
     def __init__(
@@ -252,11 +254,7 @@ def _in_function() -> bool:
 def _find(model: nn.Module, text: str) -> nn.Module:
     name, modules = parse_path(text).module, dict(model.named_modules())
     if name not in modules or not text:
-        known = [known for known in modules if known]
-        hint = did_you_mean(name, known, limit=3) or _children(model)
+        children = ", ".join(child for child, _ in model.named_children())
+        hint = did_you_mean(name, filter(None, modules), limit=3) or f"; it has {children}"
         raise DistillError(f"{text}: {type(model).__name__} has no module {name!r}{hint}")
     return modules[name]
-
-
-def _children(model: nn.Module) -> str:
-    return "; it has " + ", ".join(name for name, _ in model.named_children())

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fsp_kernels import fsp_loss
 from fsp_kernels.distill.config import Pair
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.models import CifarResNet, WideResNet
@@ -70,11 +69,8 @@ class Tokens(nn.Module):
         return self.block(self.embed(image.flatten(1)[:, :20].unflatten(1, (5, 4))))
 
 
-def test_auto_finds_the_first_and_last_map_of_each_stage_of_cifar_networks() -> None:
+def test_auto_finds_the_first_and_last_map_of_each_stage() -> None:
     assert resolved(CifarResNet(8), CifarResNet(26)) == both(CIFAR_AUTO)
-
-
-def test_auto_finds_the_stages_of_torchvisions_resnets() -> None:
     models = pytest.importorskip("torchvision.models")
     image = torch.zeros(1, 3, 64, 64)
     found = resolve_pairs("auto", models.resnet18(), models.resnet34(), image)
@@ -90,58 +86,64 @@ def test_auto_ends_a_stage_before_the_next_ones_first_block() -> None:
     assert first == both([("stage1.0.relu1", "stage1")])[0]
 
 
-def test_auto_leaves_networks_as_they_were() -> None:
-    student = CifarResNet(8)
+def test_networks_are_left_as_they_were() -> None:
+    student, teacher = CifarResNet(8), CifarResNet(8).eval()
     student.stage2.eval()
     before = {name: x.clone() for name, x in student.state_dict().items()}
-    resolved(student, CifarResNet(8))
+    pairs = resolve_pairs("auto", student, teacher, IMAGE)
+    check_pairs(pairs, student, teacher, IMAGE, projection=False)
     assert student.training
     assert student.stage3[0].bn1.training
     assert not student.stage2[0].bn1.training
+    assert not any(module.training for module in teacher.modules())
     assert all(torch.equal(x, before[name]) for name, x in student.state_dict().items())
     assert not any(module._forward_hooks for module in student.modules())
 
 
-def test_auto_takes_no_raw_map_of_a_convolution_or_norm() -> None:
-    raw = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
-    model = nn.Sequential(raw, nn.ReLU(), conv(4, 4))
-    assert resolved(model, model) == both([("1", "2")])
+POOLED = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.ReLU(), nn.ReLU())
+RAW = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+TWICE = nn.ReLU()
 
 
-def test_auto_takes_no_map_that_is_overwritten() -> None:
-    model = nn.Sequential(conv(3, 4), nn.Tanh(), nn.ReLU(inplace=True), conv(4, 4))
-    assert resolved(model, model) == both([("0", "3")])
-    model = nn.Sequential(nn.Tanh(), nn.ReLU(inplace=True), conv(3, 4))
-    assert resolved(model, model) == both([("1", "2")])
+@pytest.mark.parametrize(
+    ("modules", "expected"),
+    [
+        # Maps of convolutions and normalisations alone are raw.
+        ([RAW, nn.ReLU(), conv(4, 4)], ("1", "2")),
+        # Maps that are overwritten in place.
+        ([conv(3, 4), nn.Tanh(), nn.ReLU(inplace=True), conv(4, 4)], ("0", "3")),
+        ([nn.Tanh(), nn.ReLU(inplace=True), conv(3, 4)], ("1", "2")),
+        # Modules that run twice.
+        ([TWICE, nn.Conv2d(3, 4, 1), TWICE, conv(4, 4), conv(4, 4)], ("3", "4")),
+        # Single maps of a size, and single positions.
+        ([net(4), nn.MaxPool2d(2), POOLED], ("0.0", "0")),
+    ],
+)
+def test_auto_leaves_out_maps_that_are_no_features(
+    modules: list[nn.Module], expected: tuple[str, str]
+) -> None:
+    model = nn.Sequential(*modules)
+    assert resolved(model, model) == both([expected])
 
 
-def test_auto_takes_no_module_that_runs_twice() -> None:
-    relu = nn.ReLU()
-    model = nn.Sequential(relu, nn.Conv2d(3, 4, 1), relu, conv(4, 4), conv(4, 4))
-    assert resolved(model, model) == both([("3", "4")])
-
-
-def test_auto_leaves_out_single_positions_and_single_maps() -> None:
-    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.ReLU(), nn.ReLU())
-    model = nn.Sequential(net(4), nn.MaxPool2d(2), pooled)
-    assert resolved(model, model) == both([("0.0", "0")])
-
-
-def test_auto_matches_as_many_stages_in_order_whatever_their_sizes() -> None:
-    late = nn.Sequential(nn.MaxPool2d(2), net(4, 8))
-    assert resolved(net(4, 8), late) == [
-        (("0", "1"), ("1.0", "1.1")),
-        (("2", "3"), ("1.2", "1")),
-    ]
-
-
-def test_auto_matches_stages_of_equal_size_where_their_numbers_differ() -> None:
-    assert resolved(net(4, 8), net(4, 8, 16)) == both([("0", "1"), ("2", "3")])
-
-
-def test_auto_matches_from_the_last_stage_where_no_size_is_equal() -> None:
-    odd = nn.Sequential(nn.MaxPool2d(3), net(4))
-    assert resolved(odd, net(4, 8)) == [(("1.0", "1"), ("2", "3"))]
+@pytest.mark.parametrize(
+    ("student", "teacher", "expected"),
+    [
+        # As many stages: in order.
+        (
+            net(4, 8),
+            nn.Sequential(nn.MaxPool2d(2), net(4, 8)),
+            [(("0", "1"), ("1.0", "1.1")), (("2", "3"), ("1.2", "1"))],
+        ),
+        # Other numbers: those of equal size, or from the last backwards if there are none.
+        (net(4, 8), net(4, 8, 16), both([("0", "1"), ("2", "3")])),
+        (nn.Sequential(nn.MaxPool2d(3), net(4)), net(4, 8), [(("1.0", "1"), ("2", "3"))]),
+    ],
+)
+def test_auto_matches_the_stages_of_both_networks(
+    student: nn.Module, teacher: nn.Module, expected: list[tuple[Any, Any]]
+) -> None:
+    assert resolved(student, teacher) == expected
 
 
 @pytest.mark.parametrize("channels", [9, 96])
@@ -169,9 +171,6 @@ def test_the_pairs_of_families() -> None:
     assert resolved(WideResNet(10), WideResNet(16), "family") == both(WIDE_FAMILY)
     mixed = resolved(WideResNet(10), CifarResNet(8), "family")
     assert mixed == list(zip(WIDE_FAMILY, CIFAR_FAMILY, strict=True))
-
-
-def test_the_pairs_of_imagenets_resnets_are_known_of_both_packages() -> None:
     torchvision, timm = map(pytest.importorskip, ("torchvision.models", "timm"))
     found = resolved(torchvision.resnet18(), timm.create_model("resnet18"), "family")
     assert found == both(IMAGENET_FAMILY)
@@ -183,22 +182,16 @@ def test_pairs_of_a_family_fit_the_networks_they_are_named_for() -> None:
     check_pairs(pairs, student, teacher, IMAGE, projection=False)
 
 
-def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
+def test_networks_without_pairs_of_a_family_are_refused() -> None:
     message = r"^pairs: family knows no pairs of the teacher's Sequential; it knows .*CifarResNet"
     with pytest.raises(DistillError, match=message):
         resolved(CifarResNet(8), net(4), "family")
-
-
-def test_a_resnet_too_shallow_for_the_familys_pairs_is_refused() -> None:
-    timm = pytest.importorskip("timm")
+    torchvision, timm = map(pytest.importorskip, ("torchvision.models", "timm"))
+    shallow = timm.create_model("resnet10t")
     with pytest.raises(DistillError, match="family knows no pairs of the student's ResNet"):
-        resolved(timm.create_model("resnet10t"), timm.create_model("resnet18"), "family")
-
-
-def test_families_of_other_numbers_of_pairs_do_not_go_together() -> None:
-    models = pytest.importorskip("torchvision.models")
+        resolved(shallow, timm.create_model("resnet18"), "family")
     with pytest.raises(DistillError, match="family has 3 of the student and 4 of the teacher"):
-        resolved(CifarResNet(8), models.resnet18(), "family")
+        resolved(CifarResNet(8), torchvision.resnet18(), "family")
 
 
 def test_given_pairs_are_taken_as_they_are() -> None:
@@ -287,13 +280,6 @@ def test_any_error_of_a_forward_pass_is_shown_with_the_users_own_lines() -> None
         check_pairs([], Looks(), net(4), IMAGE, projection=False)
 
 
-def test_checking_leaves_networks_as_they_were() -> None:
-    student = CifarResNet(8)
-    check_pairs([pair("relu", "stage1")], student, CifarResNet(8).eval(), IMAGE, projection=False)
-    assert all(module.training for module in student.modules())
-    assert not student.bn.num_batches_tracked
-
-
 def test_tokens_are_read_with_their_channels_last() -> None:
     pairs = [pair("embed", "block", channel_dim=-1)]
     [shapes] = check_pairs(pairs, Tokens(8), Tokens(8), IMAGE, projection=False)
@@ -327,18 +313,15 @@ def test_a_vision_transformers_tokens_can_be_distilled() -> None:
 
 
 def test_channels_that_are_last_move_in_views_and_others_stay() -> None:
-    maps = [torch.randn(2, 3, 4, 5), torch.randn(2, 6, 4, 5), torch.randn(2, 7, 3)]
-    pairs = channels_first([(maps[0], maps[1]), (maps[2], maps[2])], [None, -1])
-    assert pairs[0][0] is maps[0]
-    assert pairs[0][1] is maps[1]
-    assert pairs[1][0].shape == (2, 3, 7)
-    assert torch.equal(pairs[1][1], maps[2].transpose(1, 2))
-    assert pairs[1][0].data_ptr() == maps[2].data_ptr()
-
-
-def test_channels_last_of_images_move_before_both_spatial_axes() -> None:
-    [(first, _)] = channels_first([(torch.randn(2, 4, 5, 3),) * 2], [-1])
-    assert first.shape == (2, 3, 4, 5)
+    x, y, tokens, image = (
+        torch.randn(2, *shape) for shape in ((3, 4, 5), (6, 4, 5), (7, 3), (4, 5, 3))
+    )
+    pairs = channels_first([(x, y), (tokens, tokens), (image, image)], [None, -1, -1])
+    assert pairs[0][0] is x
+    assert pairs[0][1] is y
+    assert torch.equal(pairs[1][1], tokens.transpose(1, 2))
+    assert pairs[1][0].data_ptr() == tokens.data_ptr()
+    assert torch.equal(pairs[2][0], image.permute(0, 3, 1, 2))
 
 
 def shapes_of(student: tuple[int, int], teacher: tuple[int, int], rank: int = 2) -> PairShapes:
@@ -347,31 +330,20 @@ def shapes_of(student: tuple[int, int], teacher: tuple[int, int], rank: int = 2)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_a_projection_gives_the_teachers_channels(rank: int) -> None:
-    shapes = [shapes_of((3, 5), (4, 6), rank)]
+def test_a_projection_gives_the_teachers_channels_and_learns(rank: int) -> None:
+    projection = Projection([shapes_of((3, 5), (4, 6), rank)])
     pair = torch.randn(2, 3, *(4,) * rank), torch.randn(2, 5, *(2,) * rank)
-    [(first, second)] = Projection(shapes)([pair])
+    [(first, second)] = projection([pair])
     assert first.shape == (2, 4, *(4,) * rank)
     assert second.shape == (2, 6, *(2,) * rank)
+    (first.square().sum() + second.square().sum()).backward()
+    assert all(parameter.grad is not None for parameter in projection.parameters())
 
 
-def test_a_projection_is_linear_in_the_channels_of_each_position() -> None:
+def test_a_projection_is_linear_in_the_channels_and_leaves_maps_that_fit() -> None:
     projection = Projection([shapes_of((3, 5), (4, 5))])
     x, y = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 2, 2)
-    [(first, _)] = projection([(x, y)])
+    [(first, second)] = projection([(x, y)])
     [weight] = projection.parameters()
     torch.testing.assert_close(first, torch.einsum("oc,bchw->bohw", weight[:, :, 0, 0], x))
-
-
-def test_a_projection_leaves_maps_that_fit_untouched() -> None:
-    x, y = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 2, 2)
-    [(first, second)] = Projection([shapes_of((3, 5), (4, 5))])([(x, y)])
-    assert first is not x
     assert second is y
-
-
-def test_a_projection_learns() -> None:
-    projection = Projection([shapes_of((3, 5), (4, 6))])
-    pair = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 2, 2)
-    fsp_loss(projection([pair]), [torch.randn(2, 4, 6)]).backward()
-    assert all(parameter.grad is not None for parameter in projection.parameters())

@@ -1,19 +1,129 @@
-"""Batches in an order that the seed and the step decide: resumed or divided, it is the same."""
+"""Splits and their batches, whose images, order and augmentation depend on seed and step alone."""
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_convert
 
-from fsp_kernels.distill.data.split import Batch, Key, Split
+from fsp_kernels.distill.data.images import augment
+from fsp_kernels.distill.data.sources import Collection, Labelled, Moments
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.seeds import mixed
+
+Key = int | tuple[int, int]  # an index, or an index and the seed of the image's augmentation
+
+
+class Sample(NamedTuple):
+    """``image`` (C, H, W) float32, its ``label``, and its position in the split."""
+
+    image: Tensor
+    label: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
+
+
+class Batch(NamedTuple):
+    """``images`` (B, C, H, W) float32, ``labels`` (B,) and positions in the split (B,), int64."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+class Split(Dataset[Sample]):
+    """Standardised images of a data set, for training or evaluation.
+
+    ``split[index]`` is a sample for evaluation. ``split[index, seed]`` is augmented, if the split
+    augments, by random numbers that depend on (seed, index) alone.
+
+    Attributes:
+        labels: (N,) int64.
+        image_shape: (C, H, W).
+        classes: labels are ``0..classes - 1``.
+        mean, std: of each channel, of pixels in ``pixel_range``; images are
+            ``(pixels - mean) / std``.
+        pixel_range: least and largest pixel.
+    """
+
+    def __init__(
+        self, labelled: Labelled, collection: Collection, moments: Moments, augments: bool = False
+    ) -> None:
+        self.labels = torch.from_numpy(labelled.labels)
+        self.image_shape, self.classes = collection.image_shape, collection.classes
+        self.mean, self.std = moments
+        self.pixel_range = collection.pixel_range
+        self._source, self._numbers = labelled.source, torch.from_numpy(labelled.numbers)
+        self._evaluation = collection.evaluation
+        self._augmentation = collection.augmentation if augments else None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: Key) -> Sample:
+        batch = self.__getitems__([key])
+        return Sample(batch.images[0], int(batch.labels[0]), int(batch.indices[0]))
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        """The samples as one batch; this is what a DataLoader calls."""
+        numbers = range(len(self))  # makes negative indices positive, and refuses others
+        indices = [numbers[key[0] if isinstance(key, tuple) else key] for key in keys]
+        seeds = [key[1] if isinstance(key, tuple) else None for key in keys]
+        augments = self._augmentation is not None and any(seed is not None for seed in seeds)
+        if isinstance(self._source, Tensor) and not augments:
+            # Faster than indexing, which wakes other threads for a few kilobytes.
+            pixels = self._source.index_select(0, self._numbers[indices])
+        else:
+            pixels = torch.stack(list(map(self._pixels, indices, seeds)))
+        if not pixels.is_floating_point():
+            pixels = pixels / 255
+        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        images = ((pixels - mean) / std).float()
+        return Batch(images, self.labels[indices], torch.tensor(indices))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of images, labels, order and transforms; of files, path and size count."""
+        digest = hashlib.blake2b(digest_size=16)
+        about = (self.image_shape, self.classes, self.mean, self.std, self.pixel_range)
+        digest.update(repr((about, self._evaluation, self._augmentation)).encode())
+        digest.update(self.labels.numpy().tobytes())
+        source = self._source
+        for number in self._numbers.tolist():
+            if isinstance(source, Tensor):
+                digest.update(source[number].numpy().tobytes())
+            else:
+                digest.update(source.identity(number))
+        return digest.hexdigest()
+
+    def _pixels(self, index: int, seed: int | None) -> Tensor:
+        pixels = self._source[int(self._numbers[index])]
+        if seed is not None and self._augmentation is not None:
+            return augment(self._augmentation, pixels, seed, index)
+        return pixels if self._evaluation is None else self._evaluation(pixels)
+
+
+class Splits(NamedTuple):
+    """``train`` is the student's, part of ``teacher_train``; otherwise disjoint sets of images."""
+
+    train: Split
+    teacher_train: Split
+    validation: Split | None
+    test: Split
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.train.image_shape
+
+    @property
+    def classes(self) -> int:
+        return self.train.classes
 
 
 def training_batches(
@@ -30,8 +140,8 @@ def training_batches(
 ) -> Iterator[Batch]:
     """One process's batches of the optimiser steps ``first_step..steps - 1``.
 
-    Each epoch shows every image once, in an order and augmented as ``seed`` and the epoch decide,
-    but for those that make no whole batch: every step averages over the same number of images.
+    Each epoch shows every image once, except those that make no whole batch. ``seed`` and the epoch
+    decide their order and augmentation.
 
     Args:
         split: the images.
@@ -39,36 +149,38 @@ def training_batches(
         seed: of orders and augmentations.
         first_step: where a resumed run goes on.
         steps: where it ends.
-        accumulation: batches that each step is given in, one after the other.
-        process: whose share this is, of ``processes`` equal ones.
-        processes: that train together.
+        accumulation: batches of each step, one after the other.
+        process: number of this process, of ``processes`` that train together.
         workers: processes that load images.
 
     Raises:
-        DistillError: ``batch_size`` cannot be divided so, or is more than there are images. While
-            iterating: an image cannot be read.
+        DistillError: as ``check_batch_size``. While iterating: an image cannot be read.
     """
     check_batch_size(len(split), batch_size, accumulation, processes)
-    order = _TrainingOrder(
-        images=len(split),
-        batch_size=batch_size,
-        seed=seed,
-        first_step=first_step,
-        steps=steps,
-        accumulation=accumulation,
-        process=process,
-        processes=processes,
-    )
-    return _read(_loader(split, order, workers))
+
+    def keys() -> Iterator[list[Key]]:
+        steps_per_epoch = len(split) // batch_size
+        shown = None  # the epoch of ``batches``
+        for step in range(first_step, steps):
+            epoch, place = divmod(step, steps_per_epoch)
+            if epoch != shown:
+                epoch_seed = mixed(seed, epoch)
+                generator = torch.Generator().manual_seed(epoch_seed)
+                batches = torch.randperm(len(split), generator=generator).split(batch_size)
+                shown = epoch
+            for part in batches[place].chunk(accumulation):
+                share = part.chunk(processes)[process]
+                yield [(index, epoch_seed) for index in share.tolist()]
+
+    return _read(_loader(split, keys(), workers))
 
 
 def check_batch_size(
     images: int, batch_size: int, accumulation: int, processes: int, where: str = "data"
 ) -> None:
-    """A batch can be filled from ``images``, and divided.
+    """Raise a ``DistillError`` unless ``images`` fill a batch, and it can be divided equally.
 
-    Raises:
-        DistillError: it can't; ``where`` names the section of the recipe.
+    ``where`` names the section of the recipe.
     """
     parts = accumulation * processes
     if batch_size % parts:
@@ -78,23 +190,22 @@ def check_batch_size(
         )
     if batch_size > images:
         raise DistillError(
-            f"{where}.batch_size: is {batch_size}, must be at most {images}, the images there are"
+            f"{where}.batch_size: is {batch_size}, must be at most {images}, the number of images"
         )
 
 
 class EvaluationBatches:
-    """One process's share of the images in their order, as for evaluation, each time anew.
+    """One process's share of the images in their order, without augmentation, in each iteration.
 
-    Each image is in one process's share, the shares are equal up to one image and may be empty.
-    Workers are started by the first iteration and wait for the next one, until ``close``.
+    The shares of all processes are disjoint, equal up to one image, and may be empty. The first
+    iteration starts the workers, which wait for the next iteration until ``close``.
 
     Args:
         split: the images.
-        batch_size: images of one batch of this process, or fewer in its last.
-        process: whose share this is, of ``processes``.
-        processes: that evaluate together.
+        batch_size: images of one batch of this process; its last one may have fewer.
+        process: number of this process, of ``processes`` that evaluate together.
         workers: processes that load images.
-        limit: only so many, the first ones.
+        limit: use so many images only, the first ones.
 
     Raises:
         DistillError: while iterating, an image cannot be read.
@@ -113,53 +224,22 @@ class EvaluationBatches:
         count = len(split) if limit is None else min(limit, len(split))
         first, end = (count * share // processes for share in (process, process + 1))
         share: list[Key] = list(range(first, end))
-        order = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
-        self._loader = _loader(split, order, workers, persistent_workers=workers > 0)
+        keys = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
+        self._loader = _loader(split, keys, workers, persistent_workers=workers > 0)
 
     def __iter__(self) -> Iterator[Batch]:
         return _read(self._loader)
 
     def close(self) -> None:
         """End the workers; another iteration starts new ones."""
-        # PyTorch ends them once nothing refers to its iterator, as the traceback of an error may.
+        # PyTorch ends them only when nothing refers to the iterator, as an error's traceback may.
         if self._loader._iterator is not None:
             self._loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
             self._loader._iterator = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _TrainingOrder:
-    """Sampler of the keys of each batch; the arguments are those of ``training_batches``."""
-
-    images: int
-    batch_size: int
-    seed: int
-    first_step: int
-    steps: int
-    accumulation: int
-    process: int
-    processes: int
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        steps_per_epoch = self.images // self.batch_size
-        shown = None  # the epoch that ``batches`` are of
-        for step in range(self.first_step, self.steps):
-            epoch, place = divmod(step, steps_per_epoch)
-            if epoch != shown:
-                seed = mixed(self.seed, epoch)
-                generator = torch.Generator().manual_seed(seed)
-                batches = torch.randperm(self.images, generator=generator).split(self.batch_size)
-                shown = epoch
-            for part in batches[place].chunk(self.accumulation):
-                share = part.chunk(self.processes)[self.process]
-                yield [(index, seed) for index in share.tolist()]
-
-
-class _Fetched(Dataset):
-    """The split, with an unreadable image's error as a value.
-
-    Raised in a worker, it would reach the reader as the text of a traceback.
-    """
+class _ErrorsAsValues(Dataset):
+    """The split; an error in a worker is returned, for PyTorch would raise its traceback's text."""
 
     def __init__(self, split: Split) -> None:
         self._split = split
@@ -171,34 +251,27 @@ class _Fetched(Dataset):
             return error
 
 
-def _as_it_is(fetched: Any) -> Any:
-    return fetched
-
-
 def _loader(
-    split: Split, order: Iterable[list[Key]], workers: int, persistent_workers: bool = False
+    split: Split, keys: Iterable[list[Key]], workers: int, persistent_workers: bool = False
 ) -> DataLoader[Batch]:
     if workers:
-        # Where workers come from a server they find there what they would else import one by one.
-        # It has no effect once the server runs.
+        # A server that starts workers imports this once, before they would one by one. It has no
+        # effect once the server runs.
         multiprocessing.set_forkserver_preload(["__main__", __name__])
     return DataLoader(
-        _Fetched(split),
-        batch_sampler=order,
+        _ErrorsAsValues(split),
+        batch_sampler=keys,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=default_convert,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else each loader would draw a number of the global one
+        generator=torch.Generator(),  # else each loader would draw from the global generator
         persistent_workers=persistent_workers,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=_ignore_first_signals,
     )
 
 
-def _leave_signals_to_the_trainer(_worker: int) -> None:
-    """One that a whole group of processes gets, as by Ctrl-C, ends no worker before its trainer.
-
-    The second one does, so that a worker that hangs can be ended.
-    """
+def _ignore_first_signals(_worker: int) -> None:
+    """Ctrl-C reaches all processes: the trainer ends its workers. A second signal ends a worker."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: signal.signal(number, signal.SIG_DFL))
 

@@ -1,4 +1,4 @@
-"""Names to networks: this package's, torchvision's, timm's, and any importable callable's."""
+"""Networks by name: this package's, torchvision's, timm's, and those of importable callables."""
 
 from __future__ import annotations
 
@@ -6,31 +6,27 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fsp_kernels.distill.errors import DistillError, did_you_mean, explain
+from fsp_kernels.distill.errors import DistillError, did_you_mean, explain, prefixed
 from fsp_kernels.distill.imports import find_callable
 from fsp_kernels.distill.models.cifar import CifarResNet, WideResNet
-from fsp_kernels.distill.models.logits import SelectLogits
 from fsp_kernels.distill.models.weights import load_weights, read_weights
+from fsp_kernels.distill.paths import parse_path, select
 
 if TYPE_CHECKING:
-    # Networks are built where the recipes' YAML need not be readable.
+    # Networks can be built where the packages that read recipes are not installed.
     from fsp_kernels.distill.config import Network
 
 _NAMES = "cifar/NAME, torchvision/NAME, timm/NAME or package.module:callable"
-_CIFAR: dict[str, Callable[..., nn.Module]] = {
-    r"resnet(?P<depth>\d{1,9})": CifarResNet,
-    r"wrn(?P<depth>\d{1,9})-(?P<width>\d{1,9})": WideResNet,
-}
-# Of torchvision, the networks that give more than logits while they train unless told not to, and
-# their weights for that.
+# torchvision's networks that give more than logits in training unless told not to, and the weights
+# of what is then left out.
 _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 
 
@@ -41,9 +37,10 @@ def build_model(
 
     ``cifar/resnet26`` is a ``CifarResNet`` (any depth ``6n + 2``), ``cifar/wrn16-2`` a
     ``WideResNet`` (any depth ``6n + 4`` and width). ``torchvision/NAME`` is any classification
-    network there: what it does to three colours is spread over ``in_channels``. ``timm/NAME`` needs
-    timm. ``package.module:callable`` is imported, also from the current directory, and called with
-    the arguments, and with ``in_channels`` and ``classes`` where it takes them.
+    network there; if images have no three channels, the weights of its colours are averaged.
+    ``timm/NAME`` needs timm. ``package.module:callable`` is imported, also from the current
+    directory, and called with the arguments, and with ``in_channels`` and ``classes`` if it takes
+    them.
 
     Args:
         network: the recipe's section.
@@ -52,19 +49,12 @@ def build_model(
         where: the section's name, for messages.
 
     Raises:
-        DistillError: there is no such network, it refuses the arguments, or the weights are not to
-            be had or of another network.
+        DistillError: there is no such network, it refuses the arguments, or its weights cannot be
+            read or downloaded, or are those of another network.
     """
     if network.weights is not None and network.pretrained:
         raise DistillError(f"{where}.weights: given beside pretrained, must be one of the two")
-    source, slash, name = network.model.partition("/")
-    if ":" in network.model:
-        model = _imported(network, in_channels, classes, where)
-    elif slash and source in _SOURCES:
-        model = _SOURCES[source](network, name, in_channels, classes, where)
-    else:
-        hint = did_you_mean(source, _SOURCES) if slash else ""
-        raise DistillError(f"{where}.model: is {network.model!r}, must be {_NAMES}{hint}")
+    model = _Builder(network, in_channels, classes, where).build()
     if network.logits is not None:
         model.register_forward_hook(SelectLogits(network.logits, f"{where}.logits"))
     if network.weights is not None:
@@ -78,151 +68,182 @@ def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _cifar(network: Network, name: str, in_channels: int, classes: int, where: str) -> nn.Module:
-    _refuse_pretrained(network, where)
-    for pattern, kind in _CIFAR.items():
-        match = re.fullmatch(pattern, name)
-        if match:
-            numbers = {key: int(number) for key, number in match.groupdict().items()}
-            return _call(kind, network, where, **numbers, in_channels=in_channels, classes=classes)
-    raise DistillError(
-        f"{where}.model: is {network.model!r}, must be cifar/resnetDEPTH or cifar/wrnDEPTH-WIDTH, "
-        "as cifar/resnet26 or cifar/wrn16-2"
-    )
+class SelectLogits:
+    """A forward hook that replaces what a network gives by its logits.
 
+    Copies and files of the network have it too, and DDP, ``torch.compile`` and ``torch.export`` run
+    it. A tensor stays as it is, since some networks give more than logits only in training.
 
-def _torchvision(
-    network: Network, name: str, in_channels: int, classes: int, where: str
-) -> nn.Module:
-    models = _package("torchvision.models", network, where)
-    _check_known(name, models.list_models(module=models), network, where)
-    options: dict[str, Any] = {"weights": None, "num_classes": classes}
-    if name in _AUXILIARY:
-        # The published weights are for colours scaled by what transform_input does.
-        transform = network.pretrained and in_channels == 3
-        options |= {"aux_logits": False, "init_weights": True, "transform_input": transform}
-    model = _call(partial(models.get_model, name), network, where, **options)
-    if network.pretrained:
-        key = f"{where}.pretrained"
-        try:
-            # By way of a network of theirs, which knows the names of its older weights.
-            state = models.get_model(name, weights="DEFAULT", progress=False).state_dict()
-        except (OSError, RuntimeError) as error:
-            raise _no_download(network, where, error) from error
-        auxiliary = _AUXILIARY.get(name, ())
-        kept = {path: x for path, x in state.items() if not path.startswith(auxiliary)}
-        load_weights(model, kept, key)
-    if in_channels != 3:
-        _spread_colours(model, in_channels, network, where)
-    return model
+    Args:
+        path: of the logits, as ``:output[0]`` or ``:output.logits``.
+        where: the path's key in a recipe, for messages.
 
-
-def _timm(network: Network, name: str, in_channels: int, classes: int, where: str) -> nn.Module:
-    timm = _package("timm", network, where)
-    if not timm.is_model(name):
-        _check_known(name, timm.list_models(), network, where)
-    options = {"in_chans": in_channels, "num_classes": classes}
-    create = partial(timm.create_model, name)
-    model = _call(create, network, where, **options, pretrained=False)
-    if not network.pretrained:
-        return model
-    try:  # the arguments are right, so what fails now is the download
-        return create(**options, **network.arguments, pretrained=True)
-    except Exception as error:  # of whichever library timm downloads by
-        raise _no_download(network, where, error) from error
-
-
-def _imported(network: Network, in_channels: int, classes: int, where: str) -> nn.Module:
-    _refuse_pretrained(network, where)
-    factory = find_callable(network.model, f"{where}.model", _NAMES)
-    offered = {"in_channels": in_channels, "classes": classes}
-    taken = {key: value for key, value in offered.items() if _takes(factory, key)}
-    # The user's own number of classes, say, wins over the data's.
-    fixed = {key: value for key, value in taken.items() if key not in network.arguments}
-    return _call(factory, network, where, **fixed)
-
-
-_SOURCES = {"cifar": _cifar, "torchvision": _torchvision, "timm": _timm}
-
-
-def _call(factory: Callable[..., Any], network: Network, where: str, **keywords: Any) -> nn.Module:
-    try:
-        model = factory(**keywords, **network.arguments)
-    except (Exception, SystemExit) as error:
-        key = "arguments" if network.arguments else "model"
-        raise DistillError(f"{where}.{key}: {network.model} refuses: {explain(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise DistillError(
-            f"{where}.model: {network.model} returned {type(model).__name__}, "
-            "must return a torch.nn.Module"
-        )
-    # A program of torch.export has an eval of its own, which refuses.
-    if isinstance(model, torch.jit.ScriptModule) or "eval" in vars(model):
-        raise DistillError(
-            f"{where}.model: {network.model} returned a program, by TorchScript or torch.export, "
-            "must return the torch.nn.Module that it was made of"
-        )
-    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
-        raise DistillError(
-            f"{where}.model: {network.model} returned a network whose lazy modules have no weights "
-            "yet; must run it once before"
-        )
-    return model
-
-
-def _takes(factory: Callable[..., Any], keyword: str) -> bool:
-    try:
-        parameters = inspect.signature(factory).parameters
-    except ValueError:  # written in C
-        return False
-    kinds = {parameter.kind for parameter in parameters.values()}
-    if inspect.Parameter.VAR_KEYWORD in kinds:
-        return True
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return keyword in parameters and parameters[keyword].kind in named
-
-
-def _package(name: str, network: Network, where: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # where it does not go with this PyTorch, anything
-        package = name.partition(".")[0]
-        raise DistillError(
-            f"{where}.model: {network.model} needs {package} ({error}); pip install {package}"
-        ) from error
-
-
-def _check_known(name: str, known: list[str], network: Network, where: str) -> None:
-    if name not in known:
-        source = network.model.partition("/")[0]
-        near = did_you_mean(name, known, limit=3)
-        raise DistillError(f"{where}.model: {source} has no classification model {name!r}{near}")
-
-
-def _refuse_pretrained(network: Network, where: str) -> None:
-    if network.pretrained:
-        raise DistillError(
-            f"{where}.pretrained: is true, must be false: of {network.model} no weights are "
-            "published; a file of them can be given as weights"
-        )
-
-
-def _no_download(network: Network, where: str, error: Exception) -> DistillError:
-    return DistillError(
-        f"{where}.pretrained: the weights of {network.model} cannot be had: {error}"
-    )
-
-
-def _spread_colours(model: nn.Module, in_channels: int, network: Network, where: str) -> None:
-    """Give the first convolution ``in_channels``, each with the mean of what the colours had.
-
-    The sum over the channels stays, so on an image of equal channels nothing changes.
+    Raises:
+        DistillError: ``path`` is not a path in the network's own output. When the network runs:
+            there is no tensor.
     """
-    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if convolution is None or convolution.in_channels != 3:
-        raise DistillError(f"{where}.model: {network.model} takes images of 3 channels alone")
-    with torch.no_grad():
-        weight = convolution.weight.sum(1, keepdim=True) / in_channels
-        weight = weight.expand(-1, in_channels, -1, -1).contiguous()
-    convolution.weight = nn.Parameter(weight)
-    convolution.in_channels = in_channels
+
+    def __init__(self, path: str, where: str) -> None:
+        self._where = where
+        with prefixed(where):
+            self._path = parse_path(path)
+        if self._path.module or self._path.side != "output":
+            raise DistillError(
+                f"{where}: is {path!r}, must choose in the network's own output, as ':output[0]'"
+            )
+
+    def __call__(self, _network: nn.Module, _args: object, output: object) -> Tensor:
+        if isinstance(output, Tensor):
+            return output
+        with prefixed(self._where):
+            return select(output, self._path)
+
+
+@dataclass
+class _Builder:
+    """Builds one network with its initial or published weights, by a method for each source."""
+
+    network: Network
+    in_channels: int
+    classes: int
+    where: str
+
+    def build(self) -> nn.Module:
+        model = self.network.model
+        source, slash, name = model.partition("/")
+        sources = {"cifar": self.cifar, "torchvision": self.torchvision, "timm": self.timm}
+        if ":" in model:
+            return self.imported()
+        if slash and source in sources:
+            return sources[source](name)
+        hint = did_you_mean(source, sources) if slash else ""
+        raise self.error("model", f"is {model!r}, must be {_NAMES}{hint}")
+
+    def error(self, key: str, problem: str) -> DistillError:
+        return DistillError(f"{self.where}.{key}: {problem}")
+
+    def cifar(self, name: str) -> nn.Module:
+        self.refuse_pretrained()
+        match = re.fullmatch(r"resnet(\d{1,9})|wrn(\d{1,9})-(\d{1,9})", name)
+        if not match:
+            raise self.error(
+                "model",
+                f"is {self.network.model!r}, must be cifar/resnetDEPTH or cifar/wrnDEPTH-WIDTH, as "
+                "cifar/resnet26 or cifar/wrn16-2",
+            )
+        kind = WideResNet if name.startswith("wrn") else CifarResNet
+        create = partial(kind, *(int(number) for number in match.groups() if number))
+        return self.call(create, in_channels=self.in_channels, classes=self.classes)
+
+    def torchvision(self, name: str) -> nn.Module:
+        models = self.package("torchvision.models")
+        self.check_known(name, models.list_models(module=models))
+        pretrained, auxiliary = self.network.pretrained, _AUXILIARY.get(name)
+        options: dict[str, Any] = {"weights": None, "num_classes": self.classes}
+        if auxiliary:
+            # The published weights are for colours scaled by what transform_input does.
+            transform = pretrained and self.in_channels == 3
+            options |= {"aux_logits": False, "init_weights": True, "transform_input": transform}
+        model = self.call(partial(models.get_model, name), **options)
+        if pretrained:
+            try:
+                # From a network of theirs, as it can read the names in its older weights.
+                state = models.get_model(name, weights="DEFAULT", progress=False).state_dict()
+            except (OSError, RuntimeError) as error:
+                raise self.download_error(error) from error
+            kept = {key: x for key, x in state.items() if not key.startswith(auxiliary or ())}
+            load_weights(model, kept, f"{self.where}.pretrained")
+        if self.in_channels != 3:
+            self.average_colours(model)
+        return model
+
+    def average_colours(self, model: nn.Module) -> None:
+        """Give the first convolution ``in_channels``, each with the mean weights of the colours.
+
+        Their sum stays, so on an image of equal channels nothing changes.
+        """
+        convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        if convolution is None or convolution.in_channels != 3:
+            raise self.error("model", f"{self.network.model} takes images of 3 channels alone")
+        with torch.no_grad():
+            weight = convolution.weight.sum(1, keepdim=True) / self.in_channels
+            weight = weight.expand(-1, self.in_channels, -1, -1).contiguous()
+        convolution.weight = nn.Parameter(weight)
+        convolution.in_channels = self.in_channels
+
+    def timm(self, name: str) -> nn.Module:
+        timm = self.package("timm")
+        if not timm.is_model(name):
+            self.check_known(name, timm.list_models())
+        options = {"in_chans": self.in_channels, "num_classes": self.classes}
+        create = partial(timm.create_model, name)
+        model = self.call(create, **options, pretrained=False)
+        if not self.network.pretrained:
+            return model
+        try:  # the arguments are right, so an error is one of the download
+            return create(**options, **self.network.arguments, pretrained=True)
+        except Exception as error:  # of whichever library timm downloads by
+            raise self.download_error(error) from error
+
+    def imported(self) -> nn.Module:
+        self.refuse_pretrained()
+        factory = find_callable(self.network.model, f"{self.where}.model", _NAMES)
+        try:
+            parameters = [*inspect.signature(factory).parameters.values()]
+        except ValueError:  # written in C
+            parameters = []
+        names = {x.name for x in parameters if x.kind in (x.POSITIONAL_OR_KEYWORD, x.KEYWORD_ONLY)}
+        takes_any = any(x.kind is x.VAR_KEYWORD for x in parameters)
+        offered = {"in_channels": self.in_channels, "classes": self.classes}
+        # What the recipe gives, such as another number of classes, counts more than the data's.
+        left = {key: x for key, x in offered.items() if key not in self.network.arguments}
+        return self.call(
+            factory, **{key: x for key, x in left.items() if takes_any or key in names}
+        )
+
+    def call(self, factory: Callable[..., Any], **keywords: Any) -> nn.Module:
+        name, arguments = self.network.model, self.network.arguments
+        try:
+            model = factory(**keywords, **arguments)
+        except (Exception, SystemExit) as error:
+            key = "arguments" if arguments else "model"
+            raise self.error(key, f"{name} refuses: {explain(error)}") from error
+        problem = None
+        if not isinstance(model, nn.Module):
+            problem = f"{type(model).__name__}, must return a torch.nn.Module"
+        # A program of torch.export has an eval of its own, which raises an error.
+        elif isinstance(model, torch.jit.ScriptModule) or "eval" in vars(model):
+            problem = (
+                "a program, by TorchScript or torch.export, must return the torch.nn.Module that "
+                "it was made from"
+            )
+        elif any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+            problem = "a network with lazy modules, which have no weights; must run it once before"
+        if problem:
+            raise self.error("model", f"{name} returned {problem}")
+        return model
+
+    def package(self, name: str) -> Any:
+        try:
+            return importlib.import_module(name)
+        except Exception as error:  # any, if it was built for another PyTorch
+            package = name.partition(".")[0]
+            problem = f"{self.network.model} needs {package} ({error}); pip install {package}"
+            raise self.error("model", problem) from error
+
+    def check_known(self, name: str, known: list[str]) -> None:
+        if name not in known:
+            source, near = self.network.model.partition("/")[0], did_you_mean(name, known, limit=3)
+            raise self.error("model", f"{source} has no classification model {name!r}{near}")
+
+    def refuse_pretrained(self) -> None:
+        if self.network.pretrained:
+            raise self.error(
+                "pretrained",
+                f"is true, must be false: of {self.network.model} no weights are published; "
+                "weights may name a file of them",
+            )
+
+    def download_error(self, error: Exception) -> DistillError:
+        problem = f"the weights of {self.network.model} cannot be downloaded: {error}"
+        return self.error("pretrained", problem)

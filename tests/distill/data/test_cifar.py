@@ -20,18 +20,18 @@ from torchvision.transforms import v2
 from distill.data.conftest import WriteCifar
 from distill.data.views import all_images, pixels
 from fsp_kernels.distill.config import Data
-from fsp_kernels.distill.data import load_splits
+from fsp_kernels.distill.data import Splits, load_splits
 from fsp_kernels.distill.errors import DistillError
 
 
-def cifar(root: Path, dataset: str = "cifar10", **settings: object) -> Data:
-    return Data(dataset=dataset, root=str(root), **settings)
+def load(root: Path, dataset: str = "cifar10", **settings: object) -> Splits:
+    return load_splits(Data(dataset=dataset, root=str(root), **settings))
 
 
-def published(root: Path, name: str) -> Tensor:
-    """The images of one file, (N, 3, 32, 32) uint8."""
+def published(root: Path, name: str) -> tuple[Tensor, list[int]]:
+    """The images of one file, (N, 3, 32, 32) uint8, and their labels."""
     content = pickle.loads((root / CIFAR10.base_folder / name).read_bytes(), encoding="latin1")
-    return torch.from_numpy(content["data"]).view(-1, 3, 32, 32)
+    return torch.from_numpy(content["data"]).view(-1, 3, 32, 32), content["labels"]
 
 
 @pytest.fixture
@@ -56,41 +56,42 @@ def site(monkeypatch: pytest.MonkeyPatch, write_cifar: WriteCifar) -> Iterator[N
 def test_the_published_parts_are_the_splits(
     write_cifar: WriteCifar, dataset: str, classes: int, train_images: int
 ) -> None:
-    splits = load_splits(cifar(write_cifar(dataset, images=100), dataset))
+    splits = load(write_cifar(dataset, images=100), dataset)
     assert [len(splits.train), len(splits.test)] == [train_images, 100]
     assert splits.validation is None
-    assert splits.classes == classes
     assert splits.test.labels.unique().tolist() == list(range(classes))
+    assert splits.classes == classes
     assert splits.image_shape == splits.train[0].image.shape == (3, 32, 32)
 
 
 def test_images_are_standardised_by_the_published_moments(write_cifar: WriteCifar) -> None:
     root = write_cifar()
-    test = load_splits(cifar(root)).test
-    scaled = v2.functional.to_dtype(published(root, "test_batch"), torch.float32, scale=True)
+    test = load(root).test
+    scaled = v2.functional.to_dtype(published(root, "test_batch")[0], torch.float32, scale=True)
     expected = v2.functional.normalize(scaled, [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])
     torch.testing.assert_close(all_images(test), expected)
     assert test.pixel_range == (0, 1)
-    torch.testing.assert_close(pixels(test).float(), scaled, atol=1e-6, rtol=0)
+    small = pixels(load(root, image_size=8).test).float()
+    torch.testing.assert_close(small, F.avg_pool2d(scaled, 4), atol=0.51 / 255, rtol=0)  # rounded
 
 
-def test_validation_images_are_held_out_stratified(write_cifar: WriteCifar) -> None:
-    splits = load_splits(cifar(write_cifar(), validation_images=50))
-    assert [len(splits.train), len(splits.validation)] == [150, 50]
-    assert torch.bincount(splits.validation.labels).tolist() == [5] * 10
-
-
-def test_a_smaller_size_averages_pixels(write_cifar: WriteCifar) -> None:
+def test_draws_are_stratified_and_keep_labels_with_their_images(write_cifar: WriteCifar) -> None:
     root = write_cifar()
-    expected = F.avg_pool2d(published(root, "test_batch").float(), 4) / 255
-    small = pixels(load_splits(cifar(root, image_size=8)).test)
-    torch.testing.assert_close(small.float(), expected, atol=0.51 / 255, rtol=0)  # whole numbers
+    splits = load(root, validation_images=50, train_images=60)
+    assert [*map(len, splits)] == [60, 150, 50, 40]
+    assert torch.bincount(splits.validation.labels).tolist() == [5] * 10
+    known = {}
+    for number in range(1, 6):
+        images, labels = published(root, f"data_batch_{number}")
+        known |= dict(zip(map(np.ndarray.tobytes, images.numpy()), labels, strict=True))
+    whole = (pixels(splits.train) * 255).round().to(torch.uint8)
+    assert [known[image.numpy().tobytes()] for image in whole] == splits.train.labels.tolist()
 
 
 def test_an_augmented_image_is_a_crop_of_the_padded_one_or_of_its_mirror_image(
     write_cifar: WriteCifar,
 ) -> None:
-    split = load_splits(cifar(write_cifar())).train
+    split = load(write_cifar()).train
     black = (torch.zeros(3) - torch.tensor(split.mean)) / torch.tensor(split.std)
     padded = black[:, None, None].repeat(1, 40, 40)
     padded[:, 4:36, 4:36] = split[0].image
@@ -109,55 +110,29 @@ def test_an_augmented_image_is_a_crop_of_the_padded_one_or_of_its_mirror_image(
     assert {top for _, top, _ in found} == {left for _, _, left in found} == set(range(9))
 
 
-def test_a_missing_root_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DistillError, match=r"^data\.root: .*nowhere is not there"):
-        load_splits(cifar(tmp_path / "nowhere"))
-
-
-def test_a_set_that_is_not_there_is_an_error_that_says_how_to_get_it(tmp_path: Path) -> None:
-    message = r"^here\.root: .*cifar-10-batches-py is not there; here\.download=true fetches it$"
+@pytest.mark.parametrize("damaged", [None, "data_batch_3", "test_batch", "batches.meta"])
+def test_missing_and_damaged_files_are_an_error_that_says_how_to_get_them(
+    tmp_path: Path, write_cifar: WriteCifar, damaged: str | None
+) -> None:
+    root = write_cifar() if damaged else tmp_path / "nowhere"
+    if damaged:
+        path = root / CIFAR10.base_folder / damaged
+        path.write_bytes(path.read_bytes()[:-1])
+    message = rf"^data\.root: {root}/cifar-10-batches-py is missing or damaged .*data\.download=tru"
     with pytest.raises(DistillError, match=message):
-        load_splits(cifar(tmp_path), "here")
-
-
-@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
-def test_a_damaged_file_is_an_error_that_names_it(write_cifar: WriteCifar, name: str) -> None:
-    root = write_cifar()
-    path = root / CIFAR10.base_folder / name
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DistillError, match=rf"^data\.root: in .* {name} missing or not as publish"):
-        load_splits(cifar(root))
+        load(root)
 
 
 @pytest.mark.usefixtures("site")
 def test_download_fetches_the_set_into_a_new_folder(tmp_path: Path) -> None:
-    splits = load_splits(cifar(tmp_path / "new" / "root", download=True))
-    assert len(splits.train) == 200
+    assert len(load(tmp_path / "new" / "root", download=True).train) == 200
 
 
-def test_download_fetches_nothing_where_the_set_is_there(
-    write_cifar: WriteCifar, monkeypatch: pytest.MonkeyPatch
+def test_download_fetches_only_what_is_not_there_and_says_why_it_failed(
+    tmp_path: Path, write_cifar: WriteCifar, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:1/nothing")
-    assert len(load_splits(cifar(write_cifar(), download=True)).test) == 40
-
-
-def test_a_failed_download_is_an_error_with_the_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:1/nothing")
+    assert len(load(write_cifar(), download=True).test) == 40
     message = r"^data\.download: cifar10 could not be fetched: .*refused"
     with pytest.raises(DistillError, match=message):
-        load_splits(cifar(tmp_path, download=True))
-
-
-def test_labels_belong_to_their_images(write_cifar: WriteCifar) -> None:
-    root = write_cifar()
-    train = load_splits(cifar(root, train_images=60)).train
-    known = {}
-    for number in range(1, 6):
-        file = root / CIFAR10.base_folder / f"data_batch_{number}"
-        content = pickle.loads(file.read_bytes(), encoding="latin1")
-        known |= dict(zip(map(np.ndarray.tobytes, content["data"]), content["labels"], strict=True))
-    whole = (pixels(train) * 255).round().to(torch.uint8)
-    assert [known[image.numpy().tobytes()] for image in whole] == train.labels.tolist()
+        load(tmp_path, download=True)

@@ -1,7 +1,8 @@
-"""A data set of one's own: whatever a user may return is taken as documented, or refused."""
+"""Data sets that a user's function returns: used as documented, or refused."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import IterableDataset
 
 from distill.data.views import all_images, pixels
+from distill.processes import run_group
 from fsp_kernels.distill.config import Data
 from fsp_kernels.distill.data import EvaluationBatches, Splits, load_splits
+from fsp_kernels.distill.data.images import CorruptImageError, check_images
 from fsp_kernels.distill.errors import DistillError
 
 THIS = f"{__name__}:returned"
@@ -64,7 +68,7 @@ class Endless(IterableDataset):
         return 3
 
 
-def test_the_three_sets_are_the_splits() -> None:
+def test_the_three_sets_are_the_splits_and_mix_the_classes() -> None:
     splits = load((some(12), some(5), some(4)))
     assert [len(split) for split in splits] == [12, 12, 5, 4]
     assert splits.classes == 3
@@ -73,20 +77,14 @@ def test_the_three_sets_are_the_splits() -> None:
         split = getattr(splits, name)
         assert sorted(levels(splits, name)) == list(range(len(split)))
         assert [level % 3 for level in levels(splits, name)] == split.labels.tolist()
+    by_class = some(30, lambda n: (grey(n), n // 10))
+    assert len(load((by_class, None, some())).train.labels[:8].unique()) > 1
 
 
-def test_the_first_images_are_of_several_classes() -> None:
-    splits = load((some(30, lambda n: (grey(n), n // 10)), None, some()))
-    assert len(splits.train.labels[:8].unique()) > 1
-
-
-def test_without_validation_images_they_are_drawn_from_train() -> None:
+def test_validation_images_have_their_own_set_or_are_drawn_from_train() -> None:
     splits = load((some(12), None, some()), validation_images=3)
     assert sorted(levels(splits) + levels(splits, "validation")) == list(range(12))
     assert load((some(12), None, some())).validation is None
-
-
-def test_a_number_of_validation_images_beside_their_own_set_is_refused() -> None:
     message = r"^data\.validation_images: is 3, must be left out: .* has 5 of its own$"
     with pytest.raises(DistillError, match=message):
         load((some(), some(5), some()), validation_images=3)
@@ -109,36 +107,17 @@ def test_a_number_of_validation_images_beside_their_own_set_is_refused() -> None
 def test_images_come_in_many_kinds(image: Any, shape: tuple[int, ...]) -> None:
     sets = some(4, lambda n: {"image": image, "label": n % 2})
     splits = load((sets, None, sets))
-    assert splits.image_shape == shape
+    assert splits.image_shape == splits.train[0, 1].image.shape == shape
     assert torch.allclose(pixels(splits.test), torch.tensor(0.2, dtype=torch.float64), atol=1e-6)
-    assert splits.train[0, 1].image.shape == shape
+    moments = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, or their mean
+    expected = moments if shape[0] == 3 else ((0.449,), (0.226,))
+    assert (splits.train.mean, splits.train.std) == expected
 
 
 @pytest.mark.parametrize("label", [1, np.int64(1), np.uint8(1), torch.tensor(1)])
 def test_labels_are_whole_numbers_of_any_kind(label: Any) -> None:
     train = [(grey(), label)] * 4
     assert load((train, None, some())).train.labels.tolist() == [1] * 4
-
-
-@pytest.mark.parametrize(
-    ("channels", "mean", "std"),
-    [
-        (1, (0.449,), (0.226,)),
-        (3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        (4, (0.449,), (0.226,)),
-    ],
-)
-def test_images_are_standardised_by_imagenets_moments_or_their_mean(
-    channels: int, mean: tuple[float, ...], std: tuple[float, ...]
-) -> None:
-    train = load(
-        [
-            some(12, lambda n: (grey(n, (8, 8, channels)), n % 3)),
-            None,
-            some(3, lambda n: (grey(n, (8, 8, channels)), n)),
-        ]
-    ).train
-    assert (train.mean, train.std) == (mean, std)
 
 
 def test_images_of_several_sizes_are_treated_as_an_image_folders() -> None:
@@ -151,12 +130,12 @@ def test_images_of_several_sizes_are_treated_as_an_image_folders() -> None:
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        (5, r"returned of type int, must return \(train, validation, test\)$"),
-        ({"train": 1, "validation": 2, "test": 3}, "returned of type dict, must return"),
-        ((some(), some()), "returned of type tuple of 2, must return"),
-        ((None, None, some()), "train is of type NoneType, must have a length and be indexed"),
-        ((some(), None, iter(some())), "test is of type list_iterator, must have a length"),
-        ((Endless(), None, some()), "train is of type Endless, must have a length"),
+        (5, r"returned an int, must return \(train, validation, test\)$"),
+        ({"train": 1, "validation": 2, "test": 3}, "returned a dict of 3, must return"),
+        ((some(), some()), "returned a tuple of 2, must return"),
+        ((None, None, some()), "train is a NoneType, must have a length and numbered items$"),
+        ((some(), None, iter(some())), "test is a list_iterator, must have a length"),
+        ((Endless(), None, some()), "train is an Endless, must have a length"),
         ((some(), [], some()), "validation is empty$"),
         ((some(1), None, some(1)), "must have 2 classes or more, has 1$"),
     ],
@@ -169,43 +148,36 @@ def test_anything_but_three_sets_is_refused(sets: object, message: str) -> None:
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        (grey(), r"the item is of type ndarray, must be \(image, label\), or a dict with"),
-        ({"img": grey(), "label": 1}, "the item is of type dict with the keys img, label, must"),
-        ((grey(), 1, 2), "the item is of type tuple, must be"),
+        (grey(), r"the item is a ndarray, must be \(image, label\), or a dict with"),
+        ({"img": grey(), "label": 1}, "the item is a dict of 2 with the keys img, label, must"),
+        ((grey(), 1, 2), "the item is a tuple of 3, must be"),
         ((grey(), -1), "has the label -1, must be a whole number, at least 0$"),
         ((grey(), 0.5), r"has the label 0\.5, must be a whole number"),
         ((grey(), True), "has the label True, must be"),
         ((grey(), "cat"), "has the label 'cat', must be"),
-        (("cat.png", 0), "is of type str, must be a PIL image, a tensor, or a NumPy array"),
-        ((grey().tolist(), 0), "is of type list, must be"),
+        (("cat.png", 0), "is a str, must be a PIL image, a tensor .* or a NumPy array"),
+        ((grey().tolist(), 0), "is a list of 8, must be"),
         ((grey().astype(np.int64), 0), "is an array of int64, must be"),
-        ((grey().astype(np.uint16), 0), r"has torch\.uint16 from 0 to 0, must be uint8, or floats"),
-        ((torch.zeros(3, 8, 8).long(), 0), r"has torch\.int64 from 0 to 0, must be uint8"),
+        ((grey().astype(np.uint16), 0), r"has torch\.uint16 from 0 to 0, must be .* of uint8"),
+        ((torch.zeros(3, 8, 8).long(), 0), r"has torch\.int64 from 0 to 0, must be"),
         ((np.full((8, 8), 1.5), 0), r"has torch\.float64 from 1\.5 to 1\.5, must be"),
         ((np.full((8, 8), np.nan), 0), r"has torch\.float64 from nan to nan, must be"),
-        ((torch.zeros(8, 8, 3), 0), r"has the shape 8 x 8 x 3, must be \(C, H, W\)"),
-        ((torch.zeros(8, 8), 0), r"has the shape 8 x 8, must be \(C, H, W\)"),
-        ((grey(0, (3, 8, 8)), 0), r"has the shape 3 x 8 x 8, must be \(H, W\) or \(H, W, C\)"),
-        ((grey(0, (0, 8)), 0), "has the shape 0 x 8, must be"),
+        ((torch.zeros(8, 8, 3), 0), r"has the shape \(8, 8, 3\), must be .* tensor \(C, H, W\)"),
+        ((torch.zeros(8, 8), 0), r"has the shape \(8, 8\), must be"),
+        ((grey(0, (3, 8, 8)), 0), r"has the shape \(3, 8, 8\), must be .* \(H, W\) or \(H, W, C\)"),
+        ((grey(0, (0, 8)), 0), r"has the shape \(0, 8\), must be"),
+        ((grey(0, (9, 8, 3)), 0), r"has the shape \(3, 9, 8\), must begin with \(3, 8, 8\)"),
         (
-            (grey(0, (9, 8, 3)), 0),
-            r"is 3 x 9 x 8 \(channels, height, width\), must be of 3 x 8",
+            (grey(0, (8, 8)), 0),
+            r"has the shape \(1, 8, 8\), must begin with \(3, 8, 8\) as the first",
         ),
-        ((grey(0, (8, 8)), 0), "is 1 x 8 x 8 .*, must be of 3 x 8 x 8 as the first"),
     ],
 )
 def test_an_item_of_another_kind_is_refused_by_its_number(item: Any, message: str) -> None:
     sets = some(5)
     sets[3] = item
-    with pytest.raises(DistillError, match=rf"(?s)data\.dataset: image 3 of test:? {message}"):
+    with pytest.raises(DistillError, match=rf"(?s)data\.dataset: image 3 of test: {message}"):
         load((some(), None, sets), corrupt="skip")
-
-
-def test_with_an_image_size_there_is_still_one_number_of_channels() -> None:
-    sets = some(5)
-    sets[3] = (grey(0, (8, 8)), 0)
-    with pytest.raises(DistillError, match=r"image 3 of test is 1 x 8 x 8 .* of 3 channels"):
-        load((some(), None, sets), image_size=8)
 
 
 def test_an_error_of_the_callable_shows_where_it_was_raised() -> None:
@@ -219,46 +191,39 @@ def test_an_error_of_the_callable_shows_where_it_was_raised() -> None:
         load(fails)
 
 
-def test_an_error_of_an_item_shows_where_it_was_raised_or_is_skipped() -> None:
-    message = r"(?s)^data: 1 of 15 .*image 1 of train: the disk is on fire\n.*in __getitem__: "
-    with pytest.raises(DistillError, match=message):
-        load((Raises(), None, some()))
-    assert len(load((Raises(), None, some()), corrupt="skip").train) == 2
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_in_the_midst_of_training_names_the_image(workers: int) -> None:
-    sets = some(5)
-    split = load((some(), None, sets)).test
-    sets[3] = (grey(0, (9, 9, 3)), 0)
-    with pytest.raises(DistillError, match=r"^data\.dataset: image 3 of test is 3 x 9 x 9 "):
-        list(EvaluationBatches(split, workers=workers))
-
-
-def test_a_truncated_file_of_a_set_counts_as_corrupt(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_shows_why_or_is_skipped(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "x.png")
     content = (tmp_path / "x.png").read_bytes()
     (tmp_path / "x.png").write_bytes(content[: len(content) // 2])
+    cut = some()
+    cut[1] = (Image.open(tmp_path / "x.png"), 0)
+    for train, message in (
+        (Raises(), r"the disk is on fire\n.*in __getitem__: "),
+        (cut, "cannot be read as an image: "),
+    ):
+        sets = (train, None, some())
+        with pytest.raises(DistillError, match=rf"(?s)^data: 1 of .*image 1 of train: {message}"):
+            load(sets)
+        assert len(load(sets, corrupt="skip").train) == len(train) - 1
+        if train is cut:
+            cut[1] = (Image.open(tmp_path / "x.png"), 0)
 
-    class Files(list):
-        def __getitem__(self, number: int) -> Any:
-            return (
-                (Image.open(tmp_path / "x.png"), 0) if number == 1 else super().__getitem__(number)
-            )
 
-    with pytest.raises(DistillError, match="image 1 of test: cannot be read as an image: "):
-        load((some(), None, Files(some())))
-    assert len(load((some(), None, Files(some())), corrupt="skip").test) == 11
-
-
-def test_unchecked_images_are_read_when_they_are_drawn() -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_changed_or_was_not_checked_is_named_when_it_is_read(workers: int) -> None:
     sets = some(5)
+    changed = load((some(), None, sets)).test
     sets[3] = (grey(0, (9, 9, 3)), 0)
-    splits = load((some(), None, sets), corrupt="unchecked")
-    assert len(splits.test) == 5
-    with pytest.raises(DistillError, match=r"image 3 of test is 3 x 9 x 9 "):
-        all_images(splits.test)
+    unchecked = load((some(), None, sets), corrupt="unchecked").test
+    resized = load((some(), None, sets), image_size=8, corrupt="unchecked").test
+    assert len(all_images(resized)) == 5
+    for split in (changed, unchecked):
+        with pytest.raises(DistillError, match=r"^data\.dataset: image 3 of test: .*\(3, 9, 9\)"):
+            list(EvaluationBatches(split, workers=workers))
+    sets[3] = (grey(0, (8, 8)), 0)
+    with pytest.raises(DistillError, match=r"image 3 of test: has .*\(1, 8, 8\), .* with \(3,\)"):
+        all_images(resized)
 
 
 def test_the_fingerprint_tells_images_and_labels_apart() -> None:
@@ -287,3 +252,76 @@ def test_the_callable_is_imported_from_the_current_directory_and_given_the_argum
         load_splits(Data(dataset="my_digits:splits", arguments={"wrong": 6}), "source.data")
     with pytest.raises(DistillError, match=r"^data\.dataset: 'my_digits' has no 'split'; did you"):
         load_splits(Data(dataset="my_digits:split"))
+
+
+class Kinds:
+    """Images of the given kinds, which note who is asked for which."""
+
+    threads = False
+
+    def __init__(self, kinds: str) -> None:
+        """``.`` a sound image, ``c`` a corrupt one, ``u`` one that cannot be used."""
+        self.kinds, self.asked = kinds, []
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    def check(self, number: int) -> int:
+        self.asked.append(number)
+        if self.kinds[number] != ".":
+            error = CorruptImageError if self.kinds[number] == "c" else DistillError
+            raise error(f"image {number}")
+        return number * number
+
+
+def check(kinds: Sequence[Kinds], corrupt: str = "refuse") -> list[dict[int, int]]:
+    return check_images(kinds, Data(corrupt=corrupt), "here", lambda _: None)
+
+
+def test_facts_come_by_source_and_number_without_corrupt_images() -> None:
+    assert check([Kinds("..."), Kinds("..")]) == [{0: 0, 1: 1, 2: 4}, {0: 0, 1: 1}]
+    assert check([Kinds(".c."), Kinds("..")], "skip") == [{0: 0, 2: 4}, {0: 0, 1: 1}]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "corrupt", "message"),
+    [
+        (
+            [".c.", ".."],
+            "refuse",
+            r"1 of 5 images cannot be read:\nimage 1\nhere\.corrupt=skip lea",
+        ),
+        (
+            ["cc", "..."],
+            "skip",
+            r"2 of 5 images cannot be read:\nimage 0\nimage 1$",
+        ),  # none is left
+        ([".cu"], "skip", r"1 of 3 images cannot be used:\nimage 2$"),
+    ],
+)
+def test_corrupt_images_that_cannot_be_skipped_are_refused(
+    kinds: list[str], corrupt: str, message: str
+) -> None:
+    with pytest.raises(DistillError, match=rf"^here: {message}"):
+        check([*map(Kinds, kinds)], corrupt)
+
+
+def _in_a_group(rank: int, folder: Path) -> None:
+    Accelerator(cpu=True)  # by which the processes of a group know of one another
+    kinds = [Kinds(".c..c"), Kinds(".")]
+    found = check(kinds, "skip")
+    try:
+        check([Kinds(".c")])
+    except DistillError as error:
+        message = str(error)
+    note = {"found": [[*part] for part in found], "asked": [part.asked for part in kinds]}
+    (folder / f"{rank}.json").write_text(json.dumps(note | {"message": message}))
+
+
+def test_the_processes_of_a_group_divide_the_images_and_agree(tmp_path: Path) -> None:
+    run_group(2, _in_a_group, tmp_path)
+    notes = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [note["asked"] for note in notes] == [[[0, 1], []], [[2, 3, 4], [0]]]
+    for note in notes:
+        assert note["found"] == [[0, 2, 3], [0]]
+        assert note["message"].startswith("here: 1 of 2 images cannot be read:\nimage 1\n")
