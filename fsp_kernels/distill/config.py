@@ -58,7 +58,7 @@ class Data(Settings):
     """The images, and how many of the training pool the networks may see."""
 
     # digits and mnist5k come with their packages; cifar10, cifar100 and imagefolder are in root;
-    # package.module:callable returns your own images, see fsp_kernels.distill.data.own.
+    # package.module:callable returns your own images, see fsp_kernels.distill.data.sources.
     dataset: Annotated[str, Field(max_length=1000)] = "digits"
     # For cifar10 and cifar100 the folder where torchvision keeps them; for imagefolder a folder
     # with train/CLASS/* and val/CLASS/*, as for ImageNet.

@@ -275,7 +275,7 @@ class Kinds:
 
 
 def check(kinds: Sequence[Kinds], corrupt: str = "refuse") -> list[dict[int, int]]:
-    return check_images(kinds, Data(corrupt=corrupt), "here", lambda _: None)
+    return check_images(kinds, Data(dataset="a:b", corrupt=corrupt), "here", lambda _: None)
 
 
 def test_facts_come_by_source_and_number_without_corrupt_images() -> None:
