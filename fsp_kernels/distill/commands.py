@@ -89,7 +89,7 @@ def study(
     """
     with _study(recipe, overrides, output, resume) as opened:
         opened.all()
-        if opened.trainer.accelerator.is_main_process:
+        if opened.runtime.accelerator.is_main_process:
             _report([opened.folder], opened.folder, opened.monitor)
 
 
@@ -99,7 +99,7 @@ def teacher(
 ) -> None:
     """Train the teacher and keep its weights in the run folder."""
     with _study(recipe, overrides, output, resume, lambda _: []) as opened:
-        _ = opened.teacher
+        opened.train_teacher()
         opened.monitor.say(f"weights: {opened.folder / 'teacher' / records.MODEL}")
 
 
@@ -125,7 +125,7 @@ def train(
         [(arm, number)] = opened.students
         opened.student(arm, number)
         folder = opened.folder_of(arm, number)
-        if opened.trainer.accelerator.is_main_process:
+        if opened.runtime.accelerator.is_main_process:
             _report([folder], folder, opened.monitor)
             opened.monitor.say(f"weights: {folder / records.MODEL}")
 

@@ -44,8 +44,8 @@ def study(recipe: Path, tmp_path: Path) -> Study:
 @pytest.fixture
 def teacher(study: Study) -> LiveTeacher:
     """An untrained teacher of that study."""
-    network = study.trainer.new_network(study.config.teacher, study.splits, 7, "teacher")
-    return LiveTeacher(network, study.pairs, study.trainer.accelerator, compiled=False)
+    network = study.runtime.new_network(study.config.teacher, study.splits, 7, "teacher")
+    return LiveTeacher(network, study.pairs, study.runtime.accelerator, compiled=False)
 
 
 @pytest.fixture(scope="session")

@@ -240,7 +240,7 @@ def test_training_that_was_stopped_and_killed_has_each_evaluation_once(
     def train(ends: Callable[[int], object], error: type[BaseException]) -> None:
         """One process; ``ends`` is told how many steps it did, and sees to it that it ends."""
         study, steps = Study(config, tmp_path / "run", monitor, signal, resume=True), count(1)
-        _ = study.teacher
+        study.train_teacher()
         with monkeypatch.context() as patch:
             patch.setattr(Watch, "step", lambda _: ends(next(steps)))
             with pytest.raises(error):

@@ -108,10 +108,10 @@ def test_matrices_are_kept_of_teacher_and_student_before_and_after(studied: Stud
 
 
 def test_a_teacher_of_the_same_settings_is_trained_once(study: Study, recipe: Path) -> None:
-    _ = study.teacher
+    study.train_teacher()
     before = (study.folder / "teacher" / RECORD).stat().st_mtime_ns
     again = open_study(recipe, study.folder, "stage1.steps=2", "seeds=[5]")
-    _ = again.teacher
+    again.train_teacher()
     assert (study.folder / "teacher" / RECORD).stat().st_mtime_ns == before
 
 
@@ -121,14 +121,14 @@ def test_a_teacher_of_the_same_settings_is_trained_once(study: Study, recipe: Pa
 def test_a_teacher_of_other_settings_is_trained_anew_only_where_that_was_asked_for(
     study: Study, recipe: Path, setting: str
 ) -> None:
-    _ = study.teacher
+    study.train_teacher()
     before = files_under(study.folder)
     key = setting.partition("=")[0].replace("teacher_seed", "seed")
     for resume in (None, True):
         with pytest.raises(DistillError, match=f"/teacher: was trained under other .*{key}"):
             open_study(recipe, study.folder, setting, resume=resume)
     assert files_under(study.folder) == before
-    _ = open_study(recipe, study.folder, setting, resume=False).teacher
+    open_study(recipe, study.folder, setting, resume=False).train_teacher()
     model = study.folder / "teacher" / MODEL
     assert model.read_bytes() != before[model]
 
@@ -139,7 +139,7 @@ def test_a_network_of_another_version_is_trained_anew_only_where_that_was_asked_
     study.student("two-stage", 0)
     for folder in (study.folder / "teacher", study.folder_of("two-stage", 0)):
         path = folder / RECORD
-        path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+        path.write_text(path.read_text().replace('"format": 3', '"format": 2'))
     before = files_under(study.folder)
     for resume in (None, True):
         with pytest.raises(DistillError, match=r"run\.json: was written by another version of th"):
@@ -159,10 +159,10 @@ def test_a_teacher_does_not_depend_on_its_students(
 ) -> None:
     images = [f"data={{dataset: imagefolder, root: {image_folder}, image_size: 16, batch_size: 5}}"]
     images += ["evaluation.split=test"]
-    _ = open_study(recipe, tmp_path / "run", *images).teacher
+    open_study(recipe, tmp_path / "run", *images).train_teacher()
     model = tmp_path / "run" / "teacher" / MODEL
     before = model.stat().st_mtime_ns
-    _ = open_study(recipe, tmp_path / "run", *images, setting).teacher
+    open_study(recipe, tmp_path / "run", *images, setting).train_teacher()
     assert model.stat().st_mtime_ns == before
 
 
@@ -176,7 +176,7 @@ def test_a_teacher_of_other_images_in_another_folder_is_not_taken_for_this_ones(
 
     def opened(root: Path) -> Study:
         study = open_study(recipe, tmp_path / "run", *images, f"data.root={root}")
-        _ = study.teacher
+        study.train_teacher()
         return study
 
     first = records.read(opened(image_folder).folder / "teacher")
@@ -192,14 +192,14 @@ def test_a_teacher_of_other_images_in_another_folder_is_not_taken_for_this_ones(
 def test_a_damaged_teacher_is_reported_and_trained_anew(
     study: Study, recipe: Path, damaged: str
 ) -> None:
-    _ = study.teacher
+    study.train_teacher()
     path = study.folder / "teacher" / damaged
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     output = io.StringIO()
     monitor = Monitor(Console(file=output))
     again = Study(load_config(recipe), study.folder, monitor, Interruption())
-    _ = again.teacher
+    again.train_teacher()
     assert f"{path}: not " in output.getvalue()
     assert "training it anew" in output.getvalue()
     assert records.read(study.folder / "teacher").phases[0].steps == 6
@@ -228,10 +228,10 @@ def test_a_teacher_with_a_source_starts_from_what_the_source_made_of_it(
 ) -> None:
     still = ["teacher_training.learning_rate=1e-30", "teacher_training.steps=1"]
     study = open_study(recipe, tmp_path / "run", SOURCE, *still)
-    _ = study.teacher
+    study.train_teacher()
     source, teacher = (load_file(study.folder / arm / MODEL) for arm in ("source", "teacher"))
     assert torch.equal(source["stage1.0.conv1.weight"], teacher["stage1.0.conv1.weight"])
-    fresh = study.trainer.new_network(study.config.teacher, study.splits, 1000, "teacher")
+    fresh = study.runtime.new_network(study.config.teacher, study.splits, 1000, "teacher")
     assert not torch.equal(source["conv.weight"], fresh.state_dict()["conv.weight"])
 
 

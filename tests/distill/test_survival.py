@@ -28,7 +28,6 @@ from distill.studies import (
     leftovers,
     open_study,
     results,
-    speaking_study,
     trained,
 )
 from fsp_kernels.distill import checkpoint, records, storage
@@ -128,7 +127,7 @@ def test_a_run_that_is_stopped_after_every_step_ends_with_the_same_bits(
     for life in range(STEPS):
         interrupted(open_study(recipe, tmp_path / "run", resume=life > 0 or None), 1)
     study = open_study(recipe, tmp_path / "run", resume=True)
-    study.trainer.interruption = AfterSteps(1)  # there is none left to be stopped in
+    study.runtime.interruption = AfterSteps(1)  # there is none left to be stopped in
     study.student("two-stage", 0)
     assert results(study.folder_of("two-stage", 0)) == results(plain)
 
@@ -222,7 +221,7 @@ def test_what_does_not_change_what_is_learnt_may_change_and_is_told(
     overrides: list[str],
     told: str,
 ) -> None:
-    speaking_study(recipe, unfinished, heard, *overrides, resume=True).student("two-stage", 0)
+    open_study(recipe, unfinished, *overrides, resume=True, heard=heard).student("two-stage", 0)
     assert f"stage 2, step 4, with other settings of {told}\n" in heard.getvalue()
     ours, theirs = (
         checkpoint.load(run / records.MODEL).tensors
@@ -237,7 +236,7 @@ def test_a_stage_can_be_lengthened_where_its_rates_stay(
     recipe: Path, tmp_path: Path, heard: io.StringIO, stopped_in: int
 ) -> None:
     interrupted(open_study(recipe, tmp_path / "run", CONSTANT), TEACHER + STAGE_1 + stopped_in)
-    study = speaking_study(recipe, tmp_path / "run", heard, LONGER, resume=True)
+    study = open_study(recipe, tmp_path / "run", LONGER, resume=True, heard=heard)
     run = study.student("two-stage", 0)
     assert f"stage 2, step {stopped_in}, with other settings of stage2.steps\n" in heard.getvalue()
     assert run.task.steps == 11
@@ -288,7 +287,7 @@ def test_an_unfinished_run_needs_to_be_told_whether_to_resume(
 def test_restart_begins_again(
     recipe: Path, unfinished: Path, plain: Path, heard: io.StringIO
 ) -> None:
-    speaking_study(recipe, unfinished, heard, resume=False).student("two-stage", 0)
+    open_study(recipe, unfinished, resume=False, heard=heard).student("two-stage", 0)
     assert "going on" not in heard.getvalue()
     assert results(unfinished / "two-stage" / "seed-0") == results(plain)
     assert not leftovers(unfinished)
@@ -299,7 +298,7 @@ def test_what_is_finished_is_reused_on_resuming(
 ) -> None:
     run = trained(recipe, tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in run.parents[1].rglob("*.safetensors")}
-    speaking_study(recipe, tmp_path / "run", heard, resume=True).student("two-stage", 0)
+    open_study(recipe, tmp_path / "run", resume=True, heard=heard).student("two-stage", 0)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert ["finished earlier" in line for line in heard.getvalue().splitlines()] == [True] * 2
 
@@ -308,7 +307,7 @@ def test_the_teacher_is_reused_where_its_student_begins_again(
     recipe: Path, tmp_path: Path, heard: io.StringIO
 ) -> None:
     trained(recipe, tmp_path / "run")
-    speaking_study(recipe, tmp_path / "run", heard, resume=False).student("two-stage", 0)
+    open_study(recipe, tmp_path / "run", resume=False, heard=heard).student("two-stage", 0)
     told = heard.getvalue().splitlines()
     assert [line.partition(":")[0] for line in told] == ["teacher", "two-stage seed 0"]
     assert ["finished earlier" in line for line in told] == [True, False]
@@ -341,7 +340,7 @@ def test_a_signal_during_an_evaluation_is_obeyed_at_the_next_batch(
 ) -> None:
     folder = tmp_path / "run"
     study = open_study(recipe, folder)
-    study.trainer.interruption = AfterBatches(batch)
+    study.runtime.interruption = AfterBatches(batch)
     with pytest.raises(InterruptedRunError, match="--resume goes on from there") as caught:
         study.student("two-stage", 0)
     assert caught.value.exit_code == 143

@@ -27,7 +27,7 @@ def batch(study: Study) -> Batch:
 @pytest.fixture
 def cache(study: Study, teacher: LiveTeacher, tmp_path: Path) -> Callable[..., CachedTeacher]:
     def make(of: LiveTeacher = teacher) -> CachedTeacher:
-        accelerator = study.trainer.accelerator
+        accelerator = study.runtime.accelerator
         return cached(of, study.splits.train, study.config, accelerator, tmp_path / "cache")
 
     return make
@@ -106,7 +106,7 @@ def test_a_damaged_cache_is_made_again(
 def test_a_cache_of_other_weights_images_or_pooling_is_not_found(
     recipe: Path, study: Study, teacher: LiveTeacher, tmp_path: Path, change: str
 ) -> None:
-    folder, accelerator = tmp_path / "cache", study.trainer.accelerator
+    folder, accelerator = tmp_path / "cache", study.runtime.accelerator
     cached(teacher, study.splits.train, study.config, accelerator, folder)
     split, config = study.splits.train, study.config
     if change == "weights":
