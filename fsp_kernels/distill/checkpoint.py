@@ -47,11 +47,9 @@ def save(path: Path, tensors: Mapping[str, Tensor], note: dict[str, Any]) -> Non
 
 
 def load(path: Path, *, mapped: bool = False) -> Checkpoint:
-    """Read what ``save`` wrote; runs no code from the file.
+    """Read what ``save`` wrote; no code from the file is run.
 
-    Args:
-        path: the file.
-        mapped: give tensors that are the file, mapped into memory; neither may be changed then.
+    With ``mapped`` the tensors are the file, mapped into memory; neither may be changed then.
 
     Raises:
         DamagedError: the file is damaged (one bit is enough), or was not written by ``save``.

@@ -16,7 +16,7 @@ from fsp_kernels.distill.objective import Objective, Tapped, Targets
 from fsp_kernels.distill.pairs import PairShapes, Projection
 from fsp_kernels.distill.paths import choices, describe
 from fsp_kernels.distill.seeds import kept_generators
-from fsp_kernels.distill.stages import looking, run
+from fsp_kernels.distill.stages import evaluation_mode, run
 
 
 def check_logits(
@@ -38,7 +38,7 @@ def check_logits(
     """
     expected = len(images), classes
     with kept_generators():
-        with looking(model):
+        with evaluation_mode(model):
             _check_logits(run(model, images, where), expected, where, finite=not trained)
         if trained and not _waits(model):
             with by_batch_statistics(model):
@@ -104,7 +104,7 @@ def _waits(model: nn.Module) -> bool:
 def _targets(teacher: nn.Module, pairs: Sequence[Pair], images: Tensor) -> Targets:
     paths, dims = [pair.teacher for pair in pairs], [pair.channel_dim for pair in pairs]
     tapped = Tapped(teacher, paths, dims)
-    with looking(teacher):
+    with evaluation_mode(teacher):
         logits, maps = tapped(images)
     tapped.taps.detach()
     return Targets(maps, logits)

@@ -20,13 +20,9 @@ FORMAT = 3  # of records and checkpoints
 class Phase:
     """One finished stage.
 
-    Attributes:
-        name: such as "stage 1".
-        losses: what it minimised, in words.
-        history: a row for each evaluation: ``step``, the evaluated figures and, except at step 0,
-            the mean ``train_loss`` since the row before.
-        seconds: spent in optimiser steps, the teacher's forward passes included.
-        stopped: whether its stopping rule ended it.
+    ``losses`` are in words. ``history`` has a row for each evaluation: ``step``, the figures and,
+    except at step 0, the mean ``train_loss`` since the row before. ``seconds`` are those of the
+    optimiser steps, the teacher's passes included. ``stopped``: its stopping rule ended it.
     """
 
     name: str
@@ -50,18 +46,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Run:
-    """One trained network.
-
-    Attributes:
-        arm: a key of ``ARMS``, "teacher" or "source".
-        seed: of weights, order of images and augmentation.
-        network: the model's name in the recipe.
-        parameters: their number.
-        phases: the stages, in order.
-        settings: all that the result depends on.
-        config: the recipe, as plain dicts, lists and scalars.
-        environment: versions, platform and device, by name.
-    """
+    """One trained network: ``settings`` are those of its job, ``config`` is the whole recipe."""
 
     arm: str
     seed: int
@@ -114,20 +99,22 @@ def read(folder: Path) -> Run:
     path = folder / RECORD
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        if tree.pop("format") == FORMAT:
-            phases = [Phase(**phase) for phase in tree.pop("phases")]
-            return Run(phases=phases, **tree)
+        if tree.pop("format") != FORMAT:
+            raise another_version(path)
+        phases = [Phase(**phase) for phase in tree.pop("phases")]
+        return Run(phases=phases, **tree)
+    except DistillError:
+        raise
     except FileNotFoundError:
         raise DistillError(f"{folder}: holds no finished run ({RECORD} is missing)") from None
     except OSError as error:
         raise DistillError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedError(f"{path}: not the record of a run, or damaged: {error}") from error
-    raise another_version(path)
 
 
 def another_version(path: Path) -> DistillError:
-    """The error to raise for a file that another version of this program wrote."""
+    """The error for a file that another version of this program wrote."""
     return DistillError(
         f"{path}: was written by another version of this program; --restart trains it anew"
     )

@@ -21,10 +21,9 @@ _UNFINISHED = ".unfinished-"  # prefix of files that are being written
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to, and rename it to ``path`` when the block ends.
+    """Yield a temporary path to write to; flush it and rename it to ``path`` when the block ends.
 
-    The content is flushed to the disk before the rename, so that ``path`` holds the old content or
-    the new one, whenever the process or the machine stops.
+    Whenever the process or the machine stops, ``path`` holds the old content or the new one.
 
     Raises:
         DistillError: the file cannot be written; ``path`` is unchanged.
@@ -85,11 +84,7 @@ def check_is_folder(folder: Path) -> None:
 
 
 def check_writable(folder: Path, needed: int) -> None:
-    """Make ``folder`` and check that files can be written there and its disk has enough space.
-
-    Args:
-        folder: may exist already.
-        needed: free space, bytes.
+    """Make ``folder`` and check that it can be written to and has ``needed`` bytes of space.
 
     Raises:
         DistillError: it is not a folder, cannot be written to, or its disk is too full.
@@ -134,7 +129,7 @@ def require_agreement(found: object, folder: Path) -> None:
     """
     if len(set(gather_object([found]))) > 1:
         raise DistillError(
-            f"{folder}: the processes find different files in it; several machines need a folder "
+            f"{folder}: not every process finds the same in it; several machines need a folder "
             f"on a disk that they share"
         )
 

@@ -45,8 +45,7 @@ class Study:
     """One recipe in one folder, new or continued.
 
     The constructor checks all that can be checked before training; nothing changes if a check
-    fails. The folder must be absent, empty, or an earlier study's. Source and teacher are reused if
-    they were trained under the same settings.
+    fails. The folder must be absent, empty, or an earlier study's.
 
     Args:
         config: the recipe.
@@ -147,12 +146,16 @@ class Study:
         """
         teacher: Teacher | None = None
         if any(stage.needs_teacher for stage in self.stages(arm)):
-            self.train_teacher()
-        job = self._job(arm, seed)
+            teacher = live = self.train_teacher()
+            if self.config.fsp.cache_teacher:
+                folder, images = self.folder / TEACHER / "cache", self.splits.train
+                if self._cached_teacher is None:
+                    self._cached_teacher = cached(
+                        live, images, self.config, self._accelerator, folder
+                    )
+                teacher = self._cached_teacher
         network = self.runtime.new_network(self.config.student, self.splits, seed, "student")
-        if job.pairs:
-            teacher = self._targets_teacher()
-        return self._load_or_train(job, network, self._evaluations, teacher)
+        return self._load_or_train(self._job(arm, seed), network, self._evaluations, teacher)
 
     def all(self) -> list[Run]:
         """Train the teacher, then all students that were announced."""
@@ -234,16 +237,6 @@ class Study:
             pairs=self.pairs if distilled else (),
             shapes=self.shapes if distilled else (),
         )
-
-    def _targets_teacher(self) -> Teacher:
-        """The teacher that students are trained by: the network, or the cache of its targets."""
-        teacher = self.train_teacher()
-        if not self.config.fsp.cache_teacher:
-            return teacher
-        if self._cached_teacher is None:
-            folder, images = self.folder / TEACHER / "cache", self.splits.train
-            self._cached_teacher = cached(teacher, images, self.config, self._accelerator, folder)
-        return self._cached_teacher
 
     def _load_or_train(
         self, job: Job, network: nn.Module, evaluations: Evaluations, teacher: Teacher | None = None

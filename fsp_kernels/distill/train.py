@@ -43,13 +43,12 @@ class Job:
     Attributes:
         arm: a key of ``ARMS``, "teacher" or "source".
         label: for people, such as "two-stage seed 0".
-        seed: of weights, order of images, augmentation and all other random numbers.
+        seed: of all random numbers.
         stages: in order.
-        data: says how the images are read.
-        images: to train on.
-        folder: the run's.
-        settings: all that the result depends on: sections of the recipe, and digests of the images
-            and weights that the run starts from.
+        data, images: how images are read, and which ones to train on.
+        folder: of the run.
+        settings: sections of the recipe and digests of files and images; the result depends on them
+            alone.
         pairs, shapes: of the FSP loss, if a stage has it.
     """
 
@@ -148,14 +147,8 @@ class NetworkTraining:
         self._projection: Projection | None = None
         if self._stage.fsp and config.fsp.projection:
             self._projection = Projection(job.shapes).to(self._accelerator.device)
-        self._plain_objective = Objective(
-            self._network,
-            self._stage,
-            job.pairs,
-            config.fsp,
-            self._projection,
-            config.execution.compile,
-        ).train()
+        options = config.fsp, self._projection, config.execution.compile
+        self._plain_objective = Objective(self._network, self._stage, job.pairs, *options).train()
         optimizer = make_optimizer(self._stage.training, self._plain_objective.parameters())
         self._accelerator.ddp_handler = DistributedDataParallelKwargs(
             find_unused_parameters=self._leaves_weights_unused()
@@ -196,11 +189,9 @@ class NetworkTraining:
     def _run_stage(self) -> Phase:
         label, stage, state = self._job.label, self._stage, self._state
         evaluated = int(state.history[-1]["step"]) if state.history else -1
-        watching = self._runtime.monitor.watch(
-            label, stage.name, stage.steps, state.step, evaluated
-        )
+        steps = stage.steps, state.step, evaluated
         try:
-            with watching as watch:
+            with self._runtime.monitor.watch(label, stage.name, *steps) as watch:
                 self._take_steps(watch)
             if stage.fsp:
                 self._save_matrices()
@@ -323,28 +314,25 @@ class NetworkTraining:
             job.checkpoints.save(number, tensors, state.note() | {"settings": job.settings})
         self._saved_step = state.step
 
-    def _raise_loss_not_finite(self, value: float) -> NoReturn:
-        """Find out which loss of which batch is not finite, and raise it as an error."""
-        where, step = None, self._state.step
-        for micro, batch in enumerate(self._batches(step, step + 1)):
-            self._seed(Purpose.STEP, micro, self._accelerator.process_index)
-            # Every process passes all of its batches: synchronised normalisation needs them.
-            found = self._not_finite(batch)
-            where = where or found
-        where = where or "by another process's images, or by the teacher's targets"
-        self._raise_not_finite(f"the loss is {value} in step {step + 1}: {where}")
-
     @torch.no_grad()
-    def _not_finite(self, batch: Batch) -> str | None:
-        """What is not finite in a batch's pass, in words."""
-        objective, targets = self._plain_objective, self._targets(batch)
-        with self._accelerator.autocast():
-            logits, maps = objective.student.uncompiled(batch.images)
-            losses = objective.fsp_losses(maps, targets)
-        for pair, loss in zip(self._job.pairs, losses, strict=False):
-            if not math.isfinite(loss.item()):
-                return f"the FSP loss of {' -> '.join(pair.student)} is {loss.item()}"
-        return None if bool(logits.isfinite().all()) else "the student's logits are not finite"
+    def _raise_loss_not_finite(self, value: float) -> NoReturn:
+        """Repeat the step's passes to find what is not finite, and raise it as an error."""
+        objective, step, found = self._plain_objective, self._state.step, []
+        for micro, batch in enumerate(self._batches(step, step + 1)):
+            # Every process repeats all of its passes: synchronised normalisation needs them.
+            self._seed(Purpose.STEP, micro, self._accelerator.process_index)
+            with self._accelerator.autocast():
+                logits, maps = objective.student.uncompiled(batch.images)
+                losses = objective.fsp_losses(maps, self._targets(batch))
+            found += [
+                f"the FSP loss of {' -> '.join(pair.student)} is {loss.item()}"
+                for pair, loss in zip(self._job.pairs, losses, strict=False)
+                if not math.isfinite(loss.item())
+            ]
+            if not bool(logits.isfinite().all()):
+                found.append("the student's logits are not finite")
+        where = found[0] if found else "by another process's images, or by the teacher's targets"
+        self._raise_not_finite(f"the loss is {value} in step {step + 1}: {where}")
 
     def _raise_not_finite(self, what: str) -> NoReturn:
         kept = next(reversed(self._job.checkpoints.paths()), "none")

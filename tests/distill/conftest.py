@@ -72,7 +72,7 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def heard() -> io.StringIO:
-    """All that a study says to ``speaking_study``'s monitor."""
+    """All that a study says, if ``open_study`` is given it."""
     return io.StringIO()
 
 

@@ -16,7 +16,7 @@ from fsp_kernels.distill import evaluation
 from fsp_kernels.distill.arms import Stage
 from fsp_kernels.distill.data import EvaluationBatches
 from fsp_kernels.distill.errors import DistillError
-from fsp_kernels.distill.evaluation import Evaluations, FspEvaluation, by_batch_statistics
+from fsp_kernels.distill.evaluation import Evaluations, by_batch_statistics
 from fsp_kernels.distill.models import CifarResNet
 from fsp_kernels.distill.objective import Objective, Tapped
 from fsp_kernels.distill.study import Study
@@ -56,7 +56,7 @@ def test_the_split_is_the_recipes_unless_another_is_asked_for(
 ) -> None:
     network = objective.student.network.eval()
     assert evaluations.task(network) == evaluations.task(network, "validation")
-    assert evaluations.task()(network) != evaluations.task(network, "test")
+    assert evaluations.task(network) != evaluations.task(network, "test")
 
 
 def test_the_fsp_loss_is_that_of_the_definition_by_the_batchs_statistics(
@@ -109,15 +109,18 @@ def test_matrices_are_means_over_the_images(
 
 
 def test_only_as_many_images_as_have_matrices_that_fit(
-    study: Study, teacher: LiveTeacher, objective: Objective, monkeypatch: pytest.MonkeyPatch
+    study: Study,
+    teacher: LiveTeacher,
+    objective: Objective,
+    evaluations: Evaluations,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     of_one_image = 4 * (16 * 16 + 64 * 64)
     monkeypatch.setattr(evaluation, "_MATRIX_BYTES", 10 * of_one_image)
-    fsp = FspEvaluation(teacher, study.splits.test, study.runtime)
-    ten = EvaluationBatches(study.splits.test, limit=10)
+    ten = EvaluationBatches(study.splits.validation, limit=10)
     expected, _ = teacher.matrices(next(iter(ten)).images, "max")
-    torch.testing.assert_close(fsp.teacher_matrices[0], expected[0].mean(0))
-    assert fsp(objective)["fsp_loss"] > 0
+    torch.testing.assert_close(evaluations.teacher_matrices()[0], expected[0].mean(0))
+    assert evaluations.fsp(objective)["fsp_loss"] > 0
 
 
 def test_a_stages_figures_are_those_it_is_about(
@@ -170,8 +173,8 @@ def test_no_image_is_left_to_be_normalised_by_itself(
     network.stage3[0].conv1.stride = (4, 4)
     network.stage3[0].shortcut.stride = 4
     objective = Objective(network, first, study.pairs, study.config.fsp, None)
-    fsp = FspEvaluation(teacher, study.splits.test, study.runtime)
-    assert math.isfinite(fsp(objective)["fsp_loss"])
+    evaluations = Evaluations(study.splits, study.runtime, teacher)
+    assert math.isfinite(evaluations.fsp(objective, "test")["fsp_loss"])
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from distill.studies import open_study
 from fsp_kernels import fsp_loss, fsp_matrix
@@ -129,12 +128,3 @@ def test_a_cache_that_does_not_fit_the_disk_is_refused(
     monkeypatch.setattr("shutil.disk_usage", lambda _path: Usage)
     with pytest.raises(DistillError, match="MiB free, the run needs about"):
         cache()
-
-
-def test_cached_tensors_are_plain_safetensors(
-    cache: Callable[..., CachedTeacher], tmp_path: Path
-) -> None:
-    cache()
-    [path] = (tmp_path / "cache").iterdir()
-    with safe_open(path, framework="pt") as file:
-        assert set(file.keys()) == {"pair 0", "pair 1", "logits"}
