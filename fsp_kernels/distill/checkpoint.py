@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,12 +95,6 @@ def digest_of(tensors: Mapping[str, Tensor], note: str = "") -> str:
     return digest.hexdigest()
 
 
-def fingerprint(settings: Any) -> str:
-    """A short digest of plain dicts, lists and scalars; the order of keys does not matter."""
-    text = json.dumps(settings, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def file_digest(path: Path) -> str:
     """A short digest of a file's content.
 
@@ -165,29 +159,19 @@ class State:
         return {k[len(prefix) :]: v for k, v in self.tensors.items() if k.startswith(prefix)}
 
 
-def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, named ``prefix/NAME``."""
-    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
-
-
-def numbered(prefix: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The tensors, named ``prefix/0``, ``prefix/1`` and so on."""
-    return {f"{prefix}/{index}": tensor for index, tensor in enumerate(tensors)}
-
-
-def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """The state of an optimiser as ``INDEX/NAME``; its settings are those of the recipe."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}/{name}": torch.as_tensor(value)
-        for index, values in state.items()
-        for name, value in values.items()
-        if value is not None
-    }
+def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:
+    """The tensors and numbers of nested mappings as tensors, named by their keys: ``A/B/C``."""
+    flat: dict[str, Tensor] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}/")
+        elif value is not None:
+            flat[f"{prefix}{key}"] = torch.as_tensor(value)
+    return flat
 
 
 def restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Load what ``optimizer_tensors`` gave."""
+    """Load a flattened ``state`` of ``optimizer.state_dict()``; settings are the recipe's."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         index, name = key.split("/")

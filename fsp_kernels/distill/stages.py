@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fsp_kernels.distill.errors import DistillError, explain
 from fsp_kernels.distill.paths import tensors_in
 
-# Modules that compute but do not activate. They, and sequences of nothing else, give raw maps, which
+# Modules that compute but do not activate. They, and sequences of them alone, give raw maps, which
 # are not the features of a stage.
 _RAW = (
     nn.modules.conv._ConvNd,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +99,8 @@ class Study:
         }
         self._check_sets()
         if resume is not False:
-            self._check_finished()
+            for arm, seed in self._needed():
+                self._load_finished(self._job(arm, seed))
         self._accelerator.wait_for_everyone()  # all have checked the folder as it was
         if self._accelerator.is_main_process:
             check_writable(folder, needed)
@@ -176,6 +176,13 @@ class Study:
     def folder_of(self, arm: str, seed: int) -> Path:
         """The folder of a student, of the teacher or of the source."""
         return self.folder / arm / f"seed-{seed}" if arm in ARMS else self.folder / arm
+
+    def _needed(self) -> list[tuple[str, int]]:
+        """Arms and seeds of all networks that the students need, themselves included."""
+        needed, seed = list(self.students), self.config.teacher_seed
+        if not needed or any(s.needs_teacher for arm, _ in needed for s in self.stages(arm)):
+            needed += [(TEACHER, seed)] + [(SOURCE, seed)] * (self.config.source is not None)
+        return needed
 
     def stages(self, arm: str) -> tuple[Stage, ...]:
         """The stages of a student, of the teacher or of the source, with their steps."""
@@ -281,20 +288,11 @@ class Study:
         self._say_result(job, run, f"{run.seconds:.1f} s")
         return run
 
-    def _load_finished(self, job: Job, network: nn.Module) -> Run | None:
-        """The finished run of ``job``, its weights loaded into ``network``; damage is reported."""
-        path = job.folder / MODEL
-        try:
-            run = self._read_finished(job)
-            if run is not None:
-                checkpoint.restore(network, checkpoint.load(path), path)
-            return run
-        except DamagedError as error:
-            self.monitor.say(f"{error}; training it anew")
-            return None
+    def _load_finished(self, job: Job, network: nn.Module | None = None) -> Run | None:
+        """The finished run of ``job``, or ``None``; its weights are loaded into ``network``.
 
-    def _read_finished(self, job: Job) -> Run | None:
-        """The record of ``job`` if it is finished; it must have the same settings."""
+        Without a network it is only checked whether the run has the settings of the job.
+        """
         if not records.is_finished(job.folder):
             return None
         try:
@@ -302,26 +300,19 @@ class Study:
             # Before the teacher is trained, its digest is unknown.
             now = {"teacher": run.settings.get("teacher")} | job.settings
             check_changes(job.folder, run.settings, now, job.stages)
-        except DistillError as error:
-            if self._resume is not False or isinstance(error, DamagedError):
+            if network is not None:
+                path = job.folder / MODEL
+                checkpoint.restore(network, checkpoint.load(path), path)
+            return run
+        except DamagedError as error:
+            why = str(error)
+        except DistillError:
+            if self._resume is not False:
                 raise
-            self.monitor.say(
-                f"{job.folder}: of other settings, or of another version of this program; training "
-                f"the {job.arm} anew"
-            )
-            return None
-        return run
-
-    def _check_finished(self) -> None:
-        """Check that the finished networks that are needed have these settings."""
-        wanted = list(self.students)
-        if not wanted or any(s.needs_teacher for arm, _ in wanted for s in self.stages(arm)):
-            wanted.append((TEACHER, self.config.teacher_seed))
-            if self.config.source is not None:
-                wanted.append((SOURCE, self.config.teacher_seed))
-        for arm, seed in wanted:
-            with suppress(DamagedError):  # reported later, when it is trained anew
-                self._read_finished(self._job(arm, seed))
+            why = f"{job.folder}: of other settings, or of another version of this program"
+        if network is not None:
+            self.monitor.say(f"{why}; training it anew")
+        return None
 
     def _delete_results(self, job: Job) -> None:
         """Delete what an earlier run left and this one could be taken for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -82,17 +83,15 @@ def cached(
     Raises:
         DistillError: the disk has no space for it.
     """
-    digest = checkpoint.fingerprint(
-        {
-            "model": to_tree(config.teacher),
-            "weights": checkpoint.digest_of(teacher.network.state_dict()),
-            "pairs": [(*pair.teacher, pair.channel_dim) for pair in teacher.pairs],
-            "pool": config.fsp.pool,
-            "precision": config.execution.precision,
-            "images": split.fingerprint,
-        }
-    )
-    path = folder / f"{digest}.safetensors"
+    note = {
+        "model": to_tree(config.teacher),
+        "pairs": [(*pair.teacher, pair.channel_dim) for pair in teacher.pairs],
+        "pool": config.fsp.pool,
+        "precision": config.execution.precision,
+        "images": split.fingerprint,
+    }
+    digest = checkpoint.digest_of(teacher.network.state_dict(), json.dumps(note))
+    path = folder / f"{digest[:16]}.safetensors"
     with accelerator.local_main_process_first():
         try:
             stored = checkpoint.load(path, mapped=True)

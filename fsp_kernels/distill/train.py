@@ -18,7 +18,7 @@ from torch import nn
 from fsp_kernels.distill import checkpoint
 from fsp_kernels.distill.arms import Stage
 from fsp_kernels.distill.changes import check_changes, differing
-from fsp_kernels.distill.checkpoint import Series, State, numbered, under
+from fsp_kernels.distill.checkpoint import Series, State, flatten
 from fsp_kernels.distill.config import Data, Pair
 from fsp_kernels.distill.data import Batch, Split, training_batches
 from fsp_kernels.distill.errors import DistillError
@@ -168,7 +168,7 @@ class NetworkTraining:
             self._patience.load(state.patience)
         if state.scaler is not None and self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(state.scaler)
-        state.tensors = under("before", state.part("before"))  # frees the rest
+        state.tensors = flatten({"before": state.part("before")})  # frees the rest
         self._saved_step = state.step
 
     def _leaves_weights_unused(self) -> bool:
@@ -280,21 +280,21 @@ class NetworkTraining:
             return
         matrices = evaluations.student_matrices(self._plain_objective)
         if first:
-            state.tensors |= numbered("before", matrices)
+            state.tensors |= flatten({"before": dict(enumerate(matrices))})
         pairs = zip(matrices, evaluations.teacher_matrices(), strict=True)
         for index, (student, teacher) in enumerate(pairs):
             watch.matrices(state.step, f"pair {index}", student, teacher)
 
     def _save_matrices(self) -> None:
         evaluations = self._evaluations
-        tensors = (
-            numbered("teacher", evaluations.teacher_matrices())
-            | under("before", self._state.part("before"))
-            | numbered("after", evaluations.student_matrices(self._plain_objective))
-        )
+        matrices = {
+            "teacher": dict(enumerate(evaluations.teacher_matrices())),
+            "before": self._state.part("before"),
+            "after": dict(enumerate(evaluations.student_matrices(self._plain_objective))),
+        }
         if self._accelerator.is_main_process:
             note = {"pairs": [to_tree(pair) for pair in self._job.pairs]}
-            checkpoint.save(self._job.folder / MATRICES, tensors, note)
+            checkpoint.save(self._job.folder / MATRICES, flatten(matrices), note)
 
     def _save(self) -> None:
         """Write a checkpoint by the first process, unless this step has one already."""
@@ -305,13 +305,15 @@ class NetworkTraining:
             self._raise_not_finite(f"weights are not finite after step {state.step}")
         state.patience = self._patience.state()
         state.scaler = None if scaler is None else scaler.state_dict()
-        tensors = state.tensors | under("network", self._network.state_dict())
-        tensors |= under("optimizer", checkpoint.optimizer_tensors(self._optimizer))
-        if self._projection is not None:
-            tensors |= under("projection", self._projection.state_dict())
+        tree = {
+            "network": self._network.state_dict(),
+            "optimizer": self._optimizer.state_dict()["state"],
+            "projection": {} if self._projection is None else self._projection.state_dict(),
+        }
         if self._accelerator.is_main_process:
             number = sum(stage.steps + 1 for stage in job.stages[: self._index]) + state.step
-            job.checkpoints.save(number, tensors, state.note() | {"settings": job.settings})
+            note = state.note() | {"settings": job.settings}
+            job.checkpoints.save(number, state.tensors | flatten(tree), note)
         self._saved_step = state.step
 
     @torch.no_grad()

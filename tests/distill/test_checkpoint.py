@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from distill.studies import bits
 from fsp_kernels.distill import checkpoint
-from fsp_kernels.distill.checkpoint import Series, State, numbered, under
+from fsp_kernels.distill.checkpoint import Series, State, flatten
 from fsp_kernels.distill.config import Training
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.records import Phase
@@ -179,13 +179,6 @@ def test_weights_are_restored_into_their_architecture_only(tmp_path: Path) -> No
         checkpoint.restore(nn.BatchNorm1d(4), checkpoint.load(path), path)
 
 
-def test_fingerprints_tell_settings_apart_but_not_their_order() -> None:
-    one = checkpoint.fingerprint({"a": 1, "b": [1, 2]})
-    assert checkpoint.fingerprint({"b": [1, 2], "a": 1}) == one
-    assert checkpoint.fingerprint({"a": 1, "b": [2, 1]}) != one
-    assert checkpoint.fingerprint({"a": None, "b": [1, 2]}) != one
-
-
 @pytest.mark.parametrize(
     "other",
     [
@@ -197,7 +190,9 @@ def test_fingerprints_tell_settings_apart_but_not_their_order() -> None:
     ids=["values", "name", "shape", "dtype"],
 )
 def test_digests_tell_tensors_apart(other: dict[str, Tensor]) -> None:
-    assert checkpoint.digest_of(other) != checkpoint.digest_of({"x": torch.tensor([1.0, 0.0])})
+    some = {"x": torch.tensor([1.0, 0.0])}
+    assert checkpoint.digest_of(other) != checkpoint.digest_of(some)
+    assert checkpoint.digest_of(some, "a note") != checkpoint.digest_of(some)
 
 
 def test_a_files_digest_is_of_its_content(tmp_path: Path) -> None:
@@ -261,7 +256,7 @@ def test_a_state_comes_back_from_a_checkpoint(tmp_path: Path) -> None:
         loss_sum=1e-300,
         patience={"best": None, "waited": 2},
         scaler={"scale": 65536.0},
-        tensors=under("network", {"a.b": torch.ones(2)}) | under("networks", {"c": torch.ones(1)}),
+        tensors=flatten({"network": {"a.b": torch.ones(2)}, "networks": {"c": torch.ones(1)}}),
     )
     checkpoint.save(tmp_path / "a", state.tensors, state.note() | {"settings": {}})
     back = State.of(checkpoint.load(tmp_path / "a"))
@@ -269,9 +264,12 @@ def test_a_state_comes_back_from_a_checkpoint(tmp_path: Path) -> None:
     assert same(back.part("network"), {"a.b": torch.ones(2)})
 
 
-def test_numbered_tensors_keep_their_order() -> None:
-    found = State(tensors=numbered("before", [torch.tensor(i) for i in range(12)])).part("before")
-    assert [int(found[str(i)]) for i in range(12)] == list(range(12))
+def test_flattened_tensors_are_named_by_their_keys() -> None:
+    one = torch.ones(1)
+    flat = flatten({"a": {0: one, 10: {"b.c": one}}, "empty": {}, "none": None, "number": 3})
+    assert list(flat) == ["a/0", "a/10/b.c", "number"]
+    assert flat["a/0"] is one
+    assert flat["number"].item() == 3
 
 
 def network() -> nn.Module:
@@ -300,7 +298,7 @@ def test_an_optimizer_goes_on_to_the_same_bits_at_its_own_rate(
     optimizer = make_optimizer(training, model.parameters())
     for number in range(steps):
         step(model, optimizer, number)
-    checkpoint.save(tmp_path / "a", checkpoint.optimizer_tensors(optimizer), {})
+    checkpoint.save(tmp_path / "a", flatten(optimizer.state_dict()["state"]), {})
     other.load_state_dict(model.state_dict())
     resumed = make_optimizer(training.model_copy(update={"learning_rate": 0.7}), other.parameters())
     checkpoint.restore_optimizer(resumed, checkpoint.load(tmp_path / "a").tensors)
