@@ -73,9 +73,9 @@ class Evaluations:
     ) -> None:
         self._splits, self._runtime, self._teacher = splits, runtime, teacher
         self._config, self._accelerator = runtime.config, runtime.accelerator
-        self._batches: dict[str, EvaluationBatches] = {}  # of the task, shared by the processes
-        self._fsp_batches: dict[str, EvaluationBatches] = {}  # every process measures all of them
-        self._targets: dict[str, list[Matrices]] = {}  # the teacher's, for each of the latter
+        self._task_batches: dict[str, EvaluationBatches] = {}  # the processes share them out
+        # Every process measures all of these; with the teacher's matrices (B, m, n) of each batch.
+        self._fsp_batches: dict[str, tuple[EvaluationBatches, list[Matrices]]] = {}
 
     def figures(self, stage: Stage, objective: Objective, split: str | None = None) -> Figures:
         """What ``task`` gives, what ``fsp`` gives, or both, by the losses of the stage."""
@@ -98,8 +98,8 @@ class Evaluations:
         """``accuracy`` (0 to 1) and mean cross-entropy ``loss`` of ``network``, in its mode."""
         name, accelerator = split or self._config.evaluation.split, self._accelerator
         images = self._split(name)
-        if name not in self._batches:
-            self._batches[name] = EvaluationBatches(
+        if name not in self._task_batches:
+            self._task_batches[name] = EvaluationBatches(
                 images,
                 batch_size=_BATCH,
                 process=accelerator.process_index,
@@ -107,7 +107,7 @@ class Evaluations:
                 workers=self._config.data.workers,
             )
         right, loss = 0, 0.0
-        for batch in self._until_stopped(self._batches[name]):
+        for batch in self._until_stopped(self._task_batches[name]):
             with accelerator.autocast():
                 logits = network(batch.images).float()
             right += int((logits.argmax(1) == batch.labels).sum())
@@ -120,8 +120,8 @@ class Evaluations:
     def fsp(self, objective: Objective, split: str | None = None) -> Figures:
         """``fsp_loss``, weighted and summed over the pairs, and ``fsp_loss/INDEX`` of each pair."""
         sums, count = [0.0] * len(objective.weights), 0
-        targets = self._teacher_targets(split)
-        for maps, matrices in zip(self._student_maps(objective, split), targets, strict=True):
+        batches, targets = self._with_teacher(split)
+        for maps, matrices in zip(self._student_maps(objective, batches), targets, strict=True):
             size = len(matrices[0])
             losses = objective.fsp_losses(maps, Targets(matrices))
             sums = [total + loss.item() * size for total, loss in zip(sums, losses, strict=True)]
@@ -131,19 +131,21 @@ class Evaluations:
 
     def teacher_matrices(self) -> Matrices:
         """The teacher's FSP matrix (m, n) of each pair, averaged over the quoted split."""
-        return _mean(self._teacher_targets())
+        return _mean(self._with_teacher()[1])
 
     def student_matrices(self, objective: Objective) -> Matrices:
         """The student's FSP matrix (m, n) of each pair, after the projection if there is one."""
         pool, project = self._config.fsp.pool, objective.projection or (lambda maps: maps)
+        batches, _ = self._with_teacher()
         return _mean(
             [fsp_matrix(*pair, pool=pool, channel_dim=1).float() for pair in project(maps)]
-            for maps in self._student_maps(objective)
+            for maps in self._student_maps(objective, batches)
         )
 
     def close(self) -> None:
         """End the processes that load images; a later evaluation starts new ones."""
-        for batches in (*self._batches.values(), *self._fsp_batches.values()):
+        fsp_batches = (batches for batches, _ in self._fsp_batches.values())
+        for batches in (*self._task_batches.values(), *fsp_batches):
             batches.close()
 
     def _split(self, name: str) -> Split:
@@ -151,28 +153,26 @@ class Evaluations:
         assert split is not None  # checked when the study was opened
         return split
 
-    def _teacher_targets(self, split: str | None = None) -> list[Matrices]:
-        """The teacher's matrices (B, m, n) for each batch of a split."""
+    def _with_teacher(self, split: str | None = None) -> tuple[EvaluationBatches, list[Matrices]]:
+        """A split's batches, and the teacher's matrices (B, m, n) for each."""
         name, pool = split or self._config.evaluation.split, self._config.fsp.pool
-        if name not in self._targets:
+        if name not in self._fsp_batches:
             assert self._teacher is not None
             images = self._split(name)
             one, _ = self._teacher.matrices(images[0].image[None], pool)
             limit = min(len(images), max(2, _MATRIX_BYTES // sum(x.nbytes for x in one)))
             # Batch normalisation has no statistics of a single image whose map is 1 x 1.
             limit -= limit % _BATCH == 1
-            self._fsp_batches[name] = EvaluationBatches(
-                images, batch_size=_BATCH, workers=self._config.data.workers, limit=limit
-            )
-            batches = self._until_stopped(self._fsp_batches[name])
-            self._targets[name] = [self._teacher.matrices(x.images, pool)[0] for x in batches]
-        return self._targets[name]
+            workers = self._config.data.workers
+            batches = EvaluationBatches(images, batch_size=_BATCH, workers=workers, limit=limit)
+            stopping = self._until_stopped(batches)
+            targets = [self._teacher.matrices(batch.images, pool)[0] for batch in stopping]
+            self._fsp_batches[name] = batches, targets
+        return self._fsp_batches[name]
 
     def _student_maps(
-        self, objective: Objective, split: str | None = None
+        self, objective: Objective, batches: EvaluationBatches
     ) -> Iterator[Sequence[Maps]]:
-        self._teacher_targets(split)  # of the same batches, which it makes
-        batches = self._fsp_batches[split or self._config.evaluation.split]
         with by_batch_statistics(objective.student.network):
             for batch in self._until_stopped(batches):
                 with self._accelerator.autocast():

@@ -166,6 +166,9 @@ def test_a_folder_without_permission_is_an_error_that_names_the_file(tmp_path: P
 def test_a_folder_that_can_be_written_to_is_made_and_left_empty(tmp_path: Path) -> None:
     check_writable(tmp_path / "new", needed=1)
     assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "a").write_text("")
+    with pytest.raises(DistillError, match="/a: is not a folder; choose another with --output"):
+        check_writable(tmp_path / "a", needed=1)
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused(
@@ -177,12 +180,6 @@ def test_a_folder_that_cannot_be_written_to_is_refused(
     monkeypatch.setattr(os, "replace", refuse)  # as of a read-only folder, but for root too
     with pytest.raises(DistillError, match=r"/new/.*: cannot be written: Permission denied"):
         check_writable(tmp_path / "new", needed=1)
-
-
-def test_a_file_is_no_folder_to_write_in(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("")
-    with pytest.raises(DistillError, match="/a: is not a folder; choose another with --output"):
-        check_writable(tmp_path / "a", needed=1)
 
 
 def test_a_disk_with_too_little_space_is_refused_before_it_is_full(
