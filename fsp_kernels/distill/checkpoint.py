@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fsp_kernels.distill.errors import DamagedError, DistillError
-from fsp_kernels.distill.records import FORMAT, Phase, another_version
+from fsp_kernels.distill.records import FORMAT, Phase, another_version_error
 from fsp_kernels.distill.storage import replacing
 
 _KEPT = 2  # checkpoints of a run: if the newest is damaged, the one before serves
@@ -67,7 +67,7 @@ def load(path: Path, *, mapped: bool = False) -> Checkpoint:
             f"{path}: not a checkpoint of this program, or damaged: {error}"
         ) from None
     if note.pop("format", None) != FORMAT:
-        raise another_version(path)
+        raise another_version_error(path)
     if not mapped:
         tensors = {name: x.clone() for name, x in tensors.items()}
     return Checkpoint(tensors, note)

@@ -24,7 +24,7 @@ Matrices = list[Tensor]
 Figures = dict[str, float]
 
 
-def on_device(
+def move_to_device(
     batches: Iterable[Batch], device: torch.device, config: Config
 ) -> Generator[Batch, None, None]:
     """The same batches, with images (B, C, H, W) and labels (B,) on the device."""
@@ -120,7 +120,7 @@ class Evaluations:
     def fsp(self, objective: Objective, split: str | None = None) -> Figures:
         """``fsp_loss``, weighted and summed over the pairs, and ``fsp_loss/INDEX`` of each pair."""
         sums, count = [0.0] * len(objective.weights), 0
-        batches, targets = self._with_teacher(split)
+        batches, targets = self._batches_with_targets(split)
         for maps, matrices in zip(self._student_maps(objective, batches), targets, strict=True):
             size = len(matrices[0])
             losses = objective.fsp_losses(maps, Targets(matrices))
@@ -131,13 +131,13 @@ class Evaluations:
 
     def teacher_matrices(self) -> Matrices:
         """The teacher's FSP matrix (m, n) of each pair, averaged over the quoted split."""
-        return _mean(self._with_teacher()[1])
+        return _average(self._batches_with_targets()[1])
 
     def student_matrices(self, objective: Objective) -> Matrices:
         """The student's FSP matrix (m, n) of each pair, after the projection if there is one."""
         pool, project = self._config.fsp.pool, objective.projection or (lambda maps: maps)
-        batches, _ = self._with_teacher()
-        return _mean(
+        batches, _ = self._batches_with_targets()
+        return _average(
             [fsp_matrix(*pair, pool=pool, channel_dim=1).float() for pair in project(maps)]
             for maps in self._student_maps(objective, batches)
         )
@@ -153,7 +153,9 @@ class Evaluations:
         assert split is not None  # checked when the study was opened
         return split
 
-    def _with_teacher(self, split: str | None = None) -> tuple[EvaluationBatches, list[Matrices]]:
+    def _batches_with_targets(
+        self, split: str | None = None
+    ) -> tuple[EvaluationBatches, list[Matrices]]:
         """A split's batches, and the teacher's matrices (B, m, n) for each."""
         name, pool = split or self._config.evaluation.split, self._config.fsp.pool
         if name not in self._fsp_batches:
@@ -184,11 +186,11 @@ class Evaluations:
 
         Several processes go on to the end, since a signal may reach them at different batches.
         """
-        for batch in on_device(batches, self._accelerator.device, self._config):
+        for batch in move_to_device(batches, self._accelerator.device, self._config):
             if self._accelerator.num_processes == 1:
                 self._runtime.interruption.check()
             yield batch
 
 
-def _mean(batches: Iterable[Matrices]) -> Matrices:
+def _average(batches: Iterable[Matrices]) -> Matrices:
     return [torch.cat(pair).mean(0).cpu() for pair in zip(*batches, strict=True)]

@@ -76,7 +76,7 @@ class Monitor:
         writer = None
         if self._folder is not None:
             folder = self._folder / f"{run} {stage}".replace(" ", "-")
-            with _naming(folder):
+            with _name_folder_in_errors(folder):
                 if evaluated < 0:
                     shutil.rmtree(folder, ignore_errors=True)  # or two runs would share one curve
                 writer = SummaryWriter(folder, purge_step=evaluated + 1)
@@ -129,7 +129,7 @@ class Watch:
         text = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
         self._progress.update(self.task.id, scalars=text)
         if self._writer is not None:
-            with _naming(self._writer.log_dir):
+            with _name_folder_in_errors(self._writer.log_dir):
                 for name, value in values.items():
                     self._writer.add_scalar(name, value, step)
                 self._writer.flush()
@@ -137,12 +137,12 @@ class Watch:
     def matrices(self, step: int, name: str, student: Tensor, teacher: Tensor) -> None:
         """Write FSP matrices (m, n) of student and teacher, and their difference, as a picture."""
         if self._writer is not None:
-            picture = side_by_side([student, teacher, student - teacher])
-            with _naming(self._writer.log_dir):
+            picture = draw_side_by_side([student, teacher, student - teacher])
+            with _name_folder_in_errors(self._writer.log_dir):
                 self._writer.add_image(f"{name}: student, teacher, difference", picture, step)
 
 
-def side_by_side(matrices: list[Tensor]) -> Tensor:
+def draw_side_by_side(matrices: list[Tensor]) -> Tensor:
     """Matrices (m, n) as one picture (3, height, width) of values 0 to 1, on one colour scale.
 
     An entry is a square of as many pixels as the least height needs.
@@ -173,7 +173,7 @@ def _line(task: Task) -> str:
 
 
 @contextmanager
-def _naming(folder: Path | str) -> Iterator[None]:
+def _name_folder_in_errors(folder: Path | str) -> Iterator[None]:
     """Name the folder in errors of TensorBoard, whose thread raises them at a later call."""
     try:
         yield

@@ -100,7 +100,7 @@ def read(folder: Path) -> Run:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         if tree.pop("format") != FORMAT:
-            raise another_version(path)
+            raise another_version_error(path)
         phases = [Phase(**phase) for phase in tree.pop("phases")]
         return Run(phases=phases, **tree)
     except DistillError:
@@ -113,7 +113,7 @@ def read(folder: Path) -> Run:
         raise DamagedError(f"{path}: not the record of a run, or damaged: {error}") from error
 
 
-def another_version(path: Path) -> DistillError:
+def another_version_error(path: Path) -> DistillError:
     """The error for a file that another version of this program wrote."""
     return DistillError(
         f"{path}: was written by another version of this program; --restart trains it anew"

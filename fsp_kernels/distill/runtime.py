@@ -63,12 +63,12 @@ class Runtime:
         channels = splits.image_shape[0]
         model = build_model(network, in_channels=channels, classes=splits.classes, where=where)
         if execution.sync_batch_norm and self.accelerator.num_processes > 1:
-            model = synchronised(model)
+            model = synchronise_batch_norm(model)
         model.to(self.accelerator.device)
         return model.to(memory_format=torch.channels_last) if execution.channels_last else model
 
 
-def synchronised(network: nn.Module) -> nn.Module:
+def synchronise_batch_norm(network: nn.Module) -> nn.Module:
     """``network`` with PyTorch's SyncBatchNorm in place of its batch normalisations.
 
     Raises:

@@ -33,7 +33,7 @@ from fsp_kernels.distill.storage import (
     require_agreement,
     write_text,
 )
-from fsp_kernels.distill.teacher import CachedTeacher, LiveTeacher, Teacher, cached
+from fsp_kernels.distill.teacher import CachedTeacher, LiveTeacher, Teacher, load_or_make_cache
 from fsp_kernels.distill.train import Job, NetworkTraining
 
 MARKER = "config.yaml"
@@ -99,7 +99,7 @@ class Study:
         }
         self._check_sets()
         if resume is not False:
-            for arm, seed in self._needed():
+            for arm, seed in self._list_needed_networks():
                 self._load_finished(self._job(arm, seed))
         self._accelerator.wait_for_everyone()  # all have checked the folder as it was
         if self._accelerator.is_main_process:
@@ -150,7 +150,7 @@ class Study:
             if self.config.fsp.cache_teacher:
                 folder, images = self.folder / TEACHER / "cache", self.splits.train
                 if self._cached_teacher is None:
-                    self._cached_teacher = cached(
+                    self._cached_teacher = load_or_make_cache(
                         live, images, self.config, self._accelerator, folder
                     )
                 teacher = self._cached_teacher
@@ -177,7 +177,7 @@ class Study:
         """The folder of a student, of the teacher or of the source."""
         return self.folder / arm / f"seed-{seed}" if arm in ARMS else self.folder / arm
 
-    def _needed(self) -> list[tuple[str, int]]:
+    def _list_needed_networks(self) -> list[tuple[str, int]]:
         """Arms and seeds of all networks that the students need, themselves included."""
         needed, seed = list(self.students), self.config.teacher_seed
         if not needed or any(s.needs_teacher for arm, _ in needed for s in self.stages(arm)):

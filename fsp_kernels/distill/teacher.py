@@ -72,7 +72,7 @@ class CachedTeacher:
 Teacher = LiveTeacher | CachedTeacher
 
 
-def cached(
+def load_or_make_cache(
     teacher: LiveTeacher, split: Split, config: Config, accelerator: Accelerator, folder: Path
 ) -> CachedTeacher:
     """The cache of ``teacher`` for ``split`` in ``folder``; the first process makes it if needed.

@@ -22,7 +22,7 @@ from fsp_kernels.distill.checkpoint import Series, State, flatten
 from fsp_kernels.distill.config import Data, Pair
 from fsp_kernels.distill.data import Batch, Split, training_batches
 from fsp_kernels.distill.errors import DistillError
-from fsp_kernels.distill.evaluation import Evaluations, by_batch_statistics, on_device
+from fsp_kernels.distill.evaluation import Evaluations, by_batch_statistics, move_to_device
 from fsp_kernels.distill.interruption import InterruptedRunError
 from fsp_kernels.distill.monitor import Watch
 from fsp_kernels.distill.objective import Objective, Targets
@@ -362,7 +362,7 @@ class NetworkTraining:
             processes=self._accelerator.num_processes,
             workers=workers,
         )
-        return on_device(batches, self._accelerator.device, self._config)
+        return move_to_device(batches, self._accelerator.device, self._config)
 
     def _seed(self, purpose: Purpose, *numbers: int) -> None:
         seed_everything(self._job.seed, purpose, self._index, self._state.step, *numbers)

@@ -21,7 +21,7 @@ from tensorboard.summary.writer import event_file_writer
 from fsp_kernels.distill import monitor as module
 from fsp_kernels.distill.config import load_config
 from fsp_kernels.distill.interruption import InterruptedRunError, Interruption
-from fsp_kernels.distill.monitor import Monitor, Watch, side_by_side
+from fsp_kernels.distill.monitor import Monitor, Watch, draw_side_by_side
 from fsp_kernels.distill.study import Study
 
 
@@ -204,7 +204,7 @@ def test_matrices_reach_tensorboard_as_pictures(tmp_path: Path, clock: Clock) ->
 
 
 def test_pictures_of_nothing_but_zeros_are_white() -> None:
-    picture = side_by_side([torch.zeros(200, 20)] * 2)
+    picture = draw_side_by_side([torch.zeros(200, 20)] * 2)
     assert picture.shape == (3, 200, 20 + 1 + 20)
     assert picture.min() > 0.95
 

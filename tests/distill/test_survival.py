@@ -250,7 +250,7 @@ def test_an_unfinished_run_is_not_resumed_under_other_settings(
         ),
     ],
 )
-def test_what_does_not_change_what_is_learnt_may_change_and_is_told(
+def test_settings_that_do_not_change_what_is_learnt_may_change_and_are_reported(
     recipe: Path,
     unfinished: Path,
     plain: Path,
@@ -290,9 +290,7 @@ def test_a_stage_that_has_not_begun_may_be_changed_at_will(recipe: Path, tmp_pat
     assert results(resumed) == results(trained(recipe, tmp_path / "whole", other))
 
 
-def test_an_unfinished_run_needs_to_be_told_whether_to_resume(
-    recipe: Path, unfinished: Path
-) -> None:
+def test_an_unfinished_run_needs_resume_or_restart(recipe: Path, unfinished: Path) -> None:
     with pytest.raises(DistillError, match=r"unfinished run; --resume .*, --restart begins again"):
         open_study(recipe, unfinished)
     assert len(checkpoints(unfinished)) == 2
@@ -309,7 +307,7 @@ def test_restart_begins_again_but_keeps_the_teacher(
     assert not leftovers(unfinished)
 
 
-def test_what_is_finished_is_kept_or_refused_but_never_replaced(
+def test_a_finished_run_is_kept_or_refused_but_never_replaced(
     recipe: Path, tmp_path: Path, heard: io.StringIO
 ) -> None:
     trained(recipe, tmp_path / "run")
@@ -326,7 +324,7 @@ def test_what_is_finished_is_kept_or_refused_but_never_replaced(
     assert ["finished earlier" in line for line in heard.getvalue().splitlines()] == [True] * 2
 
 
-def test_what_a_process_left_that_was_killed_at_its_very_end_is_cleared(
+def test_checkpoints_of_a_process_killed_at_its_end_are_deleted(
     recipe: Path, tmp_path: Path, unfinished: Path
 ) -> None:
     run = trained(recipe, tmp_path / "run")
@@ -335,7 +333,7 @@ def test_what_a_process_left_that_was_killed_at_its_very_end_is_cleared(
     assert not leftovers(tmp_path / "run")
 
 
-def test_what_a_process_left_that_was_killed_at_its_very_start_is_no_hindrance(
+def test_a_file_of_a_process_killed_at_its_start_does_not_hinder(
     recipe: Path, tmp_path: Path
 ) -> None:
     with storage.replacing(tmp_path / "run" / "config.yaml") as path:
@@ -346,7 +344,7 @@ def test_what_a_process_left_that_was_killed_at_its_very_start_is_no_hindrance(
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut short", "empty"])
-def test_a_damaged_newest_checkpoint_is_told_of_and_the_one_before_used(
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
     recipe: Path, unfinished: Path, plain: Path, heard: io.StringIO, damage: str
 ) -> None:
     newest = checkpoints(unfinished)[-1]
@@ -360,7 +358,7 @@ def test_a_damaged_newest_checkpoint_is_told_of_and_the_one_before_used(
     assert results(student_of(unfinished)) == results(plain)
 
 
-def test_with_all_checkpoints_damaged_the_run_says_so_and_begins_again(
+def test_a_run_whose_checkpoints_are_all_damaged_begins_again_and_says_so(
     recipe: Path, unfinished: Path, plain: Path, heard: io.StringIO
 ) -> None:
     for path in checkpoints(unfinished):
@@ -373,7 +371,7 @@ def test_with_all_checkpoints_damaged_the_run_says_so_and_begins_again(
     assert results(student_of(unfinished)) == results(plain)
 
 
-def test_a_loss_that_is_not_finite_is_told_with_all_that_is_known_and_leaves_no_results(
+def test_a_loss_that_is_not_finite_names_step_pair_and_checkpoint_and_leaves_no_results(
     recipe: Path, tmp_path: Path
 ) -> None:
     study = open_study(recipe, tmp_path / "run", f"student.model={__name__}:BreakingResNet")

@@ -15,7 +15,7 @@ from fsp_kernels.distill.data import Batch, EvaluationBatches
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.models import CifarResNet
 from fsp_kernels.distill.study import Study
-from fsp_kernels.distill.teacher import CachedTeacher, LiveTeacher, cached
+from fsp_kernels.distill.teacher import CachedTeacher, LiveTeacher, load_or_make_cache
 
 
 @pytest.fixture
@@ -27,7 +27,9 @@ def batch(study: Study) -> Batch:
 def cache(study: Study, teacher: LiveTeacher, tmp_path: Path) -> Callable[..., CachedTeacher]:
     def make(of: LiveTeacher = teacher) -> CachedTeacher:
         accelerator = study.runtime.accelerator
-        return cached(of, study.splits.train, study.config, accelerator, tmp_path / "cache")
+        return load_or_make_cache(
+            of, study.splits.train, study.config, accelerator, tmp_path / "cache"
+        )
 
     return make
 
@@ -106,7 +108,7 @@ def test_a_cache_of_other_weights_images_or_pooling_is_not_found(
     recipe: Path, study: Study, teacher: LiveTeacher, tmp_path: Path, change: str
 ) -> None:
     folder, accelerator = tmp_path / "cache", study.runtime.accelerator
-    cached(teacher, study.splits.train, study.config, accelerator, folder)
+    load_or_make_cache(teacher, study.splits.train, study.config, accelerator, folder)
     split, config = study.splits.train, study.config
     if change == "weights":
         with torch.no_grad():
@@ -115,7 +117,7 @@ def test_a_cache_of_other_weights_images_or_pooling_is_not_found(
         split = study.splits.teacher_train
     else:
         config = open_study(recipe, tmp_path / "other", "fsp.pool=avg").config
-    cached(teacher, split, config, accelerator, folder)
+    load_or_make_cache(teacher, split, config, accelerator, folder)
     assert len(list(folder.iterdir())) == 2
 
 

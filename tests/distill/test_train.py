@@ -14,7 +14,7 @@ from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.evaluation import Evaluations
 from fsp_kernels.distill.models import CifarResNet
 from fsp_kernels.distill.records import Phase
-from fsp_kernels.distill.runtime import synchronised
+from fsp_kernels.distill.runtime import synchronise_batch_norm
 from fsp_kernels.distill.study import Study
 from fsp_kernels.distill.teacher import LiveTeacher
 from fsp_kernels.distill.train import Job, NetworkTraining
@@ -253,7 +253,7 @@ def test_all_batch_normalisation_is_synchronised_and_weights_stay() -> None:
     network = CifarResNet(8)
     before = weights_of(network)
     count = sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
-    converted = synchronised(network)
+    converted = synchronise_batch_norm(network)
     kinds = [type(module) for module in converted.modules()]
     assert kinds.count(nn.SyncBatchNorm) == count > 0
     assert nn.BatchNorm2d not in kinds
@@ -267,7 +267,7 @@ def test_synchronising_what_does_more_than_normalise_is_refused() -> None:
 
     network = nn.Sequential(nn.Conv2d(3, 3, 1), BatchNormAndRelu(3))
     with pytest.raises(DistillError, match=r"execution\.sync_batch_norm: .* 1 is a BatchNormAndRe"):
-        synchronised(network)
+        synchronise_batch_norm(network)
 
 
 @pytest.mark.parametrize(
