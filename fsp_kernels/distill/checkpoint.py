@@ -36,14 +36,18 @@ def save(path: Path, tensors: Mapping[str, Tensor], note: dict[str, Any]) -> Non
     Raises:
         DistillError: the file cannot be written; the old one is unchanged.
     """
-    # Copies, since safetensors refuses tensors that share memory, as tied weights do.
-    copies = {
-        name: x.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, x in tensors.items()
-    }
+    separate: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, x in tensors.items():
+        tensor = x.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        # Safetensors refuses tensors that share memory, as tied weights do.
+        separate[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
     text = json.dumps({"format": FORMAT, **note})
     with replacing(path) as unfinished:
-        save_file(copies, unfinished, metadata={"note": text, "digest": digest_of(copies, text)})
+        metadata = {"note": text, "digest": digest_of(separate, text)}
+        save_file(separate, unfinished, metadata=metadata)
 
 
 def load(path: Path, *, mapped: bool = False) -> Checkpoint:

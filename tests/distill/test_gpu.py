@@ -28,6 +28,7 @@ def trained(recipe: Path, folder: Path, execution: str) -> Run:
         "{precision: bf16, channels_last: true}",
         "{precision: fp16, accumulation: 2}",
         "{precision: bf16, compile: true}",
+        "{sync_batch_norm: true}",  # refused on a CPU
     ],
 )
 def test_both_stages_learn(recipe: Path, tmp_path: Path, execution: str) -> None:
