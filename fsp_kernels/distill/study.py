@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fsp_kernels.distill import checkpoint, records
 from fsp_kernels.distill.arms import ARMS, Stage
@@ -112,7 +112,8 @@ class Study:
     def train_teacher(self) -> LiveTeacher:
         """Train the teacher, its source first if there is one; or load what is finished.
 
-        Raises: as ``student``.
+        Raises:
+            DistillError, InterruptedRunError: as ``student``.
         """
         if self.teacher is None:
             config, seed = self.config, self.config.teacher_seed
@@ -350,7 +351,8 @@ class Study:
         stages = {(s.task, s.fsp, s.kd): s for arm, _ in self.students for s in self.stages(arm)}
         both = self.pairs, self.shapes
         check_steps(student, [*stages.values()], images, "student", config.fsp, *both, teacher)
-        sizes = [_bytes_of(student.state_dict()), _bytes_of(teacher.state_dict())]
+        networks = student, teacher
+        sizes = [sum(x.nbytes for x in network.state_dict().values()) for network in networks]
         # A checkpoint has the weights and up to two numbers of the optimiser for each; two are
         # kept while a third is written.
         return len(self.students) * sizes[0] + 2 * sizes[1] + 3 * 3 * max(sizes)
@@ -423,7 +425,3 @@ def _steps(training: Training, data: Data, images: Split) -> int:
         return training.steps
     assert training.epochs is not None
     return training.epochs * (len(images) // data.batch_size)
-
-
-def _bytes_of(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
