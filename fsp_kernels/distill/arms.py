@@ -11,16 +11,16 @@ from fsp_kernels.distill.config import Config, SoftTargets, Training
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of an optimiser, and what it minimises: the sum of what is asked for.
+    """One run of an optimiser; it minimises the sum of the losses that are asked for.
 
     Attributes:
-        name: for people, "stage 1".
-        section: the recipe's that ``training`` is.
+        name: for people, such as "stage 1".
+        section: the section of the recipe that ``training`` is.
         training: the optimiser, its schedule and stopping rule.
-        steps: how many; ``training.epochs`` are worked out.
-        task: whether the cross-entropy with the labels is in it.
+        steps: how many; epochs are converted to steps.
+        task: whether the loss has the cross-entropy with the labels.
         fsp: the weight of the FSP loss.
-        kd: soft targets, which share the task's weight.
+        kd: soft targets, which take a share of the task's weight.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Stage:
 
     @property
     def losses(self) -> list[str]:
-        """What is minimised, in words."""
+        """The losses in words."""
         parts = {
             "cross-entropy": self.task,
             "soft targets": self.kd is not None,
@@ -46,55 +46,43 @@ class Stage:
         return [name for name, there in parts.items() if there]
 
 
-Count = Callable[[Training], int]
-"""How many steps a training takes."""
-
-MakeStages = Callable[[Config, Count], tuple[Stage, ...]]
-
-
 class Arm(NamedTuple):
-    """A way to train the student; ``stages`` makes its stages from the recipe and a ``Count``."""
+    """A way to train the student.
 
-    title: str
-    stages: MakeStages
-
-
-def _single(*, long: bool = False, fsp: bool = False, kd: bool = False) -> MakeStages:
-    """Stage 2's settings over its own steps, or over those of both stages.
-
-    Milestones are shares of the steps, so they stretch along.
+    Attributes:
+        title: for reports.
+        two_stages: the FSP loss alone first, as in the paper (section 3.4); then the task.
+        all_steps: a single stage takes the steps of both; milestones are shares of the steps, so
+            they stretch along.
+        fsp: the FSP loss beside the task.
+        kd: soft targets in the task.
     """
 
-    def stages(config: Config, count: Count) -> tuple[Stage, ...]:
-        steps = count(config.stage2) + (count(config.stage1) if long else 0)
-        return (_task(config, "task", steps, config.fsp.beta if fsp else 0.0, kd),)
+    title: str
+    two_stages: bool = False
+    all_steps: bool = True
+    fsp: bool = False
+    kd: bool = False
 
-    return stages
-
-
-def _two(*, kd: bool = False) -> MakeStages:
-    """The paper's two stages (section 3.4)."""
-
-    def stages(config: Config, count: Count) -> tuple[Stage, ...]:
-        steps = count(config.stage1)
-        first = Stage("stage 1", "stage1", config.stage1, steps, task=False, fsp=1.0)
-        return first, _task(config, "stage 2", count(config.stage2), 0.0, kd)
-
-    return stages
-
-
-def _task(config: Config, name: str, steps: int, fsp: float, kd: bool) -> Stage:
-    return Stage(name, "stage2", config.stage2, steps, fsp=fsp, kd=config.kd if kd else None)
+    def stages(self, config: Config, count: Callable[[Training], int]) -> tuple[Stage, ...]:
+        """The stages, by a recipe and a function that counts the steps of a training."""
+        first, second = count(config.stage1), count(config.stage2)
+        fsp, kd = config.fsp.beta if self.fsp else 0.0, config.kd if self.kd else None
+        if self.two_stages:
+            return (
+                Stage("stage 1", "stage1", config.stage1, first, task=False, fsp=1.0),
+                Stage("stage 2", "stage2", config.stage2, second, kd=kd),
+            )
+        steps = first + second if self.all_steps else second
+        return (Stage("task", "stage2", config.stage2, steps, fsp=fsp, kd=kd),)
 
 
 ARMS = {
-    "baseline": Arm("baseline, stage 2's steps", _single()),
-    "baseline-long": Arm("baseline, same total steps", _single(long=True)),
-    "two-stage": Arm("FSP in two stages", _two()),
-    "one-stage": Arm("task + FSP in one stage", _single(long=True, fsp=True)),
-    "kd": Arm("soft targets", _single(long=True, kd=True)),
-    "two-stage-kd": Arm("FSP in two stages, soft targets in the second", _two(kd=True)),
-    "one-stage-kd": Arm(
-        "task + FSP + soft targets in one stage", _single(long=True, fsp=True, kd=True)
-    ),
+    "baseline": Arm("baseline, stage 2's steps", all_steps=False),
+    "baseline-long": Arm("baseline, same total steps"),
+    "two-stage": Arm("FSP in two stages", two_stages=True),
+    "one-stage": Arm("task + FSP in one stage", fsp=True),
+    "kd": Arm("soft targets", kd=True),
+    "two-stage-kd": Arm("FSP in two stages, soft targets in the second", two_stages=True, kd=True),
+    "one-stage-kd": Arm("task + FSP + soft targets in one stage", fsp=True, kd=True),
 }

@@ -81,7 +81,7 @@ def study(
     """
     with _open_study(recipe, overrides, output, resume) as opened:
         opened.all()
-        if opened.trainer.accelerator.is_main_process:
+        if opened.runtime.accelerator.is_main_process:
             _report([opened.folder], opened.folder, opened.monitor)
 
 
@@ -91,7 +91,7 @@ def teacher(
 ) -> None:
     """Train the teacher and keep its weights in the run folder."""
     with _open_study(recipe, overrides, output, resume, lambda _: []) as opened:
-        _ = opened.teacher
+        opened.train_teacher()
         opened.monitor.say(f"weights: {opened.folder / 'teacher' / records.MODEL}")
 
 
@@ -115,7 +115,7 @@ def train(
         [chosen] = opened.students
         opened.student(*chosen)
         folder = opened.folder_of(*chosen)
-        if opened.trainer.accelerator.is_main_process:
+        if opened.runtime.accelerator.is_main_process:
             _report([folder], folder, opened.monitor)
             opened.monitor.say(f"weights: {folder / records.MODEL}")
 

@@ -16,7 +16,7 @@ from fsp_kernels.distill.objective import Objective, Tapped, Targets
 from fsp_kernels.distill.pairs import PairShapes, Projection
 from fsp_kernels.distill.paths import choices, describe
 from fsp_kernels.distill.seeds import kept_generators
-from fsp_kernels.distill.stages import looking, run
+from fsp_kernels.distill.stages import evaluation_mode, run
 
 
 def check_logits(
@@ -34,7 +34,7 @@ def check_logits(
     """
     shape = len(images), classes
     with kept_generators():
-        with looking(model):
+        with evaluation_mode(model):
             _check_output(run(model, images, where), shape, where, finite=not trained)
         if trained and not _waits_for_processes(model):
             with by_batch_statistics(model):
@@ -95,7 +95,7 @@ def _targets(teacher: nn.Module | None, pairs: Sequence[Pair], images: Tensor) -
     if teacher is None:
         return Targets()
     tapped = Tapped(teacher, [pair.teacher for pair in pairs], [x.channel_dim for x in pairs])
-    with looking(teacher):
+    with evaluation_mode(teacher):
         logits, maps = tapped(images)
     tapped.taps.detach()
     return Targets(maps, logits)

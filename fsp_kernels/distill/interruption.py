@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a run after the step at hand, with its state saved."""
+"""SIGTERM and Ctrl-C end a run after the current step, with its state saved."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from types import FrameType
 
 
 class InterruptedRunError(Exception):
-    """A run stopped because a signal asked it to.
-
-    ``number`` is the signal's, ``exit_code`` what a shell reports of a process that it ended.
-    """
+    """A run stopped because of the signal ``number``; ``exit_code`` is a shell's code for it."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
@@ -18,10 +15,10 @@ class InterruptedRunError(Exception):
 
 
 class Interruption:
-    """Inside a ``with`` block the first SIGTERM or SIGINT is noted, not obeyed; the second is.
+    """Inside a ``with`` block the first SIGTERM or SIGINT is only noted; the second is obeyed.
 
-    One that the process ignores, as a shell has its background jobs ignore Ctrl-C, it still does.
-    ``requested`` is the number of the signal, 0 while there was none.
+    A signal that the process ignores stays ignored, as a shell's background jobs ignore Ctrl-C.
+    ``requested`` is the number of the noted signal, 0 if there is none.
     """
 
     _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -31,13 +28,9 @@ class Interruption:
         self._before: dict[signal.Signals, object] = {}
 
     def check(self) -> None:
-        """Obey, if there was a signal.
-
-        Raises:
-            InterruptedRunError: there was.
-        """
+        """Raise ``InterruptedRunError`` if a signal was noted."""
         if self.requested:
-            raise InterruptedRunError("stopped while measuring", self.requested)
+            raise InterruptedRunError("stopped during an evaluation", self.requested)
 
     def __enter__(self) -> Interruption:
         heeded = [n for n in self._SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]

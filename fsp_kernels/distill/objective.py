@@ -1,7 +1,7 @@
-"""What a stage minimises: one module of the student and its losses, fit to be wrapped for DDP.
+"""The loss of a stage, as one module of the student and its losses that DDP can wrap.
 
-The losses are computed within its forward pass: autocast then reaches all of it, maps stay in the
-precision they were computed in, and DDP sees which weights a stage has no use for.
+The forward pass computes the losses too: autocast then covers all of it, maps keep the precision
+they were computed in, and DDP sees which weights a stage does not use.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from fsp_kernels.distill.taps import FeatureTaps
 
 
 class Targets(NamedTuple):
-    """What the teacher says of a batch: per pair its maps or its FSP matrix, and logits (B, N)."""
+    """The teacher's output for a batch: maps or FSP matrix of each pair, and logits (B, N)."""
 
     pairs: Sequence[Maps | Tensor] = ()
     logits: Tensor | None = None
 
 
 class Tapped(nn.Module):
-    """A network that gives its logits and the maps of its pairs.
+    """A network that also gives the maps of its pairs.
 
     Args:
-        network: its forward pass takes images (B, C, H, W) and gives logits (B, classes).
-        paths: the two module paths of each pair; none for logits alone.
-        channel_dims: of each pair, the axis of its maps' channels, as in a recipe.
+        network: takes images (B, C, H, W) and gives logits (B, classes).
+        paths: the two module paths of each pair; empty for logits alone.
+        channel_dims: the axis of the channels in the maps of each pair, as in a recipe.
         compiled: whether to ``torch.compile`` the network.
     """
 
@@ -52,11 +52,11 @@ class Tapped(nn.Module):
         self._call: Callable[[Tensor], Tensor] = torch.compile(self._run) if compiled else self._run
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Maps]]:
-        """Logits (B, classes), and of each pair the ``(first, second)`` maps (B, C, *spatial)."""
+        """Logits (B, classes), and the ``(first, second)`` maps (B, C, *spatial) of each pair."""
         return self._call(images), self._maps()
 
     def uncompiled(self, images: Tensor) -> tuple[Tensor, list[Maps]]:
-        """The same, for what is not done often enough to be compiled for."""
+        """The same without compilation, for evaluations."""
         return self._run(images), self._maps()
 
     def _run(self, images: Tensor) -> Tensor:
@@ -72,10 +72,10 @@ class Objective(nn.Module):
 
     Args:
         network: the student.
-        stage: what counts, and how much.
-        pairs: the recipe's; used where ``stage.fsp`` is more than 0.
-        fsp: how the FSP loss is taken.
-        projection: from the student's channels to the teacher's, where they differ.
+        stage: says which losses to add up, and their weights.
+        pairs: of the FSP loss; not used if ``stage.fsp`` is 0.
+        fsp: options of the FSP loss.
+        projection: from the student's channels to the teacher's, if they differ.
         compiled: whether to ``torch.compile`` the network.
     """
 
@@ -97,7 +97,7 @@ class Objective(nn.Module):
         self.projection = projection if stage.fsp else None
 
     def forward(self, images: Tensor, labels: Tensor, targets: Targets) -> Tensor:
-        """The scalar to minimise: the mean over the batch (B, C, H, W)."""
+        """The loss to minimise, a scalar: the mean over images (B, C, H, W) and labels (B,)."""
         logits, maps = self.student(images)
         terms: list[Tensor] = []
         if self.stage.task:
@@ -107,7 +107,7 @@ class Objective(nn.Module):
         return sum(terms[1:], terms[0])
 
     def fsp_loss(self, maps: Sequence[Maps], targets: Targets, pair: int | None = None) -> Tensor:
-        """The FSP loss of all pairs together, or of one alone, weighted."""
+        """The weighted FSP loss of all pairs together, or of one."""
         if self.projection is not None:
             maps = self.projection(maps)
         chosen = slice(None) if pair is None else slice(pair, pair + 1)
@@ -121,20 +121,19 @@ class Objective(nn.Module):
         )
 
     def fsp_losses(self, maps: Sequence[Maps], targets: Targets) -> list[Tensor]:
-        """The same, a scalar for each pair."""
+        """The weighted FSP loss of each pair, scalars."""
         return [self.fsp_loss(maps, targets, pair) for pair in range(len(self.weights))]
 
 
 def task_loss(
     logits: Tensor, labels: Tensor, soft: Tensor | None, kd: SoftTargets | None
 ) -> Tensor:
-    """Cross-entropy, with a share of soft targets where ``kd`` asks for it.
+    """Cross-entropy of logits (B, N) and labels (B,), with soft targets (B, N) if ``kd`` is given.
 
     ``(1 - w) CE + w T^2 KL(teacher || student)``, both networks' logits divided by T (Hinton,
     Vinyals, Dean, 2015, section 2): T^2 keeps the gradient's size as T grows.
     """
-    # In fp32 whatever the network computed in: autocast would do so for these two, but DDP or a
-    # user's own half-precision network need not run under it.
+    # In fp32 even without autocast, as for a user's own half-precision network.
     logits = logits.float()
     task = F.cross_entropy(logits, labels)
     if kd is None or soft is None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fsp_kernels import checks, fsp_matrix
 from fsp_kernels.distill.config import Pair
 from fsp_kernels.distill.errors import DistillError, prefixed
-from fsp_kernels.distill.stages import Stage, looking, maps_within, run, stages_of, trace
+from fsp_kernels.distill.stages import Stage, evaluation_mode, maps_within, run, stages_of, trace
 from fsp_kernels.distill.taps import FeatureTaps
 
 Paths = tuple[str, str]
@@ -211,7 +211,7 @@ def _run_pairs(pairs: Sequence[Pair], role: str, model: nn.Module, image: Tensor
     """The maps (B, C, *spatial) of each pair of one network, which runs once."""
     found = []
     with ExitStack() as stack:
-        stack.enter_context(looking(model))
+        stack.enter_context(evaluation_mode(model))
         all_taps = []
         for index, pair in enumerate(pairs):
             with prefixed(f"pairs.{index}.{role}"):

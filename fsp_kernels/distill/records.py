@@ -1,4 +1,4 @@
-"""What a trained network leaves behind in its folder, and how it is read back."""
+"""The record of a trained network, ``run.json``: its fields, writing and reading."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from fsp_kernels.distill.storage import write_text
 RECORD = "run.json"
 MODEL = "model.safetensors"
 MATRICES = "matrices.safetensors"
-_FORMAT = 2
+FORMAT = 3  # of records and checkpoints
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One stage, done.
+    """One finished stage.
 
-    ``losses`` says what it minimised, in words. ``history`` has a row per evaluation: ``step``, the
-    evaluated figures and, but for step 0, the mean ``train_loss`` since the row before. ``seconds``
-    excludes evaluations. ``stopped`` says that its stopping rule ended it.
+    ``losses`` are in words. ``history`` has a row for each evaluation: ``step``, the figures and,
+    except at step 0, the mean ``train_loss`` since the row before. ``seconds`` are those of the
+    optimiser steps, the teacher's passes included. ``stopped``: its stopping rule ended it.
     """
 
     name: str
@@ -46,10 +46,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Run:
-    """One trained network.
-
-    ``settings`` are the job's; ``config`` is the recipe, as YAML would have it.
-    """
+    """One trained network: ``settings`` are those of its job, ``config`` is the whole recipe."""
 
     arm: str
     seed: int
@@ -62,12 +59,12 @@ class Run:
 
     @property
     def task(self) -> Phase:
-        """The stage that trained the task."""
+        """The last stage that trained the task."""
         return next(phase for phase in reversed(self.phases) if phase.has_task)
 
     @property
     def accuracy(self) -> float:
-        """After the last step, on the evaluation split, 0 to 1."""
+        """Accuracy after the last step, on the quoted split, 0 to 1."""
         return self.task.history[-1]["accuracy"]
 
     @property
@@ -77,53 +74,59 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Spent in optimiser steps: the teacher's forward passes included, evaluations not."""
+        """Spent in optimiser steps of all stages."""
         return sum(phase.seconds for phase in self.phases)
 
     def steps_to(self, accuracy: float) -> int | None:
-        """Task steps before an evaluation first shows ``accuracy``; ``None`` if none does."""
-        reached = (row["step"] for row in self.task.history if row["accuracy"] >= accuracy)
-        step = next(reached, None)
-        return None if step is None else int(step)
+        """Steps of the task before an evaluation first shows ``accuracy``; ``None`` if none."""
+        reached = (int(row["step"]) for row in self.task.history if row["accuracy"] >= accuracy)
+        return next(reached, None)
 
 
 def write(run: Run, folder: Path) -> None:
-    """Keep ``run`` in ``folder``: the mark of a run that is finished."""
-    text = json.dumps({"format": _FORMAT, **asdict(run)}, indent=1)
+    """Write the record of ``run`` to ``folder``, which marks the run as finished."""
+    text = json.dumps({"format": FORMAT, **asdict(run)}, indent=1)
     write_text(folder / RECORD, text + "\n")
 
 
 def read(folder: Path) -> Run:
-    """The run that ``folder`` holds.
+    """Read the record of the finished run in ``folder``.
 
     Raises:
-        DistillError: there is none, its record cannot be read, or is of another version.
-        DamagedError: its record is damaged.
+        DistillError: there is none, it cannot be read, or another version wrote it.
+        DamagedError: it is damaged.
     """
     path = folder / RECORD
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        if tree.pop("format") == _FORMAT:
-            phases = [Phase(**phase) for phase in tree.pop("phases")]
-            return Run(phases=phases, **tree)
+        if tree.pop("format") != FORMAT:
+            raise another_version_error(path)
+        phases = [Phase(**phase) for phase in tree.pop("phases")]
+        return Run(phases=phases, **tree)
+    except DistillError:
+        raise
     except FileNotFoundError:
         raise DistillError(f"{folder}: holds no finished run ({RECORD} is missing)") from None
     except OSError as error:
         raise DistillError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedError(f"{path}: not the record of a run, or damaged: {error}") from error
-    raise DistillError(
+
+
+def another_version_error(path: Path) -> DistillError:
+    """The error for a file that another version of this program wrote."""
+    return DistillError(
         f"{path}: was written by another version of this program; --restart trains it anew"
     )
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run ended there."""
+    """Whether ``folder`` holds a finished run."""
     return (folder / RECORD).is_file()
 
 
 def find(folder: Path) -> list[Path]:
-    """The folders of finished runs: ``folder`` itself, or those below it, in order.
+    """The folders of finished runs in ``folder`` and below it, sorted.
 
     Raises:
         DistillError: there is none.

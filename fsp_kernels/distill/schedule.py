@@ -1,4 +1,4 @@
-"""Optimisers, their rates by step, and when to stop early."""
+"""Optimisers, their learning rates by step, and when to stop early."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def make_optimizer(training: Training, parameters: Iterable[nn.Parameter]) -> Op
 
 
 def rate(training: Training, steps: int, step: int) -> float:
-    """The learning rate of ``step`` (0 is the first) of ``steps``, whatever was before."""
+    """The learning rate of ``step`` (the first is 0) of ``steps``; no earlier step matters."""
     warm = round(training.warmup * steps)
     if step < warm:
         return training.learning_rate * (step + 1) / (warm + 1)
@@ -38,31 +38,24 @@ def rate(training: Training, steps: int, step: int) -> float:
 
 
 def set_rate(optimizer: Optimizer, value: float) -> None:
-    """The same rate for all parameters."""
+    """Set the learning rate of all parameters."""
     for group in optimizer.param_groups:
         group["lr"] = value
 
 
 class Patience:
-    """Says when a loss has not fallen for too many evaluations in a row."""
+    """Counts evaluations without a lower loss; without a rule it never ends a stage."""
 
     def __init__(self, rule: Stop | None) -> None:
-        self._rule = rule
+        self._limit = math.inf if rule is None else rule.patience
         self.best, self.waited = math.inf, 0
 
     @property
-    def wanted(self) -> bool:
-        """Whether there is a rule at all."""
-        return self._rule is not None
-
-    @property
     def exhausted(self) -> bool:
-        return self._rule is not None and self.waited >= self._rule.patience
+        return self.waited >= self._limit
 
     def note(self, loss: float) -> None:
-        """One more evaluation's loss."""
-        if self._rule is None:
-            return
+        """Count one more evaluation."""
         if loss < self.best:
             self.best, self.waited = loss, 0
         else:

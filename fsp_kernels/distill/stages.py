@@ -1,4 +1,4 @@
-"""What a network's modules give on one image, and the stages of equal spatial size in that."""
+"""The outputs of a network's modules for one image, and its stages of equal spatial size."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fsp_kernels.distill.errors import DistillError, explain
 from fsp_kernels.distill.paths import tensors_in
 
-# What computes but doesn't activate. These, and sequences of nothing else, give raw maps, which
-# aren't the features that a stage is known by.
+# Modules that compute but do not activate. They, and sequences of them alone, give raw maps, which
+# are not the features of a stage.
 _RAW = (
     nn.modules.conv._ConvNd,
     nn.modules.batchnorm._NormBase,
@@ -27,8 +27,8 @@ _RAW = (
     nn.Identity,
     nn.modules.dropout._DropoutNd,
 )
-# Height and width of an image shrink alike. By more than this apart, an axis is something else, as
-# in maps (B, H, W, C).
+# Height and width of an image shrink by the same factor. If the factors differ by more than this,
+# one axis is something else, as in maps (B, H, W, C).
 _DISTORTION = 1.5
 
 
@@ -38,12 +38,12 @@ class ModuleRun:
 
     Attributes:
         path: as in ``model.named_modules()``.
-        module: itself.
+        module: the module.
         calls: how often it ran.
-        output: of the last call; ``None`` where that is no tensor.
-        other: of the last call, what is no tensor.
-        version: how often ``output`` had been written to by then.
-        rank: its place among all calls, by when they ended; -1 where it did not run.
+        output: of the last call, if it is a tensor.
+        other: the output of the last call, if it is not a tensor.
+        version: of ``output`` when the call ended; PyTorch counts writes to a tensor.
+        rank: its place among all calls, in the order of their ends; -1 if it did not run.
     """
 
     path: str
@@ -56,12 +56,12 @@ class ModuleRun:
 
     @property
     def overwritten(self) -> bool:
-        """The output was changed in place by a later module."""
+        """Whether a later module changed the output in place."""
         return self.output is not None and self.output._version != self.version
 
 
 class Map(NamedTuple):
-    """A feature map ``(B, C, H, W)``, by the shortest path that gives it."""
+    """A feature map ``(B, C, H, W)``, named by the shortest path that gives it."""
 
     path: str
     shape: tuple[int, ...]
@@ -79,8 +79,8 @@ class Stage(NamedTuple):
 
 
 @contextmanager
-def looking(model: nn.Module) -> Iterator[nn.Module]:
-    """``model`` in evaluation mode and without gradients, then in the modes it was in."""
+def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Put ``model`` in evaluation mode without gradients, then give back its modes."""
     training = [module for module in model.modules() if module.training]
     try:
         with torch.no_grad():
@@ -91,10 +91,10 @@ def looking(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def run(model: nn.Module, images: Tensor, role: str) -> object:
-    """What one forward pass gives.
+    """The output of one forward pass.
 
     Raises:
-        DistillError: the network does not take such images; ``role`` is named.
+        DistillError: the network cannot take such images; the message names ``role``.
     """
     try:
         return model(images)
@@ -108,17 +108,17 @@ def run(model: nn.Module, images: Tensor, role: str) -> object:
 
 
 def trace(model: nn.Module, image: Tensor, role: str = "student") -> list[ModuleRun]:
-    """Run ``model`` once in evaluation mode; what each of its submodules did, in their order.
+    """Run ``model`` once in evaluation mode, and tell what each of its submodules did.
 
     Args:
-        model: left as it was.
+        model: unchanged afterwards.
         image: ``(1, C, H, W)``.
         role: of the model, for messages.
     """
     entries = [ModuleRun(path, module) for path, module in model.named_modules() if path]
     finished = itertools.count()
     with ExitStack() as stack:
-        stack.enter_context(looking(model))
+        stack.enter_context(evaluation_mode(model))
         for entry in entries:
             handle = entry.module.register_forward_hook(partial(_record, entry, finished))
             stack.callback(handle.remove)
@@ -129,10 +129,10 @@ def trace(model: nn.Module, image: Tensor, role: str = "student") -> list[Module
 def stages_of(runs: list[ModuleRun], image: Tensor) -> list[Stage]:
     """The stages of a traced network, in the order of execution.
 
-    A stage is all maps of one spatial size of modules that ran once, were not overwritten and are
-    more than convolutions and normalisations. Its first map is the first to be computed. Its last
-    is the last of the outermost modules, as the first block of the next stage may hold maps of
-    this size too. Of one map, and of a single position, there is no stage.
+    A stage has all maps of one spatial size from modules that ran once, were not overwritten and do
+    more than convolve and normalise. Its first map is the first that is computed. Its last map is
+    the last one of the outermost modules, since the first block of the next stage may hold maps of
+    this size too. A single map, or a single position, makes no stage.
     """
     by_size: dict[tuple[int, ...], list[Map]] = {}
     for found in _maps(runs, image):
@@ -147,7 +147,7 @@ def stages_of(runs: list[ModuleRun], image: Tensor) -> list[Stage]:
 
 
 def maps_within(runs: list[ModuleRun], image: Tensor) -> list[str]:
-    """Paths of the maps within tuples, mappings and objects, which ``stages_of`` does not see."""
+    """Paths of maps inside tuples, mappings and objects, which ``stages_of`` does not see."""
     return [
         f"{entry.path}:output{keys}"
         for entry in runs
@@ -166,7 +166,7 @@ def _record(
 
 
 def _maps(runs: list[ModuleRun], image: Tensor) -> list[Map]:
-    """Distinct maps in the order of execution; modules that give the very same are one."""
+    """Distinct maps in the order of execution; modules that give the same tensor count once."""
     found: dict[int, list[ModuleRun]] = {}
     for entry in sorted(runs, key=lambda entry: entry.rank):
         if _is_map(entry, image):

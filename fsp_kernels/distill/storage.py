@@ -1,8 +1,7 @@
-"""Files that are whole or not there at all, and folders that can take them."""
+"""Files that are whole or absent, and checks of the folders that hold them."""
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import uuid
@@ -17,19 +16,17 @@ from safetensors import SafetensorError
 from fsp_kernels.distill.errors import DistillError
 
 _LOCK = ".lock"
-_UNFINISHED = ".unfinished-"  # what a killed process leaves behind begins so
-# What network shares, FUSE and Windows say of a folder, and some of a file, that they can't flush.
-_CANT_FLUSH = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM)
+_UNFINISHED = ".unfinished-"  # prefix of files that are being written
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to; it takes ``path``'s place, on the disk, at the end.
+    """Yield a temporary path to write to; flush it and rename it to ``path`` when the block ends.
 
-    Whenever the process or the machine stops, ``path`` is the old file or the new one.
+    Whenever the process or the machine stops, ``path`` holds the old content or the new one.
 
     Raises:
-        DistillError: the file cannot be written; ``path`` is as it was.
+        DistillError: the file cannot be written; ``path`` is unchanged.
     """
     unfinished = path.with_name(f"{_UNFINISHED}{uuid.uuid4().hex[:8]}-{path.name}")
     try:
@@ -37,48 +34,49 @@ def replacing(path: Path) -> Iterator[Path]:
         unfinished.touch()
         mode = unfinished.stat().st_mode
         yield unfinished
-        _flush(unfinished)
-        unfinished.chmod(mode)  # whoever wrote it may have made it private, as safetensors does
+        _flush(unfinished, os.O_RDWR)  # Windows flushes only files that are open for writing
+        unfinished.chmod(mode)  # safetensors makes its files private
         os.replace(unfinished, path)
-        _flush(path.parent)
-    except (OSError, SafetensorError) as error:  # the latter wraps the former of its writes
+        with suppress(OSError):  # network shares, FUSE and Windows cannot flush a folder
+            _flush(path.parent, os.O_RDONLY)
+    except (OSError, SafetensorError) as error:  # SafetensorError wraps an OSError of its writes
         reason = getattr(error, "strerror", None) or error
         raise DistillError(f"{path}: cannot be written: {reason}") from error
     finally:
-        with suppress(OSError):  # of a folder that is none, too
+        with suppress(OSError):  # the parent may be no folder
             unfinished.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """``text`` as the whole of ``path``, in UTF-8; what isn't text, as a path may be, escaped."""
+    """Write ``text`` to ``path`` in UTF-8; surrogates, as of undecodable paths, are escaped."""
     with replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what killed processes were writing in ``folder`` and below."""
+    """Delete the temporary files that killed processes left in ``folder`` and below."""
     for path in folder.rglob(f"{_UNFINISHED}*"):
         path.unlink(missing_ok=True)
 
 
 def is_in_use(folder: Path) -> bool:
-    """Whether ``folder`` is there and holds more than what killed processes left unfinished."""
+    """Whether ``folder`` exists and holds more than temporary files and a lock."""
     return folder.exists() and not all(
         path.name.startswith((_UNFINISHED, _LOCK)) for path in folder.iterdir()
     )
 
 
 def check_is_folder(folder: Path) -> None:
-    """``folder`` is one, or could be made, under a path that all who write in it can use.
+    """Check that ``folder`` is a folder or does not exist, and that its path is valid UTF-8.
 
     Raises:
-        DistillError: not so.
+        DistillError: it is not so.
     """
     try:
         str(folder.absolute()).encode()
     except UnicodeEncodeError:
         raise DistillError(
-            f"{folder.absolute()}: is no UTF-8 path, which safetensors and TensorBoard need; "
+            f"{folder.absolute()}: is not a UTF-8 path, which safetensors and TensorBoard need; "
             f"choose another with --output"
         ) from None
     if folder.exists() and not folder.is_dir():
@@ -86,14 +84,14 @@ def check_is_folder(folder: Path) -> None:
 
 
 def check_writable(folder: Path, needed: int) -> None:
-    """Files can be written in ``folder`` and its disk has ``needed`` bytes left; makes the folder.
+    """Make ``folder`` and check that it can be written to and has ``needed`` bytes of space.
 
     Raises:
-        DistillError: it is no folder, cannot be written to, or the disk is too full.
+        DistillError: it is not a folder, cannot be written to, or its disk is too full.
     """
     check_is_folder(folder)
     probe = folder / f"{_UNFINISHED}probe"
-    write_text(probe, "can this be written?\n")
+    write_text(probe, "test\n")
     probe.unlink()
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -104,12 +102,12 @@ def check_writable(folder: Path, needed: int) -> None:
 
 
 def lock(folder: Path) -> FileLock:
-    """Keep other processes from training in ``folder``, until this one ends, however it does.
+    """Lock ``folder`` against other processes until this process ends.
 
     Raises:
-        DistillError: one is at it.
+        DistillError: another process holds the lock, or ``folder`` cannot be locked.
     """
-    # One object for each path: a second study of this process would otherwise wait for the first.
+    # A singleton, so that a second study of this process does not wait for the first.
     held = FileLock(folder / _LOCK, timeout=0, is_singleton=True)
     try:
         held.acquire()
@@ -124,27 +122,21 @@ def lock(folder: Path) -> FileLock:
 
 
 def require_agreement(found: object, folder: Path) -> None:
-    """All processes ``found`` the same in ``folder``: where it is one folder, they do.
+    """Check that all processes ``found`` the same in ``folder``, as they do in a shared folder.
 
     Raises:
-        DistillError: not so; each process then raises it.
+        DistillError: they did not; every process raises it.
     """
     if len(set(gather_object([found]))) > 1:
         raise DistillError(
-            f"{folder}: not every process finds the same in it; several machines need a folder on "
-            f"a disk that they share"
+            f"{folder}: not every process finds the same in it; several machines need a folder "
+            f"on a disk that they share"
         )
 
 
-def _flush(path: Path) -> None:
-    """Have the disk hold what was written to a file, or which names a folder has, if it can."""
+def _flush(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
-        # Windows flushes only what is open for writing, and opens no folder.
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        if error.errno not in _CANT_FLUSH:
-            raise
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

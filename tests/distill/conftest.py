@@ -44,8 +44,8 @@ def study(recipe: Path, tmp_path: Path) -> Study:
 @pytest.fixture
 def teacher(study: Study) -> LiveTeacher:
     """An untrained teacher of that study."""
-    network = study.trainer.new_network(study.config.teacher, study.splits, 7, "teacher")
-    return LiveTeacher(network, study.pairs, study.trainer.accelerator, compiled=False)
+    network = study.runtime.new_network(study.config.teacher, study.splits, 7, "teacher")
+    return LiveTeacher(network, study.pairs, study.runtime.accelerator, compiled=False)
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +72,7 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def heard() -> io.StringIO:
-    """All that a study says to ``speaking_study``'s monitor."""
+    """All that a study says, if ``open_study`` is given it."""
     return io.StringIO()
 
 

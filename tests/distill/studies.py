@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from fsp_kernels.distill import checkpoint, records
 from fsp_kernels.distill.config import load_config
+from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.interruption import InterruptedRunError, Interruption
+from fsp_kernels.distill.models import CifarResNet
 from fsp_kernels.distill.monitor import Monitor
 from fsp_kernels.distill.study import Study
 
@@ -39,15 +41,43 @@ TEACHER, STAGE_1, STAGE_2 = 6, 8, 6  # steps of the tiny recipe
 STEPS = TEACHER + STAGE_1 + STAGE_2
 
 
-def silent_monitor() -> Monitor:
-    """Prints nothing, and writes nothing for TensorBoard."""
-    return Monitor(Console(file=io.StringIO()))
+class GroupNormResNet(CifarResNet):
+    """A smooth network without batch statistics: equal gradients however a batch is divided.
+
+    ReLU's gradient would jump where rounding decides on which side of 0 its input is.
+    """
+
+    def __init__(self, in_channels: int, classes: int, width: int = 1) -> None:
+        super().__init__(8, width, in_channels, classes)
+        for module in [*self.modules()]:
+            for name, child in module.named_children():
+                if isinstance(child, nn.BatchNorm2d):
+                    setattr(module, name, nn.GroupNorm(4, child.num_features))
+                elif isinstance(child, nn.ReLU):
+                    setattr(module, name, nn.Softplus())
 
 
-def open_study(recipe: Path, folder: Path, *overrides: str, resume: bool | None = None) -> Study:
-    """The study of a recipe in a folder, which tells nobody of what it does."""
-    config = load_config(recipe, overrides)
-    return Study(config, folder, silent_monitor(), Interruption(), resume)
+GROUP_NORM_NET = f"{__name__}:GroupNormResNet"
+
+
+def open_study(
+    recipe: Path,
+    folder: Path,
+    *overrides: str,
+    resume: bool | None = None,
+    heard: io.StringIO | None = None,
+) -> Study:
+    """The study of a recipe in a folder; what it says goes to ``heard``."""
+    monitor = Monitor(Console(file=heard or io.StringIO(), width=1000))
+    return Study(load_config(recipe, overrides), folder, monitor, Interruption(), resume)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is a checkpoint that can be read."""
+    try:
+        return bool(checkpoint.load(path))
+    except DistillError:
+        return False
 
 
 class AfterSteps(Interruption):
@@ -65,17 +95,9 @@ class AfterSteps(Interruption):
         """Evaluations are not counted."""
 
 
-def speaking_study(
-    recipe: Path, folder: Path, heard: io.StringIO, *overrides: str, resume: bool | None = None
-) -> Study:
-    study = open_study(recipe, folder, *overrides, resume=resume)
-    study.monitor = study.trainer.monitor = Monitor(Console(file=heard, width=1000))
-    return study
-
-
 def interrupted(study: Study, steps: int, arm: str = "two-stage") -> InterruptedRunError:
     """Train until a signal in the given step."""
-    study.trainer.interruption = AfterSteps(steps)
+    study.runtime.interruption = AfterSteps(steps)
     with pytest.raises(InterruptedRunError) as caught:
         study.student(arm, 0)
     return caught.value

@@ -1,4 +1,4 @@
-"""Checkpoints: the same back bit for bit, or an error, whatever became of the file."""
+"""Checkpoints: the same back bit for bit, or an error; and the state of a run from them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,15 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from distill.studies import bits
 from fsp_kernels.distill import checkpoint
-from fsp_kernels.distill.checkpoint import Series
+from fsp_kernels.distill.checkpoint import Series, State, flatten
+from fsp_kernels.distill.config import Training
 from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.distill.records import Phase
+from fsp_kernels.distill.schedule import make_optimizer
 
 DTYPES = (
     torch.float64,
@@ -32,11 +38,11 @@ SOME = {"a/weight": torch.arange(6.0).view(2, 3), "b": torch.tensor(7)}
 NOTE = {"step": 3, "history": [{"loss": 0.1}, {}], "patience": None, "label": 'é "quoted" \\'}
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("written") / "a.safetensors"
-    checkpoint.save(path, SOME, NOTE)
-    return path
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        (x.dtype, x.shape, bits(x)) == (theirs[name].dtype, theirs[name].shape, bits(theirs[name]))
+        for name, x in ours.items()
+    )
 
 
 def refused(path: Path, content: bytes) -> bool:
@@ -48,46 +54,36 @@ def refused(path: Path, content: bytes) -> bool:
     return False
 
 
-def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(
-        x.dtype == theirs[name].dtype and torch.equal(x, theirs[name]) for name, x in ours.items()
-    )
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(), (0,), (3, 2)])
-def test_tensors_come_back_bit_for_bit(
-    tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]
-) -> None:
-    tensors = {"x": (torch.randn(shape) * 9).to(dtype)}
-    checkpoint.save(tmp_path / "a", tensors, {})
-    assert same(checkpoint.load(tmp_path / "a").tensors, tensors)
-
-
-def test_numbers_that_are_not_finite_come_back(tmp_path: Path) -> None:
-    odd = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-45])
-    checkpoint.save(tmp_path / "a", {"x": odd}, {})
-    back = checkpoint.load(tmp_path / "a").tensors["x"]
-    assert torch.equal(back.view(torch.int32), odd.view(torch.int32))
-
-
-def test_the_note_comes_back(written: Path) -> None:
-    assert checkpoint.load(written).note == NOTE
-
-
-def test_tensors_that_share_memory_or_have_gaps_come_back(tmp_path: Path) -> None:
-    base = torch.arange(12.0).view(3, 4)
-    tied = {"x": base, "tied": base, "column": base[:, 1], "wide": base[:1].expand(5, 4)}
-    checkpoint.save(tmp_path / "a", tied, {})
-    assert same(checkpoint.load(tmp_path / "a").tensors, tied)
-
-
-def test_what_is_loaded_does_not_change_with_the_file(written: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
     path = tmp_path / "a"
-    path.write_bytes(written.read_bytes())
-    stored = checkpoint.load(path)
-    with path.open("r+b") as file:
-        file.write(bytes(path.stat().st_size))
+    checkpoint.save(path, SOME, NOTE)
+    return path
+
+
+def test_tensors_and_note_come_back_bit_for_bit(tmp_path: Path) -> None:
+    base = torch.arange(12.0).view(3, 4)
+    tensors = {
+        f"{dtype} {shape}": (torch.randn(shape) * 9).to(dtype)
+        for dtype in DTYPES
+        for shape in [(), (0,), (3, 2)]
+    } | {
+        "odd": torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-45]),
+        "base": base,
+        "tied": base,
+        "column": base[:, 1],
+        "wide": base[:1].expand(5, 4),
+    }
+    checkpoint.save(tmp_path / "a", tensors, NOTE)
+    back = checkpoint.load(tmp_path / "a")
+    assert same(back.tensors, tensors)
+    assert back.note == NOTE
+
+
+def test_what_is_loaded_does_not_change_with_the_file(written: Path) -> None:
+    stored = checkpoint.load(written)
+    with written.open("r+b") as file:
+        file.write(bytes(written.stat().st_size))
     assert same(stored.tensors, SOME)
 
 
@@ -101,12 +97,12 @@ def test_any_single_flipped_bit_is_found(tmp_path: Path) -> None:
             assert refused(tmp_path / "a", bytes(flipped)), f"byte {place}, bit {bit}"
 
 
-def test_any_length_but_its_own_is_found(written: Path, tmp_path: Path) -> None:
+def test_any_length_but_its_own_is_found(written: Path) -> None:
     whole = written.read_bytes()
     for length in range(len(whole)):
-        assert refused(tmp_path / "a", whole[:length]), f"length {length}"
+        assert refused(written, whole[:length]), f"length {length}"
     for more in (b"\0", b"\0" * 4096, whole):
-        assert refused(tmp_path / "a", whole + more)
+        assert refused(written, whole + more)
 
 
 @given(st.binary(max_size=64))
@@ -123,56 +119,45 @@ def test_another_programs_safetensors_are_refused(tmp_path: Path) -> None:
         assert refused(tmp_path / "a", (tmp_path / "a").read_bytes())
 
 
-def test_a_note_of_other_tensors_is_refused(tmp_path: Path) -> None:
-    digest = checkpoint.digest_of(SOME, json.dumps(NOTE))
-    metadata = {"note": json.dumps(NOTE), "digest": digest}
-    save_file(SOME, tmp_path / "a", metadata=metadata)
-    assert same(checkpoint.load(tmp_path / "a").tensors, SOME)  # so that is how they are written
-    save_file(SOME | {"b": torch.tensor(8)}, tmp_path / "a", metadata=metadata)
-    assert refused(tmp_path / "a", (tmp_path / "a").read_bytes())
+def test_a_checkpoint_of_another_version_is_refused_and_not_passed_over(tmp_path: Path) -> None:
+    made = Series(tmp_path)
+    made.save(0, SOME, NOTE)
+    metadata = {"note": json.dumps(NOTE), "digest": checkpoint.digest_of(SOME, json.dumps(NOTE))}
+    save_file(SOME, tmp_path / "000000001.safetensors", metadata=metadata)
+    with pytest.raises(DistillError, match="was written by another version of this program"):
+        made.newest(print)
 
 
 @pytest.mark.parametrize("what", ["absent", "folder"])
-def test_what_is_no_file_is_refused(tmp_path: Path, what: str) -> None:
+def test_a_path_without_a_file_is_refused(tmp_path: Path, what: str) -> None:
     if what == "folder":
         (tmp_path / what).mkdir()
     with pytest.raises(DistillError, match=f"/{what}: not a checkpoint"):
         checkpoint.load(tmp_path / what)
-    assert not checkpoint.is_whole(tmp_path / what)
 
 
-def test_a_file_is_whole_or_not(written: Path, tmp_path: Path) -> None:
-    assert checkpoint.is_whole(written)
-    (tmp_path / "a").write_bytes(written.read_bytes()[:-1])
-    assert not checkpoint.is_whole(tmp_path / "a")
-
-
-def test_a_note_that_is_no_json_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    checkpoint.save(path, SOME, {"seed": 1})
+def test_a_note_that_is_no_json_leaves_the_old_file_and_no_other(written: Path) -> None:
     with pytest.raises(TypeError):
-        checkpoint.save(path, SOME, {"seed": object()})
-    assert checkpoint.load(path).note == {"seed": 1}
-    assert list(tmp_path.iterdir()) == [path]
+        checkpoint.save(written, SOME, {"seed": object()})
+    assert checkpoint.load(written).note == NOTE
+    assert list(written.parent.iterdir()) == [written]
 
 
 @pytest.mark.parametrize(
     "error", [SafetensorError("I/O error"), OSError(errno.ENOSPC, "No space left on device")]
 )
 def test_a_failed_write_is_an_error_that_names_the_file_and_leaves_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    written: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def fail(_tensors: object, path: Path, **_: object) -> None:
         path.write_bytes(b"half of")
         raise error
 
-    path = tmp_path / "a"
-    checkpoint.save(path, SOME, NOTE)
     monkeypatch.setattr(checkpoint, "save_file", fail)
     with pytest.raises(DistillError, match=r"/a: cannot be written: (I/O error|No space left)"):
-        checkpoint.save(path, {}, {})
-    assert same(checkpoint.load(path).tensors, SOME)
-    assert list(tmp_path.iterdir()) == [path]
+        checkpoint.save(written, {}, {})
+    assert same(checkpoint.load(written).tensors, SOME)
+    assert list(written.parent.iterdir()) == [written]
 
 
 def test_a_full_disk_leaves_the_old_file(full_disk: Path) -> None:
@@ -184,28 +169,14 @@ def test_a_full_disk_leaves_the_old_file(full_disk: Path) -> None:
     assert [path.name for path in full_disk.iterdir()] == ["a"]
 
 
-def test_weights_are_restored(tmp_path: Path) -> None:
-    first, second = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+def test_weights_are_restored_into_their_architecture_only(tmp_path: Path) -> None:
+    path, first, second = tmp_path / "a", nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     first(torch.randn(4, 3))
-    checkpoint.save(tmp_path / "a", first.state_dict(), {})
-    checkpoint.restore(second, checkpoint.load(tmp_path / "a"), tmp_path / "a")
+    checkpoint.save(path, first.state_dict(), {})
+    checkpoint.restore(second, checkpoint.load(path), path)
     assert same(second.state_dict(), first.state_dict())
-
-
-def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    checkpoint.save(path, nn.Linear(2, 3).state_dict(), {})
-    with pytest.raises(
-        DistillError, match=r"/a: its weights do not fit the network: [^$]*\[3, 2\]"
-    ):
-        checkpoint.restore(nn.Linear(3, 2), checkpoint.load(path), path)
-
-
-def test_fingerprints_tell_settings_apart_but_not_their_order() -> None:
-    one = checkpoint.fingerprint({"a": 1, "b": [1, 2]})
-    assert checkpoint.fingerprint({"b": [1, 2], "a": 1}) == one
-    assert checkpoint.fingerprint({"a": 1, "b": [2, 1]}) != one
-    assert checkpoint.fingerprint({"a": None, "b": [1, 2]}) != one
+    with pytest.raises(DistillError, match=r"/a: its weights do not fit the network: [^$]*\[4\]"):
+        checkpoint.restore(nn.BatchNorm1d(4), checkpoint.load(path), path)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +190,9 @@ def test_fingerprints_tell_settings_apart_but_not_their_order() -> None:
     ids=["values", "name", "shape", "dtype"],
 )
 def test_digests_tell_tensors_apart(other: dict[str, Tensor]) -> None:
-    assert checkpoint.digest_of(other) != checkpoint.digest_of({"x": torch.tensor([1.0, 0.0])})
+    some = {"x": torch.tensor([1.0, 0.0])}
+    assert checkpoint.digest_of(other) != checkpoint.digest_of(some)
+    assert checkpoint.digest_of(some, "a note") != checkpoint.digest_of(some)
 
 
 def test_a_files_digest_is_of_its_content(tmp_path: Path) -> None:
@@ -231,8 +204,8 @@ def test_a_files_digest_is_of_its_content(tmp_path: Path) -> None:
         checkpoint.file_digest(tmp_path / "d")
 
 
-def series(folder: Path, *numbers: int, keep: int = 3) -> Series:
-    made = Series(folder / "checkpoints", keep)
+def series(folder: Path, *numbers: int) -> Series:
+    made = Series(folder / "checkpoints")
     for number in numbers:
         made.save(number, {"x": torch.tensor(number)}, {"number": number})
     return made
@@ -242,75 +215,28 @@ def numbers_of(made: Series) -> list[int]:
     return [int(path.stem) for path in made.paths()]
 
 
-def test_a_series_keeps_the_last_ones(tmp_path: Path) -> None:
-    assert numbers_of(series(tmp_path, 0, 5, 10, 123_456, 2_000_000)) == [10, 123_456, 2_000_000]
-
-
-def test_a_series_gives_the_newest(tmp_path: Path) -> None:
+def test_a_series_keeps_the_last_two_and_gives_the_newest(tmp_path: Path) -> None:
+    assert series(tmp_path).newest(print) is None
     said: list[str] = []
-    found = series(tmp_path, 0, 5, 10).newest(said.append)
+    made = series(tmp_path, 0, 5, 10, 123_456, 2_000_000)
+    assert numbers_of(made) == [123_456, 2_000_000]
+    found = made.newest(said.append)
     assert found is not None
-    assert found[0].stem == "000000010"
-    assert found[1].note == {"number": 10}
+    assert found[1].note == {"number": 2_000_000}
     assert not said
 
 
-def test_a_series_without_any_gives_none(tmp_path: Path) -> None:
-    assert series(tmp_path).newest(print) is None
-
-
-@pytest.mark.parametrize("damage", ["flipped", "cut short", "empty"])
-def test_a_damaged_newest_one_is_told_of_and_passed_over(tmp_path: Path, damage: str) -> None:
-    made = series(tmp_path, 0, 5, 10)
-    newest = made.paths()[-1]
-    whole = newest.read_bytes()
-    content = {
-        "flipped": whole[:-1] + bytes([whole[-1] ^ 1]),
-        "cut short": whole[:-1],
-        "empty": b"",
-    }
-    newest.write_bytes(content[damage])
-    said: list[str] = []
-    found = made.newest(said.append)
-    assert found is not None
-    assert found[1].note == {"number": 5}
-    [message] = said
-    assert str(newest) in message
-    assert message.endswith("; going on from the one before")
-
-
-def test_where_all_are_damaged_it_is_told_that_all_begins_again(tmp_path: Path) -> None:
-    made = series(tmp_path, 0, 5)
-    for path in made.paths():
-        path.write_bytes(b"")
-    said: list[str] = []
-    assert made.newest(said.append) is None
-    assert [message.rpartition("; ")[2] for message in said] == [
-        "going on from the one before",
-        "beginning again",
-    ]
-
-
-def test_one_that_is_saved_after_damaged_ones_takes_their_place(tmp_path: Path) -> None:
-    made = series(tmp_path, 7, 9, keep=2)
-    for path in made.paths():
-        path.write_bytes(b"")
-    made.save(0, {}, {})
-    assert numbers_of(made) == [0]
-
-
-def test_one_that_cannot_be_written_leaves_the_earlier_ones(
+def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    made = series(tmp_path, 0, 5, keep=2)
+    made = series(tmp_path, 0, 5)
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DistillError, match=r"/000000010.safetensors: cannot be written: No space"):
         made.save(10, {}, {})
-    assert all(checkpoint.is_whole(path) for path in made.folder.iterdir())
-    assert numbers_of(made) == [0, 5]
+    assert [checkpoint.load(path).note for path in made.paths()] == [{"number": 0}, {"number": 5}]
 
 
 def test_a_cleared_series_leaves_nothing(tmp_path: Path) -> None:
@@ -319,3 +245,66 @@ def test_a_cleared_series_leaves_nothing(tmp_path: Path) -> None:
     made.clear()
     made.clear()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_state_comes_back_from_a_checkpoint(tmp_path: Path) -> None:
+    state = State(
+        phases=[Phase("stage 1", ["FSP loss"], [{"step": 0, "fsp_loss": 0.1}], 1.5, False)],
+        step=7,
+        history=[{"step": 4, "accuracy": 1 / 3}],
+        seconds=0.1 + 0.2,
+        loss_sum=1e-300,
+        patience={"best": None, "waited": 2},
+        scaler={"scale": 65536.0},
+        tensors=flatten({"network": {"a.b": torch.ones(2)}, "networks": {"c": torch.ones(1)}}),
+    )
+    checkpoint.save(tmp_path / "a", state.tensors, state.note() | {"settings": {}})
+    back = State.of(checkpoint.load(tmp_path / "a"))
+    assert (back.note(), back.phases) == (state.note(), state.phases)
+    assert same(back.part("network"), {"a.b": torch.ones(2)})
+
+
+def test_flattened_tensors_are_named_by_their_keys() -> None:
+    one = torch.ones(1)
+    flat = flatten({"a": {0: one, 10: {"b.c": one}}, "empty": {}, "none": None, "number": 3})
+    assert list(flat) == ["a/0", "a/10/b.c", "number"]
+    assert flat["a/0"] is one
+    assert flat["number"].item() == 3
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
+def step(model: nn.Module, optimizer: Optimizer, number: int) -> None:
+    generator = torch.Generator().manual_seed(number)
+    model[0](torch.randn(5, 3, generator=generator)).square().mean().backward()  # not the last
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [{"momentum": 0.0}, {"momentum": 0.9}, {"optimizer": "adam"}, {"optimizer": "adamw"}],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_an_optimizer_goes_on_to_the_same_bits_at_its_own_rate(
+    tmp_path: Path, settings: dict[str, Any], steps: int
+) -> None:
+    training = Training(steps=6, learning_rate=0.1, **settings)
+    model, other = network(), network()
+    optimizer = make_optimizer(training, model.parameters())
+    for number in range(steps):
+        step(model, optimizer, number)
+    checkpoint.save(tmp_path / "a", flatten(optimizer.state_dict()["state"]), {})
+    other.load_state_dict(model.state_dict())
+    resumed = make_optimizer(training.model_copy(update={"learning_rate": 0.7}), other.parameters())
+    checkpoint.restore_optimizer(resumed, checkpoint.load(tmp_path / "a").tensors)
+    assert resumed.param_groups[0]["lr"] == 0.7
+    resumed.param_groups[0]["lr"] = 0.1
+    for number in range(steps, 6):
+        step(model, optimizer, number)
+        step(other, resumed, number)
+    assert same(other.state_dict(), model.state_dict())

@@ -18,52 +18,36 @@ import torch
 from torch import nn
 
 from distill.processes import environments, finish, run_group, start_cli, without_gpus
-from distill.studies import TINY_RECIPE, interrupted, leftovers, open_study, results, trained
+from distill.studies import (
+    GROUP_NORM_NET,
+    TINY_RECIPE,
+    GroupNormResNet,
+    interrupted,
+    is_whole,
+    leftovers,
+    open_study,
+    results,
+    trained,
+)
 from fsp_kernels.distill import checkpoint, records
-from fsp_kernels.distill.models import CifarResNet
 
 # The same sums in another order: single precision rounds at 6e-8, and 20 steps of three trainings
-# make little more of it, relative to the largest weight of each tensor. Statistics of half a batch
-# in place of those of the whole make 0.09, weights of the wrong half more.
+# make little more of it, relative to the largest weight of each tensor. Weights of the wrong half
+# of a batch make more than 0.01.
 BOUND = 1e-5
-SYNCED = "execution.sync_batch_norm=true"
 ALL_AT_ONCE = (
-    "one-stage-kd",
-    (
-        "data.augment=true",
-        "fsp.beta=1e-5",
-        "fsp.projection=true",
-        "teacher.arguments={width: 2}",
-        "stage2.clip=1",
-        "execution.accumulation=2",
-    ),
+    "data.augment=true",
+    "fsp.beta=1e-5",
+    "fsp.projection=true",
+    "teacher.arguments={width: 2}",
+    "stage2.clip=1",
+    "execution.accumulation=2",
 )
+BATCH_NORM = ("student.model=cifar/resnet8", "teacher.model=cifar/resnet14")
 
 
-class NoNormResNet(CifarResNet):
-    """Each image's logits depend on that image alone."""
-
-    def __init__(self, in_channels: int, classes: int) -> None:
-        super().__init__(8, 1, in_channels, classes)
-        for module in [*self.modules()]:
-            for name, child in module.named_children():
-                if isinstance(child, nn.BatchNorm2d):
-                    setattr(module, name, nn.Identity())
-
-
-class SmoothResNet(CifarResNet):
-    """Without ReLU, whose gradient jumps where rounding decides on which side of 0 its input is."""
-
-    def __init__(self, in_channels: int, classes: int, width: int = 1) -> None:
-        super().__init__(8, width, in_channels, classes)
-        for module in [*self.modules()]:
-            for name, child in module.named_children():
-                if isinstance(child, nn.ReLU):
-                    setattr(module, name, nn.Softplus())
-
-
-class IdleResNet(SmoothResNet):
-    """Has a layer that its logits have no use for."""
+class IdleResNet(GroupNormResNet):
+    """Has a layer that its logits do not use."""
 
     def __init__(self, in_channels: int, classes: int) -> None:
         super().__init__(in_channels, classes)
@@ -92,7 +76,7 @@ def in_two_processes(recipe: Path, folder: Path, *overrides: str, arm: str = "tw
 def launch(recipe: Path, folder: Path, *options: str) -> subprocess.Popen[str]:
     """``torchrun`` with two processes of ``fsp-distill train``."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = ["-m", "fsp_kernels.distill", "train", recipe, SYNCED, *options, "--output", folder]
+    command = ["-m", "fsp_kernels.distill", "train", recipe, *options, "--output", folder]
     return subprocess.Popen(
         [sys.executable, *torchrun, *map(str, command)],
         # The models are in a module of the tests; but for that, no variable that users don't set.
@@ -117,8 +101,7 @@ def output_of(process: subprocess.Popen[str]) -> str:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("distributed") / "tiny.yaml"
-    recipe = re.sub(r"cifar/resnet\d+", "distill.test_distributed:SmoothResNet", TINY_RECIPE)
-    path.write_text(recipe + "name: tiny\n")
+    path.write_text(re.sub(r"cifar/resnet\d+", GROUP_NORM_NET, TINY_RECIPE) + "name: tiny\n")
     return path
 
 
@@ -138,75 +121,82 @@ def alone(tiny: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_two_processes_end_with_the_weights_of_one(launched: Path, alone: Path) -> None:
+def test_two_processes_end_with_weights_figures_and_matrices_of_one(
+    launched: Path, alone: Path
+) -> None:
     assert distance(launched, alone) < BOUND
-
-
-@pytest.mark.slow
-def test_two_processes_measure_what_one_does(launched: Path, alone: Path) -> None:
     for ours, theirs in zip(records.read(launched).phases, records.read(alone).phases, strict=True):
         for row, expected in zip(ours.history, theirs.history, strict=True):
             assert row == pytest.approx(expected, rel=BOUND)
+    found, wanted = (checkpoint.load(run / records.MATRICES).tensors for run in (launched, alone))
+    assert found.keys() == wanted.keys()
+    for name, matrix in wanted.items():
+        torch.testing.assert_close(found[name], matrix, rtol=0, atol=BOUND * matrix.abs().max())
 
 
 @pytest.mark.slow
-def test_two_processes_keep_the_matrices_that_one_does(launched: Path, alone: Path) -> None:
-    ours, theirs = (checkpoint.load(run / records.MATRICES).tensors for run in (launched, alone))
-    assert ours.keys() == theirs.keys()
-    for name, matrix in theirs.items():
-        torch.testing.assert_close(ours[name], matrix, rtol=0, atol=BOUND * matrix.abs().max())
-
-
-@pytest.mark.slow
-def test_everything_at_once_in_two_processes_is_what_it_is_in_one(tiny: Path) -> None:
-    arm, overrides = ALL_AT_ONCE
-    two = in_two_processes(tiny, tiny.parent / "all two", SYNCED, *overrides, arm=arm)
-    one = trained(tiny, tiny.parent / "all one", *overrides, arm=arm)
+@pytest.mark.parametrize(
+    ("arm", "overrides"),
+    [
+        ("one-stage-kd", ALL_AT_ONCE),
+        ("two-stage", [f"student.model={__name__}:IdleResNet"]),
+    ],
+    ids=["everything at once", "a weight that no stage uses"],
+)
+def test_two_processes_train_what_one_does(
+    tiny: Path, tmp_path: Path, arm: str, overrides: list[str]
+) -> None:
+    two = in_two_processes(tiny, tmp_path / "two", *overrides, arm=arm)
+    one = trained(tiny, tmp_path / "one", *overrides, arm=arm)
     assert distance(two, one) < BOUND
 
 
 @pytest.mark.slow
 def test_statistics_of_parts_of_a_batch_would_be_told_from_those_of_the_whole(
-    tiny: Path, alone: Path
+    tiny: Path, tmp_path: Path
 ) -> None:
-    parts = in_two_processes(tiny, tiny.parent / "parts")
-    assert distance(parts, alone) > 1000 * BOUND
+    two = in_two_processes(tiny, tmp_path / "two", *BATCH_NORM)
+    one = trained(tiny, tmp_path / "one", *BATCH_NORM)
+    assert distance(two, one) > 1000 * BOUND
 
 
 def test_two_passes_for_each_step_end_with_the_weights_of_one(tiny: Path) -> None:
-    model = f"model={__name__}:NoNormResNet"
-    settings = (f"student.{model}", f"teacher.{model}", "data.augment=true")
-    once = trained(tiny, tiny.parent / "once", *settings)
-    twice = trained(tiny, tiny.parent / "twice", *settings, "execution.accumulation=2")
+    once = trained(tiny, tiny.parent / "once", "data.augment=true")
+    twice = trained(tiny, tiny.parent / "twice", "data.augment=true", "execution.accumulation=2")
     assert 0 < distance(twice, once) < BOUND
 
 
 def digest(rank: int, recipe: Path) -> None:
-    teacher = open_study(recipe, recipe.parent / "digests").teacher
+    teacher = open_study(recipe, recipe.parent / "digests", *BATCH_NORM).train_teacher()
     text = checkpoint.digest_of(teacher.network.state_dict())
     recipe.with_suffix(f".{rank}").write_text(text)
 
 
 @pytest.mark.slow
 def test_all_processes_have_the_same_teacher(tiny: Path) -> None:
-    run_group(2, digest, tiny)  # without synchronised statistics
+    run_group(2, digest, tiny)
     first, second = (tiny.with_suffix(f".{rank}").read_text() for rank in range(2))
     assert first == second
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("overrides", "parts"), [(["data.batch_size=21"], 2), (["execution.accumulation=4"], 8)]
+    ("overrides", "message"),
+    [
+        (["data.batch_size=21"], "must be a multiple of 2.* processes"),
+        (["execution.accumulation=4"], "must be a multiple of 8.* processes"),
+        (["execution.sync_batch_norm=true"], "execution.sync_batch_norm: is true, must be false"),
+    ],
 )
-def test_a_batch_that_the_processes_cannot_share_is_an_error_of_each(
-    tiny: Path, tmp_path: Path, overrides: list[str], parts: int
+def test_what_the_processes_cannot_do_is_an_error_of_each(
+    tiny: Path, tmp_path: Path, overrides: list[str], message: str
 ) -> None:
     command = ["train", tiny, *overrides, "--output", tmp_path / "run"]
     group = [start_cli(command, tmp_path / "log", environment) for environment in environments(2)]
     finish(group)
     assert [process.exitcode for process in group] == [2, 2]
     output = (tmp_path / "log").read_text()
-    assert len(re.findall(f"must be a multiple of {parts}.* processes", output)) == 2
+    assert len(re.findall(message, output)) == 2
     assert "Traceback" not in output
     assert not (tmp_path / "run").exists()
 
@@ -272,18 +262,10 @@ def test_a_signal_to_the_launcher_or_to_one_process_stops_all_and_the_run_can_be
         assert "saved; --resume goes on from there" in output
         assert newest(folder) > last
         last = newest(folder)
-        assert checkpoint.is_whole(folder / "two-stage" / "seed-0" / "checkpoints" / last)
+        assert is_whole(folder / "two-stage" / "seed-0" / "checkpoints" / last)
     process = launch(tiny, folder, often, "--resume")
     output = output_of(process)
     assert process.returncode == 0, output
     assert "going on from" in output
     assert results(folder / "two-stage" / "seed-0") == results(launched)
     assert not leftovers(folder)
-
-
-@pytest.mark.slow
-def test_a_weight_that_a_stage_has_no_use_for_stops_nobody(tiny: Path, tmp_path: Path) -> None:
-    idle = "student.model=distill.test_distributed:IdleResNet"
-    ours = in_two_processes(tiny, tmp_path / "two", idle, SYNCED)
-    theirs = trained(tiny, tmp_path / "one", idle)
-    assert distance(ours, theirs) < BOUND

@@ -16,7 +16,7 @@ from fsp_kernels.distill import evaluation
 from fsp_kernels.distill.arms import Stage
 from fsp_kernels.distill.data import EvaluationBatches
 from fsp_kernels.distill.errors import DistillError
-from fsp_kernels.distill.evaluation import Evaluations, FspEvaluation, by_batch_statistics
+from fsp_kernels.distill.evaluation import Evaluations, by_batch_statistics
 from fsp_kernels.distill.models import CifarResNet
 from fsp_kernels.distill.objective import Objective, Tapped
 from fsp_kernels.distill.study import Study
@@ -30,13 +30,13 @@ def stage(study: Study) -> Stage:
 
 @pytest.fixture
 def objective(study: Study, stage: Stage) -> Objective:
-    network = study.trainer.new_network(study.config.student, study.splits, 5, "student")
+    network = study.runtime.new_network(study.config.student, study.splits, 5, "student")
     return Objective(network, stage, study.pairs, study.config.fsp, None).train()
 
 
 @pytest.fixture
 def evaluations(study: Study, teacher: LiveTeacher) -> Evaluations:
-    return Evaluations(study.splits, study.trainer.setup, teacher)
+    return Evaluations(study.splits, study.runtime, teacher)
 
 
 def test_accuracy_and_loss_are_means_over_the_split(
@@ -45,7 +45,7 @@ def test_accuracy_and_loss_are_means_over_the_split(
     network = objective.student.network.eval()
     [batch] = EvaluationBatches(study.splits.test, batch_size=600)
     logits = network(batch.images)
-    found = evaluations.task("test")(network)
+    found = evaluations.task(network, "test")
     right = (logits.argmax(1) == batch.labels).float().mean().item()
     assert found["accuracy"] == pytest.approx(right)
     assert found["loss"] == pytest.approx(F.cross_entropy(logits, batch.labels).item(), rel=1e-5)
@@ -55,8 +55,8 @@ def test_the_split_is_the_recipes_unless_another_is_asked_for(
     evaluations: Evaluations, objective: Objective
 ) -> None:
     network = objective.student.network.eval()
-    assert evaluations.task()(network) == evaluations.task("validation")(network)
-    assert evaluations.task()(network) != evaluations.task("test")(network)
+    assert evaluations.task(network) == evaluations.task(network, "validation")
+    assert evaluations.task(network) != evaluations.task(network, "test")
 
 
 def test_the_fsp_loss_is_that_of_the_definition_by_the_batchs_statistics(
@@ -73,7 +73,7 @@ def test_the_fsp_loss_is_that_of_the_definition_by_the_batchs_statistics(
         reference.fsp_loss([tuple(x.double() for x in pair)], [matrix.double()]).item()
         for pair, matrix in zip(maps, matrices, strict=True)
     ]
-    found = evaluations.fsp()(objective)
+    found = evaluations.fsp(objective)
     assert found["fsp_loss/0"] == pytest.approx(each[0], rel=1e-4)
     assert found["fsp_loss/1"] == pytest.approx(each[1], rel=1e-4)
     assert found["fsp_loss"] == pytest.approx(sum(each), rel=1e-4)
@@ -85,7 +85,7 @@ def test_measuring_moves_no_weight_no_statistic_and_no_mode(
     before = {name: x.clone() for name, x in objective.state_dict().items()}
     modes = [module.training for module in objective.modules()]
     evaluations.figures(stage, objective)
-    evaluations.fsp().matrices(objective)
+    evaluations.student_matrices(objective)
     assert all(torch.equal(before[name], x) for name, x in objective.state_dict().items())
     assert [module.training for module in objective.modules()] == modes
 
@@ -104,20 +104,23 @@ def test_matrices_are_means_over_the_images(
 ) -> None:
     [batch] = EvaluationBatches(study.splits.validation)
     matrices, _ = teacher.matrices(batch.images, "max")
-    for mean, each in zip(evaluations.fsp().teacher_matrices, matrices, strict=True):
+    for mean, each in zip(evaluations.teacher_matrices(), matrices, strict=True):
         torch.testing.assert_close(mean, each.mean(0))
 
 
 def test_only_as_many_images_as_have_matrices_that_fit(
-    study: Study, teacher: LiveTeacher, objective: Objective, monkeypatch: pytest.MonkeyPatch
+    study: Study,
+    teacher: LiveTeacher,
+    objective: Objective,
+    evaluations: Evaluations,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     of_one_image = 4 * (16 * 16 + 64 * 64)
     monkeypatch.setattr(evaluation, "_MATRIX_BYTES", 10 * of_one_image)
-    fsp = FspEvaluation(teacher, study.splits.test, study.trainer.setup)
-    ten = EvaluationBatches(study.splits.test, limit=10)
+    ten = EvaluationBatches(study.splits.validation, limit=10)
     expected, _ = teacher.matrices(next(iter(ten)).images, "max")
-    torch.testing.assert_close(fsp.teacher_matrices[0], expected[0].mean(0))
-    assert fsp(objective)["fsp_loss"] > 0
+    torch.testing.assert_close(evaluations.teacher_matrices()[0], expected[0].mean(0))
+    assert evaluations.fsp(objective)["fsp_loss"] > 0
 
 
 def test_a_stages_figures_are_those_it_is_about(
@@ -166,12 +169,12 @@ def test_no_image_is_left_to_be_normalised_by_itself(
     # 600 images in batches of 599: the last one's 1 x 1 maps have no deviation.
     monkeypatch.setattr(evaluation, "_BATCH", 599)
     [first, _] = study.stages("two-stage")
-    network = study.trainer.new_network(study.config.student, study.splits, 5, "student")
+    network = study.runtime.new_network(study.config.student, study.splits, 5, "student")
     network.stage3[0].conv1.stride = (4, 4)
     network.stage3[0].shortcut.stride = 4
     objective = Objective(network, first, study.pairs, study.config.fsp, None)
-    fsp = FspEvaluation(teacher, study.splits.test, study.trainer.setup)
-    assert math.isfinite(fsp(objective)["fsp_loss"])
+    evaluations = Evaluations(study.splits, study.runtime, teacher)
+    assert math.isfinite(evaluations.fsp(objective, "test")["fsp_loss"])
 
 
 @pytest.fixture
@@ -204,7 +207,7 @@ def test_workers_end_with_a_stage_that_fails_and_none_look_for_the_reason(
     overrides = ["data.workers=1", "teacher_training.learning_rate=1e30"]
     study = open_study(recipe, tmp_path / "run", *overrides)
     with pytest.raises(DistillError, match="not finite") as error:
-        _ = study.teacher
+        study.train_teacher()
     assert len(started) == 2
     assert not any(process.is_alive() for process in started)
     assert error.traceback

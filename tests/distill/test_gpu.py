@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 def trained(recipe: Path, folder: Path, execution: str) -> Run:
     more = ["stage1.steps=20", "stage2.steps=20", f"execution={execution}"]
     study = open_study(recipe, folder, *more)
-    assert study.trainer.accelerator.device.type == "cuda"
+    assert study.runtime.accelerator.device.type == "cuda"
     return study.student("two-stage", 0)
 
 
@@ -28,6 +28,7 @@ def trained(recipe: Path, folder: Path, execution: str) -> Run:
         "{precision: bf16, channels_last: true}",
         "{precision: fp16, accumulation: 2}",
         "{precision: bf16, compile: true}",
+        "{sync_batch_norm: true}",  # refused on a CPU
     ],
 )
 def test_both_stages_learn(recipe: Path, tmp_path: Path, execution: str) -> None:
@@ -52,7 +53,7 @@ def test_the_scaler_of_fp16_is_resumed(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     options = ["execution={precision: fp16}", "stage2.steps=9"]
     study = open_study(recipe, folder, *options)
-    study.trainer.interruption.requested = 15  # asked to stop before the first step
+    study.runtime.interruption.requested = 15  # asked to stop before the first step
     with pytest.raises(Exception, match="--resume goes on"):
         study.student("baseline", 0)
     again = open_study(recipe, folder, *options, resume=True)

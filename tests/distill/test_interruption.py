@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -59,28 +60,18 @@ with Interruption():
     assert done.returncode == -signal.SIGTERM
 
 
-@pytest.mark.parametrize("signalled", [False, True])
-def test_handlers_are_as_they_were_after_the_block(signalled: bool) -> None:
+@pytest.mark.parametrize("end", ["alone", "signalled", "by an error"])
+def test_handlers_are_as_they_were_after_the_block(end: str) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with Interruption():
+    with suppress(KeyError), Interruption():
         inside = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-        if signalled:
+        if end == "signalled":
             os.kill(os.getpid(), signal.SIGTERM)
+        elif end == "by an error":
+            raise KeyError
     after = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     assert after == before
     assert not set(inside) & set(before)
-
-
-def test_handlers_are_as_they_were_after_an_error() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-
-    def fail() -> None:
-        with Interruption():
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_block_can_be_entered_again() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from distill.processes import environments, finish, run_cli, start
-from distill.studies import TINY_RECIPE, leftovers, results
+from distill.studies import TINY_RECIPE, is_whole, leftovers, results
 from fsp_kernels.distill import checkpoint
 
 SETTINGS = (
@@ -48,7 +48,7 @@ class Killed:
         return [start(run_cli, [*map(str, arguments)], self.log, {})]
 
     def in_two_processes(self, arguments: Sequence[object]) -> Sequence[BaseProcess]:
-        several = [*map(str, arguments), "execution.sync_batch_norm=true"]
+        several = [*map(str, arguments)]
         return [start(run_cli, several, self.log, variables) for variables in environments(2)]
 
     def dying_while_writing(self, write: int, part: float) -> Life:
@@ -88,7 +88,7 @@ class Killed:
             kills += -signal.SIGKILL in {one.exitcode for one in group}
         assert self._finished(folder) == self.expected
         assert not leftovers(folder)
-        assert all(checkpoint.is_whole(path) for path in folder.rglob("*.safetensors"))
+        assert all(map(is_whole, folder.rglob("*.safetensors")))
         assert "damaged" not in self.log.read_text()  # a kill is no reason to lose a checkpoint
         return kills
 

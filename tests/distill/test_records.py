@@ -51,7 +51,7 @@ def test_a_folder_without_a_record_is_not_finished(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "3", "{}", '{"format": 2}', '{"format": 2, "phases": [{"name": "x"}]}']
+    "text", ["", "{", "[]", "3", "{}", '{"format": 3}', '{"format": 3, "phases": [{"name": "x"}]}']
 )
 def test_a_damaged_record_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / records.RECORD).write_text(text)

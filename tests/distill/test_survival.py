@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from rich.console import Console
+from torch import Tensor, nn
 
 from distill.processes import start_cli
 from distill.studies import (
@@ -25,16 +27,21 @@ from distill.studies import (
     checkpoints,
     files_under,
     interrupted,
+    is_whole,
     leftovers,
     open_study,
     results,
-    speaking_study,
     trained,
 )
 from fsp_kernels.distill import checkpoint, records, storage
 from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.distill.evaluation import Evaluations
 from fsp_kernels.distill.interruption import InterruptedRunError, Interruption
 from fsp_kernels.distill.models import CifarResNet
+from fsp_kernels.distill.monitor import Monitor
+
+pytestmark = pytest.mark.usefixtures("_quick_collections")
+STUDENT = ("two-stage", 0)
 
 
 class AfterBatches(Interruption):
@@ -59,7 +66,21 @@ class DropoutResNet(CifarResNet):
         self.fc = nn.Sequential(nn.Dropout(0.5), self.fc)
 
 
-pytestmark = pytest.mark.usefixtures("_quick_collections")
+class BreakingResNet(CifarResNet):
+    """The maps of its sixth training pass are not finite."""
+
+    def __init__(self, in_channels: int, classes: int) -> None:
+        super().__init__(8, 1, in_channels, classes)
+        self.passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += self.training and torch.is_grad_enabled()
+        return super().forward(x * torch.nan if self.passes == 6 else x)
+
+
+def student_of(folder: Path) -> Path:
+    return folder / "two-stage" / "seed-0"
+
 
 AUGMENTED = "data.augment=true"
 WEAK = "fsp.beta=1e-5"  # or the untrained student of one stage diverges
@@ -109,11 +130,15 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(
     assert not leftovers(tmp_path / "again")
 
 
-def test_a_run_that_its_stopping_rule_ended_says_so(recipe: Path, tmp_path: Path) -> None:
-    overrides = SETTINGS["one-stage-kd, stopping rule"]
-    folder = trained(recipe, tmp_path / "run", *overrides, arm="one-stage-kd")
-    [phase] = records.read(folder).phases
-    assert (phase.stopped, phase.steps) == (True, 6)
+def test_a_stopping_rule_counts_on_where_a_run_was_stopped(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Evaluations, "stopping_loss", lambda *_: 1.0)
+    overrides = (WEAK, "evaluation.every=2", "stage2.stop.patience=3")
+    for name, stops in (("whole", ()), ("again", (TEACHER + 3, 2))):
+        folder = trained(recipe, tmp_path / name, *overrides, arm="one-stage-kd", stops=stops)
+        [phase] = records.read(folder).phases
+        assert (phase.stopped, phase.steps) == (True, 6)
 
 
 def test_a_run_that_is_stopped_where_it_is_evaluated_last_ends_with_the_same_bits(
@@ -129,9 +154,9 @@ def test_a_run_that_is_stopped_after_every_step_ends_with_the_same_bits(
     for life in range(STEPS):
         interrupted(open_study(recipe, tmp_path / "run", resume=life > 0 or None), 1)
     study = open_study(recipe, tmp_path / "run", resume=True)
-    study.trainer.interruption = AfterSteps(1)  # there is none left to be stopped in
-    study.student("two-stage", 0)
-    assert results(study.folder_of("two-stage", 0)) == results(plain)
+    study.runtime.interruption = AfterSteps(1)  # there is none left to be stopped in
+    study.student(*STUDENT)
+    assert results(student_of(study.folder)) == results(plain)
 
 
 def test_a_stopped_run_says_how_to_go_on_and_takes_no_further_step(
@@ -187,35 +212,51 @@ def test_the_command_line_obeys_a_signal_with_a_shells_exit_code_and_resumes(
     resumed.join(120)
     assert resumed.exitcode == 0, (tmp_path / "log").read_text()
     whole = trained(recipe, tmp_path / "whole", *long)
-    assert results(tmp_path / "run" / "two-stage" / "seed-0") == results(whole)
+    assert results(student_of(tmp_path / "run")) == results(whole)
 
 
-@pytest.mark.parametrize("override", ["stage2.learning_rate=0.04", "data.augment=true"])
+# Each evaluation is one batch. The teacher is measured 3 times; stage 1 first measures the
+# teacher's matrices, then 3 times the loss and the student's, and those once more at its end;
+# stage 2 is measured 3 times.
+@pytest.mark.parametrize("batch", [1, 4, 6, 9, 12, 14])
+def test_a_signal_during_an_evaluation_is_obeyed_at_the_next_batch(
+    plain: Path, recipe: Path, tmp_path: Path, batch: int
+) -> None:
+    folder = tmp_path / "run"
+    study = open_study(recipe, folder)
+    study.runtime.interruption = AfterBatches(batch)
+    with pytest.raises(InterruptedRunError, match="--resume goes on from there") as caught:
+        study.student(*STUDENT)
+    assert caught.value.exit_code == 143
+    assert results(trained(recipe, folder, resume=True)) == results(plain)
+
+
+@pytest.mark.parametrize("override", ["stage2.learning_rate=0.04", AUGMENTED])
 def test_an_unfinished_run_is_not_resumed_under_other_settings(
     recipe: Path, unfinished: Path, override: str
 ) -> None:
     kept = checkpoints(unfinished)
     key = override.partition("=")[0]
     with pytest.raises(DistillError, match=f"other settings than these: {key}.*; --restart begins"):
-        open_study(recipe, unfinished, override, resume=True).student("two-stage", 0)
-    assert all(checkpoint.is_whole(path) for path in kept)
-
-
-CONSTANT = "stage2={steps: 6, learning_rate: 0.05, schedule: constant}"
-LONGER = CONSTANT.replace("6", "11")
+        open_study(recipe, unfinished, override, resume=True).student(*STUDENT)
+    assert all(map(is_whole, kept))
 
 
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
+        (["checkpoints.every=1"], ""),
         (
             ["evaluation.every=5", "evaluation.targets=[0.5]"],
-            "evaluation.every, evaluation.targets",
+            ", with other settings of evaluation.every, evaluation.targets",
         ),
-        (["execution.threads=2", "data.workers=1"], "data.workers, execution.threads"),
+        (
+            ["execution.threads=2", "data.workers=1"],
+            ", with other settings of data.workers, execution.threads",
+        ),
     ],
 )
-def test_what_does_not_change_what_is_learnt_may_change_and_is_told(
+def test_settings_that_do_not_change_what_is_learnt_may_change_and_are_reported(
     recipe: Path,
     unfinished: Path,
     plain: Path,
@@ -223,13 +264,10 @@ def test_what_does_not_change_what_is_learnt_may_change_and_is_told(
     overrides: list[str],
     told: str,
 ) -> None:
-    speaking_study(recipe, unfinished, heard, *overrides, resume=True).student("two-stage", 0)
-    assert f"stage 2, step 4, with other settings of {told}\n" in heard.getvalue()
-    ours, theirs = (
-        checkpoint.load(run / records.MODEL).tensors
-        for run in (unfinished / "two-stage" / "seed-0", plain)
-    )
-    for name, tensor in theirs.items():
+    open_study(recipe, unfinished, *overrides, resume=True, heard=heard).student(*STUDENT)
+    assert f"stage 2, step 4{told}\n" in heard.getvalue()
+    ours = checkpoint.load(student_of(unfinished) / records.MODEL).tensors
+    for name, tensor in checkpoint.load(plain / records.MODEL).tensors.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-6)
 
 
@@ -237,13 +275,15 @@ def test_what_does_not_change_what_is_learnt_may_change_and_is_told(
 def test_a_stage_can_be_lengthened_where_its_rates_stay(
     recipe: Path, tmp_path: Path, heard: io.StringIO, stopped_in: int
 ) -> None:
-    interrupted(open_study(recipe, tmp_path / "run", CONSTANT), TEACHER + STAGE_1 + stopped_in)
-    study = speaking_study(recipe, tmp_path / "run", heard, LONGER, resume=True)
-    run = study.student("two-stage", 0)
+    constant = "stage2={steps: 6, learning_rate: 0.05, schedule: constant}"
+    longer = constant.replace("6", "11")
+    interrupted(open_study(recipe, tmp_path / "run", constant), TEACHER + STAGE_1 + stopped_in)
+    study = open_study(recipe, tmp_path / "run", longer, resume=True, heard=heard)
+    run = study.student(*STUDENT)
     assert f"stage 2, step {stopped_in}, with other settings of stage2.steps\n" in heard.getvalue()
     assert run.task.steps == 11
-    whole = results(trained(recipe, tmp_path / "whole", LONGER))
-    ours = results(tmp_path / "run" / "two-stage" / "seed-0")
+    whole = results(trained(recipe, tmp_path / "whole", longer))
+    ours = results(student_of(tmp_path / "run"))
     weights = [name for name in whole if name.startswith(records.MODEL)]
     assert weights
     assert all(ours[name] == whole[name] for name in weights)
@@ -256,75 +296,50 @@ def test_a_stage_that_has_not_begun_may_be_changed_at_will(recipe: Path, tmp_pat
     assert results(resumed) == results(trained(recipe, tmp_path / "whole", other))
 
 
-@pytest.mark.parametrize("resume", [None, True])
-def test_a_finished_run_is_not_taken_for_one_of_other_settings_nor_replaced(
-    recipe: Path, tmp_path: Path, resume: bool | None
-) -> None:
-    trained(recipe, tmp_path / "run")
-    before = files_under(tmp_path / "run")
-    other = "stage2.learning_rate=0.04"
-    with pytest.raises(
-        DistillError, match=r"settings than these: stage2\.learning_rate; --restart"
-    ):
-        open_study(recipe, tmp_path / "run", other, "arms=[two-stage]", resume=resume)
-    assert files_under(tmp_path / "run") == before
-
-
-def test_how_often_checkpoints_are_written_may_change(
-    recipe: Path, unfinished: Path, plain: Path
-) -> None:
-    study = open_study(recipe, unfinished, "checkpoints.every=1", resume=True)
-    study.student("two-stage", 0)
-    assert results(unfinished / "two-stage" / "seed-0") == results(plain)
-
-
-def test_an_unfinished_run_needs_to_be_told_whether_to_resume(
-    recipe: Path, unfinished: Path
-) -> None:
+def test_an_unfinished_run_needs_resume_or_restart(recipe: Path, unfinished: Path) -> None:
     with pytest.raises(DistillError, match=r"unfinished run; --resume .*, --restart begins again"):
         open_study(recipe, unfinished)
     assert len(checkpoints(unfinished)) == 2
 
 
-def test_restart_begins_again(
+def test_restart_begins_again_but_keeps_the_teacher(
     recipe: Path, unfinished: Path, plain: Path, heard: io.StringIO
 ) -> None:
-    speaking_study(recipe, unfinished, heard, resume=False).student("two-stage", 0)
-    assert "going on" not in heard.getvalue()
-    assert results(unfinished / "two-stage" / "seed-0") == results(plain)
-    assert not leftovers(unfinished)
-
-
-def test_what_is_finished_is_reused_on_resuming(
-    recipe: Path, tmp_path: Path, heard: io.StringIO
-) -> None:
-    run = trained(recipe, tmp_path / "run")
-    before = {path: path.stat().st_mtime_ns for path in run.parents[1].rglob("*.safetensors")}
-    speaking_study(recipe, tmp_path / "run", heard, resume=True).student("two-stage", 0)
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert ["finished earlier" in line for line in heard.getvalue().splitlines()] == [True] * 2
-
-
-def test_the_teacher_is_reused_where_its_student_begins_again(
-    recipe: Path, tmp_path: Path, heard: io.StringIO
-) -> None:
-    trained(recipe, tmp_path / "run")
-    speaking_study(recipe, tmp_path / "run", heard, resume=False).student("two-stage", 0)
+    open_study(recipe, unfinished, resume=False, heard=heard).student(*STUDENT)
     told = heard.getvalue().splitlines()
     assert [line.partition(":")[0] for line in told] == ["teacher", "two-stage seed 0"]
     assert ["finished earlier" in line for line in told] == [True, False]
+    assert results(student_of(unfinished)) == results(plain)
+    assert not leftovers(unfinished)
 
 
-def test_what_a_process_left_that_was_killed_at_its_very_end_is_cleared(
+def test_a_finished_run_is_kept_or_refused_but_never_replaced(
+    recipe: Path, tmp_path: Path, heard: io.StringIO
+) -> None:
+    trained(recipe, tmp_path / "run")
+    before = files_under(tmp_path / "run")
+    other = ("stage2.learning_rate=0.04", "arms=[two-stage]")
+    for resume in (None, True):
+        with pytest.raises(
+            DistillError, match=r"settings than these: stage2\.learning_rate; --restart"
+        ):
+            open_study(recipe, tmp_path / "run", *other, resume=resume)
+    assert files_under(tmp_path / "run") == before
+    open_study(recipe, tmp_path / "run", resume=True, heard=heard).student(*STUDENT)
+    assert files_under(tmp_path / "run") == before
+    assert ["finished earlier" in line for line in heard.getvalue().splitlines()] == [True] * 2
+
+
+def test_checkpoints_of_a_process_killed_at_its_end_are_deleted(
     recipe: Path, tmp_path: Path, unfinished: Path
 ) -> None:
     run = trained(recipe, tmp_path / "run")
     shutil.copytree(checkpoints(unfinished)[0].parent, run / "checkpoints")
-    open_study(recipe, tmp_path / "run", resume=True).student("two-stage", 0)
+    open_study(recipe, tmp_path / "run", resume=True).student(*STUDENT)
     assert not leftovers(tmp_path / "run")
 
 
-def test_what_a_process_left_that_was_killed_at_its_very_start_is_no_hindrance(
+def test_a_file_of_a_process_killed_at_its_start_does_not_hinder(
     recipe: Path, tmp_path: Path
 ) -> None:
     with storage.replacing(tmp_path / "run" / "config.yaml") as path:
@@ -334,16 +349,94 @@ def test_what_a_process_left_that_was_killed_at_its_very_start_is_no_hindrance(
         path.touch()
 
 
-# The teacher measures 3 times, stage 1 first the teacher's matrices, then 3 times with a look at
-# the student's, and in the end those; stage 2 measures 3 times. Each time it is one batch.
-@pytest.mark.parametrize("batch", [1, 3, 4, 6, 9, 12, 13, 15])
-def test_a_signal_during_an_evaluation_is_obeyed_at_the_next_batch(
-    plain: Path, recipe: Path, tmp_path: Path, batch: int
+@pytest.mark.parametrize("damage", ["flipped", "cut short", "empty"])
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
+    recipe: Path, unfinished: Path, plain: Path, heard: io.StringIO, damage: str
 ) -> None:
-    folder = tmp_path / "run"
-    study = open_study(recipe, folder)
-    study.trainer.interruption = AfterBatches(batch)
-    with pytest.raises(InterruptedRunError, match="--resume goes on from there") as caught:
-        study.student("two-stage", 0)
-    assert caught.value.exit_code == 143
-    assert results(trained(recipe, folder, resume=True)) == results(plain)
+    newest = checkpoints(unfinished)[-1]
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes({"flipped": content, "cut short": content[:-100], "empty": b""}[damage])
+    open_study(recipe, unfinished, resume=True, heard=heard).student(*STUDENT)
+    assert f"{newest}: not a checkpoint of this program, or damaged" in heard.getvalue()
+    assert "going on from the one before" in heard.getvalue()
+    assert "going on from stage 2, step 3" in heard.getvalue()
+    assert results(student_of(unfinished)) == results(plain)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_begins_again_and_says_so(
+    recipe: Path, unfinished: Path, plain: Path, heard: io.StringIO
+) -> None:
+    for path in checkpoints(unfinished):
+        path.write_bytes(path.read_bytes()[:-1])
+    # Stopped once more: what is saved now must not be taken for older than what is damaged.
+    interrupted(open_study(recipe, unfinished, resume=True, heard=heard), 2)
+    assert "; beginning again" in heard.getvalue()
+    open_study(recipe, unfinished, resume=True, heard=heard).student(*STUDENT)
+    assert "going on from stage 1, step 2" in heard.getvalue()
+    assert results(student_of(unfinished)) == results(plain)
+
+
+def test_a_loss_that_is_not_finite_names_step_pair_and_checkpoint_and_leaves_no_results(
+    recipe: Path, tmp_path: Path
+) -> None:
+    study = open_study(recipe, tmp_path / "run", f"student.model={__name__}:BreakingResNet")
+    with pytest.raises(DistillError) as caught:
+        study.student(*STUDENT)
+    kept = checkpoints(tmp_path / "run")
+    assert [checkpoint.load(path).note["step"] for path in kept] == [0, 3]
+    assert str(caught.value) == (
+        "two-stage seed 0, stage 1: the loss is nan in step 6: the FSP loss of stage1.0.relu1 -> "
+        f"stage1 is nan; last good checkpoint: {kept[-1]}; try a smaller learning rate"
+    )
+    assert [path.name for path in student_of(study.folder).iterdir()] == ["checkpoints"]
+
+
+def test_weights_that_are_not_finite_make_no_checkpoint(recipe: Path, tmp_path: Path) -> None:
+    ruinous = ("stage1.learning_rate=1e3", "stage1.weight_decay=1e38", "checkpoints.every=1")
+    study = open_study(recipe, tmp_path / "run", *ruinous)
+    with pytest.raises(DistillError) as caught:
+        study.student(*STUDENT)
+    [path] = checkpoints(tmp_path / "run")
+    assert all(x.isfinite().all() for x in checkpoint.load(path).tensors.values())
+    assert str(caught.value) == (
+        "two-stage seed 0, stage 1: weights are not finite after step 1; last good checkpoint: "
+        f"{path}; try a smaller learning rate"
+    )
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_is_too_full_for_tensorboard_is_an_error_that_names_its_folder(
+    full_disk: Path,
+) -> None:
+    def log_on() -> None:
+        with Monitor(Console(file=io.StringIO()), full_disk).watch("run", "stage", 99) as watch:
+            for step in range(99):
+                watch.log(step, {f"value {number}": 0.5 for number in range(99)})
+
+    with pytest.raises(DistillError, match=r"/full/run-stage: cannot be written: No space left on"):
+        log_on()
+
+
+def test_a_disk_that_is_full_is_an_error_and_the_run_goes_on_once_there_is_space(
+    recipe: Path, tmp_path: Path, plain: Path
+) -> None:
+    fsync, left = os.fsync, [12]  # two for each file: into stage 1
+
+    def full_after_a_while(file: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(file)
+
+    study = open_study(recipe, tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", full_after_a_while)
+        with pytest.raises(
+            DistillError, match=r"checkpoints/\d+\.safetensors: cannot be written: No space left"
+        ):
+            study.student(*STUDENT)
+    kept = checkpoints(study.folder)
+    assert kept
+    assert all(map(is_whole, kept))
+    assert results(trained(recipe, tmp_path / "run", resume=True)) == results(plain)

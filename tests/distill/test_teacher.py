@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from distill.studies import open_study
 from fsp_kernels import fsp_loss, fsp_matrix
@@ -16,7 +15,7 @@ from fsp_kernels.distill.data import Batch, EvaluationBatches
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.models import CifarResNet
 from fsp_kernels.distill.study import Study
-from fsp_kernels.distill.teacher import CachedTeacher, LiveTeacher, cached
+from fsp_kernels.distill.teacher import CachedTeacher, LiveTeacher, load_or_make_cache
 
 
 @pytest.fixture
@@ -27,8 +26,10 @@ def batch(study: Study) -> Batch:
 @pytest.fixture
 def cache(study: Study, teacher: LiveTeacher, tmp_path: Path) -> Callable[..., CachedTeacher]:
     def make(of: LiveTeacher = teacher) -> CachedTeacher:
-        accelerator = study.trainer.accelerator
-        return cached(of, study.splits.train, study.config, accelerator, tmp_path / "cache")
+        accelerator = study.runtime.accelerator
+        return load_or_make_cache(
+            of, study.splits.train, study.config, accelerator, tmp_path / "cache"
+        )
 
     return make
 
@@ -106,8 +107,8 @@ def test_a_damaged_cache_is_made_again(
 def test_a_cache_of_other_weights_images_or_pooling_is_not_found(
     recipe: Path, study: Study, teacher: LiveTeacher, tmp_path: Path, change: str
 ) -> None:
-    folder, accelerator = tmp_path / "cache", study.trainer.accelerator
-    cached(teacher, study.splits.train, study.config, accelerator, folder)
+    folder, accelerator = tmp_path / "cache", study.runtime.accelerator
+    load_or_make_cache(teacher, study.splits.train, study.config, accelerator, folder)
     split, config = study.splits.train, study.config
     if change == "weights":
         with torch.no_grad():
@@ -116,7 +117,7 @@ def test_a_cache_of_other_weights_images_or_pooling_is_not_found(
         split = study.splits.teacher_train
     else:
         config = open_study(recipe, tmp_path / "other", "fsp.pool=avg").config
-    cached(teacher, split, config, accelerator, folder)
+    load_or_make_cache(teacher, split, config, accelerator, folder)
     assert len(list(folder.iterdir())) == 2
 
 
@@ -129,12 +130,3 @@ def test_a_cache_that_does_not_fit_the_disk_is_refused(
     monkeypatch.setattr("shutil.disk_usage", lambda _path: Usage)
     with pytest.raises(DistillError, match="MiB free, the run needs about"):
         cache()
-
-
-def test_cached_tensors_are_plain_safetensors(
-    cache: Callable[..., CachedTeacher], tmp_path: Path
-) -> None:
-    cache()
-    [path] = (tmp_path / "cache").iterdir()
-    with safe_open(path, framework="pt") as file:
-        assert set(file.keys()) == {"pair 0", "pair 1", "logits"}
