@@ -1,4 +1,4 @@
-"""Loops in machine code: whose they are, and what a step is made of."""
+"""The loops of a compiled kernel: the function each is in, and the instructions of one step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -82,26 +82,15 @@ def functions_of(frames: Sequence[tuple[str, int]]) -> list[str]:
     ]
 
 
-def function_among(known: Container[str]) -> Callable[[Sequence[Instruction]], str]:
-    """Names a loop of Triton's after the known function that most of it is in, or its kernel."""
-
-    def name(code: Sequence[Instruction]) -> str:
-        around = [functions_of(x.frames) or ["?"] for x in code]
-        counts = Counter(next((f for f in each if f in known), each[-1]) for each in around)
-        return counts.most_common(1)[0][0]
-
-    return name
+def name_of_loop(code: Sequence[Instruction], known: Container[str]) -> str:
+    """The known function that most of a loop is in, or its kernel."""
+    around = [functions_of(x.frames) or ["?"] for x in code]
+    counts = Counter(next((f for f in each if f in known), each[-1]) for each in around)
+    return counts.most_common(1)[0][0]
 
 
-def line_of_branch(code: Sequence[Instruction]) -> str:
-    """Names a loop of csrc/ after the line that closes it."""
-    return ":".join(map(str, code[-1].frames[0])) if code[-1].frames else "?"
-
-
-def loops_of(
-    code: Sequence[Instruction], name: Callable[[Sequence[Instruction]], str]
-) -> tuple[list[Loop], Counter[str]]:
-    """All loops, and the counts of what is in none.
+def loops_of(code: Sequence[Instruction], known: Container[str]) -> tuple[list[Loop], Counter[str]]:
+    """All loops, named after the known functions, and the counts of what is in none.
 
     The latter has the loops that the compiler unrolled.
     """
@@ -113,7 +102,7 @@ def loops_of(
         inner = [s for s in spans if first <= s[0] and s[1] <= last and s != (first, last)]
         own = [code[i] for i in range(first, last + 1) if not any(a <= i <= b for a, b in inner)]
         counts = Counter(kind for x in own for kind in _kinds(x.name))
-        found.append(Loop(name(own), first, last, counts))
+        found.append(Loop(name_of_loop(own, known), first, last, counts))
     inside = {i for first, last in spans for i in range(first, last + 1)}
     outside = Counter(k for i, x in enumerate(code) if i not in inside for k in _kinds(x.name))
     # Copies before a loop are those of its first steps.

@@ -1,69 +1,58 @@
-"""What the machine code of a workload's launches says of their time, without a GPU.
+"""Predict what a workload takes on the Triton backend, from its machine code. Needs no GPU.
 
-    python -m tools.compile_triton --workload tokens-vit-b [--dtype bf16] [--family sm_90]
-        [--backend triton] [--strict] [--json -]
+    python -m tools.predict tokens-vit-b [--dtype bf16] [--family sm_90] [--strict]
 
-Of each launch it tells the programs and what they take, and of each loop what one step is made of.
-From that it predicts a time, by a simple model. A step of a loop takes the longest of
+Prints the programs of each launch with what they take, and what one step of each loop is made of.
+From that a simple model predicts a time. A step of a loop takes the longest of
 
 * its instructions, one a cycle on each of an SM's four schedulers;
 * its products, at the rate of the tensor cores; its traffic with shared memory;
 * one warp's way through it: ``CYCLES_BETWEEN`` for each instruction, ``BARRIER`` for each barrier,
-  and as much of ``MEMORY`` as nothing hides, which is all of it where loads are not asynchronous.
+  and the part of ``MEMORY`` that nothing hides, which is all of it where loads are synchronous.
 
-A launch takes the steps of all its programs, side by side as many as fit, or the bytes that it
-moves to and from memory or the L2, whichever is longer, and ``LAUNCH`` besides. A product of BLAS
+A launch takes the steps of all its programs, as many side by side as fit, or the bytes that it
+moves to and from memory or the L2, whichever is longer; and ``LAUNCH`` besides. A product of BLAS
 takes its bytes, or its flops at ``BLAS_SHARE`` of the rate of a large one.
 
 A prediction ranks versions of a kernel. It is not a measurement, and may be off by a factor of 2.
-It knows nothing of bank conflicts, of how well threads share cache lines, of what the compiler
-reorders within a step, of clocks that power limits, or of what one launch overlaps with the next.
-Instructions outside of loops count once a program, in equal parts for all pairs of a launch. What
-it cannot know of csrc/ besides is told in launches.py. With a GPU of the family at hand, what each
-launch takes there is told beside its prediction.
+It leaves out bank conflicts, how threads share cache lines, what the compiler reorders within a
+step, clocks that power limits, and what one launch overlaps with the next. Instructions outside of
+loops count once a program, in equal parts for all pairs of a launch.
 
-A launch misses where a loop copies 2 bytes at a time though all lines allow 4, waits at more than
-``MOST_BARRIERS`` barriers a step or has steps that nobody counts, and where a launch that touches
-``HEAVY`` bytes has fewer programs than the chip has SMs. ``--strict`` fails on a miss; without it
-misses are only told, since there are some today.
+A launch *misses* where a loop copies 2 bytes at a time though all lines allow 4, waits at more than
+``MOST_BARRIERS`` barriers a step or has steps that are not counted, and where a launch that touches
+``HEAVY`` bytes has fewer programs than the chip has SMs. ``--strict`` fails on a miss.
 
 Conversions of layouts through shared memory are the stores to it in loops whose loads do not pass
-through registers. Triton's TTGIR names all conversions, not which of them take shuffles alone.
+through registers.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import math
-import statistics
+import sys
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import triton
 from torch import Tensor
 
-import fsp_kernels as fsp
-from benchmarks import cuda
 from benchmarks.tables import plain_table
-from benchmarks.workloads import BY_NAME, DTYPES, Case, Workload
-from fsp_kernels.backends import registered_backends
+from benchmarks.workloads import BY_NAME, DTYPES, Workload
 from fsp_kernels.loss_plan import MapSpec
 from fsp_kernels.plan import fewest_flops
-from tools.compile_triton import workload_maps
-from tools.launches import LANES, Launched, bytes_of, cuda_launches, triton_launches, unit_of
+from tools.calls import workload_maps
+from tools.launches import LANES, Launched, bytes_of, launches_of_maps, unit_of
 from tools.machine_code import Loop, product_of
 
-BACKENDS = {"triton": triton_launches, "cuda": cuda_launches}
 REGISTERS, MOST_WARPS, MOST_PROGRAMS, SCHEDULERS = 65536, 64, 32, 4
 SHARED_LINE = 128  # bytes that shared memory moves in a cycle
 CYCLES_BETWEEN, BARRIER, MEMORY = 2, 30, 600  # cycles
 LAUNCH = 2e-6  # seconds
 BLAS_SHARE = 0.7  # of what a large product reaches, for one between two launches
 MOST_BARRIERS, HEAVY = 4, 1 << 20
-CALLS = 20  # that are measured
 
 
 class Chip(NamedTuple):
@@ -92,9 +81,6 @@ CHIPS = {
         product={"half": 989e12, "fp32": 165e12},
     ),
 }
-
-
-# --- the model ------------------------------------------------------------------------------------
 
 
 class Memory:
@@ -227,73 +213,31 @@ def misses(launch: Launched, chip: Chip) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def workload_facts(workload: Workload, dtype: str, family: str, backend: str) -> dict[str, Any]:
+def workload_facts(workload: Workload, dtype: str, family: str) -> dict[str, Any]:
     """Every launch of a workload at full batch, and the time that its bytes and flops take."""
     chip = CHIPS[family]
     maps = workload_maps(workload, workload.batch, DTYPES[dtype], "meta")
     memory = Memory(chip.l2_bytes)
-    launches = [facts_of(x, memory, chip) for x in BACKENDS[backend](maps, family)]
+    launches = [facts_of(x, memory, chip) for x in launches_of_maps(maps, family)]
     specs = [MapSpec.of(x)._replace(requires_grad=i % 4 < 2) for i, x in enumerate(maps)]
     pairs = [specs[i : i + 4] for i in range(0, len(specs), 4)]
     flops = sum(fewest_flops((a, b), (c, d)) for a, b, c, d in pairs)
     moved = sum(x.nbytes * (2 if i % 4 < 2 else 1) for i, x in enumerate(maps))
     floor = max(moved / chip.memory, flops / chip.product["fp32" if dtype == "fp32" else "half"])
-    facts = {
+    return {
         "workload": workload.name,
         "dtype": dtype,
-        "family": family,
-        "backend": backend,
         "launches": launches,
         "predicted_us": sum(x["predicted_us"] for x in launches),
         "floor_us": 1e6 * floor,
     }
-    if device_family() == family and registered_backends()[backend].why_unavailable() is None:
-        triton.runtime.driver.reset_active()  # to compile, another one has taken its place
-        add_measured(facts, Case(workload, workload.batch, dtype))
-    return facts
-
-
-# --- on a device ----------------------------------------------------------------------------------
-
-
-def device_family() -> str | None:
-    """Of the GPU at hand, if there is a model of it."""
-    if not torch.cuda.is_available():
-        return None
-    family = "sm_{}{}".format(*torch.cuda.get_device_capability())
-    return family if family in CHIPS else None
-
-
-def add_measured(facts: dict[str, Any], case: Case) -> None:
-    """What launches take on the GPU, from the profiler: medians of calls that find the L2 cold."""
-    student, teacher = case.maps("cuda")
-    other = torch.ones(4 * CHIPS[facts["family"]].l2_bytes, dtype=torch.uint8, device="cuda")
-
-    def call() -> None:
-        other.add_(1)
-        fsp.fsp_loss(student, teacher, backend=facts["backend"])
-
-    call()  # compiles
-    launches = [x for x in facts["launches"] if x["kernel"] != "bmm"]
-    expected = [x["kernel"] for x in launches]
-    calls = [[x for x in cuda.kernels_run(call) if "fsp_" in x["name"]] for _ in range(CALLS)]
-    for run in calls:
-        names = [x["name"] for x in run]
-        if len(run) != len(expected) or any(
-            kernel not in name for kernel, name in zip(expected, names, strict=True)
-        ):
-            raise RuntimeError(f"the GPU ran {names}, the model has {expected}")
-    for launch, *events in zip(launches, *calls, strict=True):
-        launch["measured_us"] = statistics.median(x["dur"] for x in events)
-    ends = [run[-1]["ts"] + run[-1]["dur"] - run[0]["ts"] for run in calls]
-    facts["measured_us"] = statistics.median(ends)
 
 
 # --- printing -------------------------------------------------------------------------------------
 
 _LAUNCH = (
     *("launch", "programs", "warps", "registers", "shared", "beside", "waves", "converted"),
-    *("predicted us", "measured us", "bound by"),
+    *("predicted us", "bound by"),
 )
 _LOOP = ("loop", "steps", "instructions", "BAR", "products", "reads", "stores", "shared")
 
@@ -303,8 +247,7 @@ def launch_table(facts: dict[str, Any]) -> str:
     launches = [
         (
             *(x["kernel"], x["programs"], x["warps"], x["registers"], x["shared"], x["beside"]),
-            *(f"{x['waves']:.2f}", x["converted"], f"{x['predicted_us']:.1f}"),
-            *(_microseconds(x), x["binds"]),
+            *(f"{x['waves']:.2f}", x["converted"], f"{x['predicted_us']:.1f}", x["binds"]),
         )
         for x in facts["launches"]
     ]
@@ -323,26 +266,18 @@ def launch_table(facts: dict[str, Any]) -> str:
     )
 
 
-def _microseconds(facts: dict[str, Any]) -> str:
-    return f"{facts['measured_us']:.1f}" if "measured_us" in facts else "-"
-
-
 def _some(loop: dict[str, Any], *prefixes: str) -> str:
     """Counts of some instructions: ``8 LDGSTS 16`` are eight asynchronous copies of 16 bytes."""
     return ", ".join(f"{n} {x}" for x, n in loop.items() if x.startswith(prefixes)) or "-"
 
 
 def summary(found: Sequence[dict[str, Any]]) -> str:
-    """A row for each workload and backend, and under them what launches miss."""
-    head = (
-        *("workload", "dtype", "chip", "backend", "floor us", "predicted us", "of the floor"),
-        *("measured us", "launches"),
-    )
+    """A row for each workload, and under them what launches miss."""
+    head = ("workload", "dtype", "floor us", "predicted us", "of the floor", "launches")
     rows = [
         (
-            *(x["workload"], x["dtype"], x["family"], x["backend"], f"{x['floor_us']:.1f}"),
-            *(f"{x['predicted_us']:.1f}", f"{x['predicted_us'] / x['floor_us']:.1f}x"),
-            _microseconds(x),
+            *(x["workload"], x["dtype"], f"{x['floor_us']:.1f}", f"{x['predicted_us']:.1f}"),
+            f"{x['predicted_us'] / x['floor_us']:.1f}x",
             ", ".join(
                 f"{y['kernel']} {y['predicted_us']:.0f} ({y['binds']})" for y in x["launches"]
             ),
@@ -350,7 +285,7 @@ def summary(found: Sequence[dict[str, Any]]) -> str:
         for x in found
     ]
     missed = [
-        f"{x['workload']} {x['dtype']} {x['backend']}: {y['kernel']}: {miss}"
+        f"{x['workload']} {x['dtype']}: {y['kernel']}: {miss}"
         for x in found
         for y in x["launches"]
         for miss in y["misses"]
@@ -358,34 +293,26 @@ def summary(found: Sequence[dict[str, Any]]) -> str:
     return "\n".join([plain_table(head, rows), *(["", "Misses:", *missed] if missed else [])])
 
 
-def report(
-    workload: str,
-    dtype: str | None,
-    family: str,
-    backend: str | None,
-    path: str | None,
-    strict: bool,
-) -> int:
-    """Print the launches of a workload, or a row for each of ``all``; or write them as JSON.
-
-    Returns 1 if ``strict`` and a launch misses.
-    """
-    names = list(BY_NAME) if workload == "all" else [workload]
-    dtypes = [dtype] if dtype else ["bf16", "fp32"]
-    backends = [backend] if backend else list(BACKENDS)
-    found = [
-        workload_facts(BY_NAME[name], d, family, b)
-        for d in dtypes
-        for name in names
-        for b in backends
-    ]
-    failed = strict and any(y["misses"] for x in found for y in x["launches"])
-    if path is not None:
-        text = json.dumps(found, indent=1)
-        print(text) if path == "-" else Path(path).write_text(text + "\n")
-        return int(failed)
-    for facts in found if workload != "all" else []:
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.predict",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("workload", choices=("all", *BY_NAME))
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the maps; default bf16 and fp32")
+    parser.add_argument("--family", choices=tuple(CHIPS), default="sm_90", help="of chips")
+    parser.add_argument("--strict", action="store_true", help="fail where a launch misses")
+    chosen = parser.parse_args(arguments)
+    names = list(BY_NAME) if chosen.workload == "all" else [chosen.workload]
+    dtypes = [chosen.dtype] if chosen.dtype else ["bf16", "fp32"]
+    found = [workload_facts(BY_NAME[x], dtype, chosen.family) for dtype in dtypes for x in names]
+    for facts in found if chosen.workload != "all" else []:
         print(launch_table(facts), end="\n\n")
     print(summary(found))
-    print("Predicted by a model, not measured: see tools/predict.py.")
-    return int(failed)
+    print(f"Predicted for {chosen.family} by a model, not measured: see tools/predict.py.")
+    return int(chosen.strict and any(y["misses"] for x in found for y in x["launches"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

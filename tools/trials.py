@@ -11,6 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
@@ -22,18 +23,17 @@ from benchmarks.measure import relative_error
 from benchmarks.race import Rounds
 from benchmarks.workloads import BY_NAME, WORKLOADS
 from fsp_kernels.backends.triton.configurations import Configuration, Row, replaced, using
-from tools.compile_triton import (
+from tools.calls import (
     DTYPES,
     Case,
     call_on,
-    compile_call,
-    compile_case,
-    complaints,
+    instead_of_launches,
     launches_of,
     maps_of,
     precision_of,
     workload_maps,
 )
+from tools.compile_triton import compile_case, compiled, faults
 from tools.workers import Tell, describe
 
 BATCHES = (32, 64, 256)
@@ -147,12 +147,13 @@ def compile_trial(_: Tell, table: Sequence[Row], trial: Row, used: Sequence[Situ
     with using(table):
         for dtype in DTYPES[trial.kind]:
             case = Case(trial, dtype)
-            found = [bad for usage in compile_case(case) for bad in complaints(case, usage)]
+            found = [bad for usage in compile_case(case) for bad in faults(case, usage)]
             if found:
                 return "; ".join(found)
         for situation in used:
             maps = situation.maps("meta")
-            compile_call(lambda maps=maps: call_on(maps)(), trial.family, trial.kind)  # type: ignore[misc]
+            call = partial(lambda maps: call_on(maps)(), maps)
+            instead_of_launches(compiled, call, trial.family, trial.kind)
     return ""
 
 

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from fsp_kernels.backends.triton import configurations
 from fsp_kernels.backends.triton.configurations import Configuration, Row, read, write
 from tools import tune
-from tools.compile_triton import Case
+from tools.calls import Case
 from tools.trials import Situation, candidates
 from tools.workers import Result
 
