@@ -47,18 +47,19 @@ demo: .venv/installed
 	$(BIN)/fsp-distill study --restart configs/network-minimisation-digits.yaml
 
 # Where a test crosses three or more parameters, such as dtype, layout and norm, the cases that have
-# every pair of values run. `make kernels` compiles all kernels; the tests compile a few of them, and
-# hold tools/records/ to the sources at hand.
+# every pair of values run. Tests marked `thorough` don't: sanitizers and planted bugs in csrc/. The
+# tests compile few kernels; that all were compiled, they see by tools/records/, of `make kernels`.
 test: .venv/installed
 	$(PYTEST)
 
-# For while you work: cases that have every value once, and fewer random examples. Leaves out what is
-# marked slow, training runs, scripts and benchmarks from end to end, and the mutations of csrc/.
+# While you work: the cases that have every value once, and fewer random examples. Leaves out what is
+# marked slow, tests of the trainer, the benchmarks, the examples and other libraries' classes, and
+# those of the CUDA backend alone (the fused tests run its kernels, too).
 test-quick: .venv/installed
 	$(PYTEST) --crosses each -m "not slow" $(QUICK)
 
 # Before a release: all crossings, and ten times as many random examples.
-test-thorough: .venv/installed kernels
+test-thorough: kernels
 	$(PYTEST) --crosses all
 
 lint: .venv/installed
@@ -69,10 +70,12 @@ lint: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m benchmarks $(BENCH)
 
-# Run this after a change of a kernel or of configurations.json, and commit what it writes.
+# Run this after a change of a kernel or of configurations.json, and commit what it writes. It also
+# runs the kernels of csrc/ under sanitizers, and makes sure that bugs planted there are found.
 kernels: .venv/installed
 	$(BIN)/python -m tools.compile_triton
 	$(BIN)/python -m tools.compile_cuda
+	$(PYTEST) --crosses all tests/cuda/test_sanitizers.py tests/cuda/test_mutations.py
 
 # All parts run, whatever becomes of an earlier one; the whole fails if any does.
 gpu: $(if $(INSTALL),gpu-install)

@@ -1,4 +1,9 @@
-"""What every test of the library shares."""
+"""What all tests share.
+
+Fixtures are in a conftest.py. Functions and tables that several test files use are in modules of
+tests/, which are imported by their names: ``from tolerances import assert_near``. No folder of
+tests is a package, so no two test files have the same name.
+"""
 
 import os
 import signal
@@ -63,11 +68,11 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _kept(items, config):
-    """The cases of each test that ``--crosses`` asks for."""
-    by_test = {}
+    """The tests, and of each the cases, that ``--crosses`` asks for."""
+    crosses, chosen, by_test = config.getoption("--crosses"), set(), {}
     for place, item in enumerate(items):
-        by_test.setdefault(item.nodeid.partition("[")[0], []).append(place)
-    crosses, chosen = config.getoption("--crosses"), set()
+        if crosses == "all" or not item.get_closest_marker("thorough"):
+            by_test.setdefault(item.nodeid.partition("[")[0], []).append(place)
     for places in by_test.values():
         specs = [getattr(items[i], "callspec", None) for i in places]
         cases = [{k: id(v) for k, v in x.params.items()} if x else {} for x in specs]

@@ -34,7 +34,7 @@ from tools.calls import (
     workload_maps,
 )
 from tools.compile_triton import compile_case, compiled, faults
-from tools.workers import Tell, describe
+from tools.workers import Send, describe
 
 BATCHES = (32, 64, 256)
 SMALL_BATCH = 8  # where a pair made for a row leads to it in no other: many samples are not split
@@ -139,7 +139,7 @@ def _launches(situation: Situation, table: Sequence[Row]) -> list[str]:
 # --- compiling ------------------------------------------------------------------------------------
 
 
-def compile_trial(_: Tell, table: Sequence[Row], trial: Row, used: Sequence[Situation]) -> str:
+def compile_trial(_: Send, table: Sequence[Row], trial: Row, used: Sequence[Situation]) -> str:
     """Compile all that timing a row is going to launch, into Triton's cache; needs no GPU.
 
     Returns why the row may not be shipped, empty if it may: what ``tools.compile_triton`` refuses.
@@ -223,7 +223,7 @@ def _milliseconds(graph: torch.cuda.CUDAGraph) -> float:
 
 
 def measure(
-    tell: Tell,
+    send: Send,
     table: Sequence[Row],
     row: Row,
     used: Sequence[Situation],
@@ -232,7 +232,7 @@ def measure(
 ) -> None:
     """Time candidates for a row, one after the other, until ``deadline`` by ``time.time()``.
 
-    Tells ``("in force", milliseconds)`` of the situations that are ready so far, and of each
+    Sends ``("in force", milliseconds)`` of the situations that are ready so far, and of each
     candidate ``("trying", it)`` and then ``("timed", it, ratio)`` or ``("dropped", it, reason)``.
     Where its process ends, the candidate that it was trying is the cause.
     """
@@ -241,21 +241,21 @@ def measure(
         try:
             benches.append(Bench(situation, table))
         except torch.OutOfMemoryError:
-            tell(("skipped", str(situation), "out of memory"))
+            send(("skipped", str(situation), "out of memory"))
             torch.cuda.empty_cache()
         else:
-            tell(("in force", [bench.milliseconds for bench in benches]))
+            send(("in force", [bench.milliseconds for bench in benches]))
     if not benches:
         raise RuntimeError("no situation fits this GPU's memory")
     for candidate in chosen:
         if time.time() > deadline:
             return
-        tell(("trying", candidate))
+        send(("trying", candidate))
         trial = replaced(table, row, row._replace(configuration=candidate))
         try:
-            tell(("timed", candidate, _ratio(benches, trial)))
+            send(("timed", candidate, _ratio(benches, trial)))
         except Exception as error:
-            tell(("dropped", candidate, describe(error)))
+            send(("dropped", candidate, describe(error)))
             torch.cuda.synchronize()  # fails where the error has made the GPU useless to us
 
 

@@ -14,7 +14,7 @@ from cuda_on_host.build import ROOT, build, sanitizer_environment
 from cuda_on_host.module import HOST_BUILDS
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.thorough,
     pytest.mark.skipif(torch.cuda.is_available(), reason="compute-sanitizer watches the kernels"),
 ]
 
