@@ -74,7 +74,7 @@ class Workers:
     ) -> Result:
         """Call ``function(send, *arguments)``; ``on_message`` gets each message as it is sent.
 
-        The process is ended after ``seconds``, and after ``quiet`` seconds in which it sent nothing.
+        The process is ended after ``seconds``, or ``quiet`` seconds after its last message.
         """
         receiver, sender = CONTEXT.Pipe(duplex=False)
         process = CONTEXT.Process(target=_call, args=(sender, function, arguments), daemon=True)

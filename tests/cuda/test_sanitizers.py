@@ -83,7 +83,8 @@ def run(*arguments):
 
 
 def test_kernels_stay_within_their_maps_and_do_nothing_undefined(sanitized):
-    result = run("-m", "pytest", "-q", f"--host-cuda={sanitized}", "-k", CHOSEN, *TESTS)
+    options = [f"--host-cuda={sanitized}", "--crosses=all", "-k", CHOSEN]
+    result = run("-m", "pytest", "-q", *options, *TESTS)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
