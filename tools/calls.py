@@ -120,7 +120,6 @@ def planned(
     wanted: tuple[bool, ...] = (True, True, False, False),
     pool: str = "max",
     norm: str = "frobenius",
-    backend: str = "triton",
 ) -> tuple[LossPlan, list[Tensor]]:
     """The plan of pairs with ``len(wanted)`` maps each, outside of all caches.
 
@@ -135,7 +134,7 @@ def planned(
     student, teacher = tuple((p[0], p[1]) for p in pairs), tuple(tuple(p[2:]) for p in pairs)
     # Not from the cache: the table, on which plans depend, changes between calls.
     plan = plan_loss.__wrapped__(
-        student, teacher, pool, norm, registered_backends()[backend], fp32_precision()
+        student, teacher, pool, norm, registered_backends()["triton"], fp32_precision()
     )
     gradients = [torch.empty_like(maps[i], dtype=plan.maps[i].gradient_dtype) for i in plan.wanted]
     return plan, [*maps, *gradients]
