@@ -15,7 +15,9 @@ GPU_PYTEST ?=
 GPU_TOOLS ?=
 GPU_BACKENDS ?=
 # The tests of `make test-quick`.
-QUICK := tests/test_*.py tests/fused tests/triton tests/cuda_on_host tests/tools
+QUICK := $(filter-out tests/test_build.py tests/test_readme.py,$(wildcard tests/test_*.py))
+QUICK += $(patsubst %,tests/fused/test_%.py,elementwise loss one_pass product windows)
+QUICK += tests/tools/test_compile_triton.py tests/tools/test_compile_cuda.py
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 # Parts of the benchmarks, of loss, step, scaling, plan, accuracy; all of them where none is named.
 GPU_PARTS ?=
@@ -52,9 +54,10 @@ demo: .venv/installed
 test: .venv/installed
 	$(PYTEST)
 
-# While you work: the cases that have every value once, and fewer random examples. Leaves out what is
-# marked slow, tests of the trainer, the benchmarks, the examples and other libraries' classes, and
-# those of the CUDA backend alone (the fused tests run its kernels, too).
+# While you work on the library: the cases that have every value once, and fewer random examples.
+# Leaves out what is marked slow, the fused evaluations by tiles and in Gram form on their own, the
+# tests of one fused backend alone, of builds and of the README, and all of the trainer, the
+# benchmarks, the tools, the examples and the classes for other libraries: run their folders by hand.
 test-quick: .venv/installed
 	$(PYTEST) --crosses each -m "not slow" $(QUICK)
 

@@ -75,10 +75,16 @@ def _kept(items, config):
             by_test.setdefault(item.nodeid.partition("[")[0], []).append(place)
     for places in by_test.values():
         specs = [getattr(items[i], "callspec", None) for i in places]
-        cases = [{k: id(v) for k, v in x.params.items()} if x else {} for x in specs]
+        cases = [{k: _key(v) for k, v in x.params.items()} if x else {} for x in specs]
         chosen.update(places[i] for i in kept(cases, crosses))
     config.hook.pytest_deselected(items=[x for i, x in enumerate(items) if i not in chosen])
     return [x for i, x in enumerate(items) if i in chosen]
+
+
+def _key(value):
+    """What stands for a parameter's value, in every process of xdist alike."""
+    plain = value is None or isinstance(value, (bool, int, float, str, tuple))
+    return repr(value) if plain else id(value)
 
 
 @pytest.fixture(autouse=True)

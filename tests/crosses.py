@@ -9,13 +9,13 @@ default, keeps enough cases to have every such pair. ``each`` keeps enough to ha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 SIZES = {"each": 1, "pairs": 2}  # of the combinations that the kept cases must have
 CROSSES = (*SIZES, "all")
 
 
-def kept(cases: Sequence[Mapping[str, int]], crosses: str) -> list[int]:
+def kept(cases: Sequence[Mapping[str, Hashable]], crosses: str) -> list[int]:
     """Places of the cases to run, in order; the same ones every time.
 
     A case maps each parameter to what stands for its value.
