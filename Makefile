@@ -14,20 +14,27 @@ GPU_PYTEST ?=
 # Of memcheck, racecheck, initcheck, and of triton, cuda; all of them where none is named.
 GPU_TOOLS ?=
 GPU_BACKENDS ?=
+# The tests of `make test-quick`.
+QUICK := $(filter-out tests/test_build.py tests/test_readme.py,$(wildcard tests/test_*.py))
+QUICK += $(patsubst %,tests/fused/test_%.py,elementwise loss one_pass product windows)
+QUICK += tests/tools/test_compile_triton.py tests/tools/test_compile_cuda.py
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 # Parts of the benchmarks, of loss, step, scaling, plan, accuracy; all of them where none is named.
 GPU_PARTS ?=
 
-.PHONY: help demo test lint bench kernels clean
+.PHONY: help demo test test-quick test-thorough lint bench kernels clean
 .PHONY: gpu gpu-first gpu-install gpu-tests gpu-sanitizer gpu-bench gpu-tune
 
 help:
 	@echo "make demo           distil a student on real data; prints where its report is"
 	@echo "make test           run the tests"
+	@echo "make test-quick     a choice of them, in two minutes"
+	@echo "make test-thorough  all crossings of their parameters and many more examples; takes long"
 	@echo "make test-old       the same on the oldest versions that are supported, in .venv-old"
 	@echo "make test-new       the same on the newest versions there are, in .venv-new"
 	@echo "make lint           ruff and mypy"
 	@echo "make bench          speed, memory and accuracy beside the naive ops here; BENCH=--quick for less"
-	@echo "make kernels        compile every kernel for all generations of GPUs; what it takes, and predicted times"
+	@echo "make kernels        compile every kernel for all generations of GPUs; writes tools/records/"
 	@echo "make clean          remove .venv, caches, builds and runs/"
 	@echo "On a machine with an NVIDIA GPU (parts can be split further where a command must end in 10 minutes):"
 	@echo "make gpu-first      install, smoke test, memcheck and a few times, all within 8 minutes"
@@ -41,8 +48,22 @@ help:
 demo: .venv/installed
 	$(BIN)/fsp-distill study --restart configs/network-minimisation-digits.yaml
 
+# Where a test crosses three or more parameters, such as dtype, layout and norm, the cases that have
+# every pair of values run. Tests marked `thorough` don't: sanitizers and planted bugs in csrc/. The
+# tests compile few kernels; that all were compiled, they see by tools/records/, of `make kernels`.
 test: .venv/installed
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(PYTEST)
+
+# While you work on the library: the cases that have every value once, and fewer random examples.
+# Leaves out what is marked slow, the fused evaluations by tiles and in Gram form on their own, the
+# tests of one fused backend alone, of builds and of the README, and all of the trainer, the
+# benchmarks, the tools, the examples and the classes for other libraries: run their folders by hand.
+test-quick: .venv/installed
+	$(PYTEST) --crosses each -m "not slow" $(QUICK)
+
+# Before a release: all crossings, and ten times as many random examples.
+test-thorough: kernels
+	$(PYTEST) --crosses all
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -52,11 +73,12 @@ lint: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m benchmarks $(BENCH)
 
+# Run this after a change of a kernel or of configurations.json, and commit what it writes. It also
+# runs the kernels of csrc/ under sanitizers, and makes sure that bugs planted there are found.
 kernels: .venv/installed
 	$(BIN)/python -m tools.compile_triton
 	$(BIN)/python -m tools.compile_cuda
-	$(BIN)/python -m tools.compile_triton --workload all --family sm_80
-	$(BIN)/python -m tools.compile_triton --workload all --family sm_90
+	$(PYTEST) --crosses all tests/cuda/test_sanitizers.py tests/cuda/test_mutations.py
 
 # All parts run, whatever becomes of an earlier one; the whole fails if any does.
 gpu: $(if $(INSTALL),gpu-install)

@@ -1,4 +1,9 @@
-"""What every test of the library shares."""
+"""What all tests share.
+
+Fixtures are in a conftest.py. Functions and tables that several test files use are in modules of
+tests/, which are imported by their names: ``from tolerances import assert_near``. No folder of
+tests is a package, so no two test files have the same name.
+"""
 
 import os
 import signal
@@ -6,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from crosses import CROSSES, kept
 from cuda_on_host.module import HOST_BUILDS
 from hypothesis import settings
 
@@ -14,13 +20,9 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# The same examples on every machine, and none of them timed: a busy machine is not a bug.
-settings.register_profile("fsp_kernels", deadline=None, derandomize=True, database=None)
-settings.load_profile("fsp_kernels")
-
-
 # Tests of fused kernels, which run on a GPU where there is one.
 FUSED = {"fused", "triton", "cuda"}
+EXAMPLES = {"each": 3, "pairs": 10, "all": 100}  # of a property, by hypothesis
 
 
 def pytest_addoption(parser):
@@ -31,9 +33,29 @@ def pytest_addoption(parser):
         help="without a GPU: the chip that csrc/ is compiled for the host as, and whether "
         "AddressSanitizer watches (the process must have been started for it); default: 80",
     )
+    parser.addoption(
+        "--crosses",
+        choices=CROSSES,
+        default="pairs",
+        help="which cases of a test with several parameters run: those that have each value, "
+        "or each pair of values (the default), or all; hypothesis tries more examples accordingly",
+    )
 
 
-def pytest_collection_modifyitems(items):
+def pytest_configure(config):
+    # The same examples on every machine, and none of them timed: a busy machine is not a bug.
+    settings.register_profile(
+        "fsp_kernels",
+        deadline=None,
+        derandomize=True,
+        database=None,
+        max_examples=EXAMPLES[config.getoption("--crosses")],
+    )
+    settings.load_profile("fsp_kernels")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config, items):
     gpu = torch.cuda.is_available()
     quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
     for item in items:
@@ -41,6 +63,28 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.gpu if gpu else quiet)
         if item.get_closest_marker("gpu") and not gpu:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+    yield  # -k and -m leave out what they do
+    items[:] = _kept(items, config)
+
+
+def _kept(items, config):
+    """The tests, and of each the cases, that ``--crosses`` asks for."""
+    crosses, chosen, by_test = config.getoption("--crosses"), set(), {}
+    for place, item in enumerate(items):
+        if crosses == "all" or not item.get_closest_marker("thorough"):
+            by_test.setdefault(item.nodeid.partition("[")[0], []).append(place)
+    for places in by_test.values():
+        specs = [getattr(items[i], "callspec", None) for i in places]
+        cases = [{k: _key(v) for k, v in x.params.items()} if x else {} for x in specs]
+        chosen.update(places[i] for i in kept(cases, crosses))
+    config.hook.pytest_deselected(items=[x for i, x in enumerate(items) if i not in chosen])
+    return [x for i, x in enumerate(items) if i in chosen]
+
+
+def _key(value):
+    """What stands for a parameter's value, in every process of xdist alike."""
+    plain = value is None or isinstance(value, (bool, int, float, str, tuple))
+    return repr(value) if plain else id(value)
 
 
 @pytest.fixture(autouse=True)

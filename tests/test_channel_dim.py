@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from layouts import LAYOUTS
 from tolerances import assert_close, flatten, oracle
@@ -72,7 +72,6 @@ def calls(draw):
     return student, teacher, {"pool": pool, "norm": norm}
 
 
-@settings(max_examples=50)
 @given(calls())
 def test_the_loss_of_channels_last_is_that_of_the_moved_maps(call):
     student, teacher, options = call

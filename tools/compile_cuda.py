@@ -1,31 +1,36 @@
-"""What each kernel of csrc/ takes of a chip: registers, stack and shared memory. Needs no GPU.
+"""Compile every kernel of csrc/ for every chip, and keep what each one takes. Needs no GPU.
 
-    python -m tools.compile_cuda
+    python -m tools.compile_cuda             # all; writes tools/records/cuda.csv
+    python -m tools.compile_cuda --sample    # a few, compared with the record
 
-compiles the CUDA extension for every generation of chips (``CUDAARCHS=90`` narrows them) and prints
-a row for each kernel. It fails where one spills registers to the stack, or wants more shared memory
-than the chip has and nothing stands in for it.
+A row is printed for each kernel. The command fails where a kernel spills registers to the stack, or
+wants more shared memory than the chip has and no other kernel takes its place. ``CUDAARCHS=90``
+narrows the chips; then nothing is written.
 """
 
 from __future__ import annotations
 
 import argparse
-import atexit
-import fcntl
 import importlib.machinery
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tools import record
+
 ROOT = Path(__file__).resolve().parents[1]
+RECORD = record.FOLDER / "cuda.csv"
+HEADER = ("chip", "kernel", "operand", "tile", "registers", "stack", "stages", "shared")
+REMEDY = "run `python -m tools.compile_cuda` and commit what it writes"
+SAMPLED, SAMPLED_CHIPS = "elementwise.cu", (80, 90)  # compiles in seconds
 # What a block may have, in KiB: CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability".
 SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -48,43 +53,48 @@ class Usage(NamedTuple):
     stages: int
     shared: int  # bytes
 
-    def complaints(self) -> list[str]:
-        """Why this cannot be shipped: nothing, if all is well."""
+    def faults(self) -> list[str]:
+        """Why this kernel cannot be shipped."""
+        limit = SHARED_MEMORY[self.architecture]
         found = []
         if self.stack:
             found.append(f"spills {self.stack} bytes to the stack")
-        if not self.fits and self.kernel not in REPLACEABLE:
-            limit = SHARED_MEMORY[self.architecture]
+        if self.shared > limit << 10 and self.kernel not in REPLACEABLE:
             found.append(f"wants {self.shared} bytes of shared memory, the chip has {limit} KiB")
         return found
 
-    @property
-    def fits(self) -> bool:
-        return self.shared <= SHARED_MEMORY[self.architecture] << 10
+
+def nvcc() -> str | None:
+    """The compiler that an installation would take, where it is recent enough."""
+    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+    found = setup["find_nvcc"]()
+    return found if found and setup["is_recent"](found) else None
 
 
-@lru_cache
-def build() -> Path:
-    """The extension of this checkout, as an installation would build it, for this process alone.
+def compiler() -> str:
+    """Name and version of nvcc, as the record has it."""
+    text = subprocess.run([nvcc() or "nvcc", "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"V([\d.]+)", text)
+    return f"nvcc {release[1] if release else '?'}"
 
-    It is compiled in the checkout, by one process at a time: only what has changed.
-    """
-    folder = Path(tempfile.mkdtemp())  # nobody else may write over what is loaded
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+def digest() -> str:
+    """Of all sources with kernels, and of what they include."""
+    return record.digest_of([*(ROOT / "csrc").glob("*.cu*"), *(ROOT / "csrc").glob("*.h")])
+
+
+def build(folder: Path) -> Path:
+    """The extension of this checkout, as an installation would build it."""
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(folder)]
-    # With lines, by which launches.py names loops; the code is the same.
+    # With source lines, by which launches.py names loops. The machine code is the same.
     environment = os.environ | {"FSP_KERNELS_CUDA": "1", "CUDAFLAGS": "-lineinfo"}
-    (ROOT / "build").mkdir(exist_ok=True)
-    with (ROOT / "build" / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if result.returncode != 0:
-        raise SystemExit(f"The kernels of csrc/ are not compiled:\n{result.stdout}{result.stderr}")
+        raise SystemExit(f"The kernels of csrc/ do not compile:\n{result.stdout}{result.stderr}")
     (module,) = (folder / "fsp_kernels").glob("_cuda*")
     return module
 
 
-@lru_cache
 def load(path: Path) -> Any:
     """The extension; to import it takes neither a GPU nor torch."""
     loader = importlib.machinery.ExtensionFileLoader("_cuda", str(path))
@@ -106,12 +116,11 @@ def cuobjdump() -> str:
     return found
 
 
-def usages(path: Path) -> Iterator[Usage]:
-    """Every kernel in the machine code of every chip."""
+def resources(path: Path) -> Iterator[tuple[int, str, int, int]]:
+    """Chip, symbol, registers and bytes of stack of every kernel in a compiled file."""
     command = [cuobjdump(), "--dump-resource-usage", str(path)]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    shared = load(path).shared_bytes()
-    architecture = 0
+    architecture, symbol = 0, ""
     for line in text.splitlines():
         if found := re.search(r"arch = sm_(\d+)", line):
             architecture = int(found[1])
@@ -119,11 +128,21 @@ def usages(path: Path) -> Iterator[Usage]:
             symbol = found[1]
         if "REG:" in line:
             fields = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
-            kernel, operand, tile = described(symbol)
-            for name, of, size, one, two in shared:
-                # A kernel that has no tile of its own runs with all but the widest.
-                if (name, of) == (kernel, operand) and (tile or size % WIDE_TILE) == size:
-                    yield _usage(architecture, (name, of, size), (one, two), fields)
+            yield architecture, symbol, fields["REG"], fields["STACK"] + fields["LOCAL"]
+
+
+def usages(path: Path) -> Iterator[Usage]:
+    """Every kernel of the extension on every chip."""
+    shared = load(path).shared_bytes()
+    for architecture, symbol, registers, stack in resources(path):
+        kernel, operand, tile = described(symbol)
+        for name, of, size, one, two in shared:
+            # A kernel that has no tile of its own runs with all but the widest.
+            if (name, of) == (kernel, operand) and (tile or size % WIDE_TILE) == size:
+                has_room = two <= SHARED_MEMORY[architecture] << 10
+                stages = 2 if architecture >= ASYNCHRONOUS and has_room else 1
+                used = registers, stack, stages, two if stages == 2 else one
+                yield Usage(architecture, name, of, size, *used)
 
 
 def described(symbol: str) -> tuple[str, str, int]:
@@ -136,38 +155,44 @@ def described(symbol: str) -> tuple[str, str, int]:
     return name, OPERANDS.get(operand, ""), int(size or 0) or (WIDE_TILE if wide else 0)
 
 
-def _usage(
-    architecture: int,
-    kernel: tuple[str, str, int],
-    shared: tuple[int, int],
-    fields: dict[str, int],
-) -> Usage:
-    two = architecture >= ASYNCHRONOUS and shared[1] <= SHARED_MEMORY[architecture] << 10
-    stack = fields["STACK"] + fields["LOCAL"]
-    return Usage(architecture, *kernel, fields["REG"], stack, 1 + two, shared[two])
-
-
-_LINE = "{:<8}{:<22}{:<9}{:<6}{:<11}{:<7}{:<8}{:<8}{}"
+def compare_sample() -> list[str]:
+    """Compile a few kernels; how they differ from the record of the same nvcc."""
+    kept = record.read(RECORD)
+    known = {(row[0], row[1]): (int(row[4]), int(row[5])) for row in kept.rows}
+    chips = [f"--generate-code=arch=compute_{x},code=sm_{x}" for x in SAMPLED_CHIPS]
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "sample.o"
+        command = [str(nvcc()), "-std=c++17", "-c", f"csrc/{SAMPLED}", *chips, "-o", str(target)]
+        subprocess.run(command, cwd=ROOT, check=True)
+        for chip, symbol, *used in resources(target):
+            row = f"sm_{chip}", described(symbol)[0]
+            if tuple(used) != known[row] if kept.compiler == compiler() else used[1]:
+                found.append(f"{row}: {used}, {RECORD.name} has {known[row]}; {REMEDY}")
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.compile_cuda",
-        description="Registers, stack and shared memory of every kernel of csrc/; needs no GPU.",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.parse_args(arguments)
-    print(
-        _LINE.format(
-            *("chip", "kernel", "operand", "tile", "registers", "stack", "stages", "shared"), ""
-        )
-    )
-    failures = 0
-    for usage in usages(build()):
-        bad = usage.complaints()
-        failures += bool(bad)
-        note = "; ".join(bad) or ("" if usage.fits else "no room: stored tiles in its place")
-        row = (f"sm_{usage.architecture}", *usage[1:])
-        print(_LINE.format(*row, note).rstrip(), flush=True)
+    parser.add_argument("--sample", action="store_true", help="compare a few with the record")
+    if parser.parse_args(arguments).sample:
+        differences = compare_sample()
+        print("\n".join(differences))
+        return 1 if differences else 0
+    failures, rows = 0, []
+    print(",".join(HEADER))
+    with tempfile.TemporaryDirectory() as folder:
+        for usage in sorted(usages(build(Path(folder)))):
+            bad = usage.faults()
+            failures += bool(bad)
+            rows.append([f"sm_{usage.architecture}", *map(str, usage[1:])])
+            print(",".join(rows[-1]), *bad, sep="  ", flush=True)
+    if not failures and "CUDAARCHS" not in os.environ:
+        record.write(RECORD, record.Record(compiler(), digest(), rows), HEADER)
     return 1 if failures else 0
 
 

@@ -1,17 +1,20 @@
-"""What a workload launches on either fused backend, without a GPU, and how often loops take a step.
+"""What a workload launches on either fused backend, and how many steps each loop takes.
 
-Triton's kernels are compiled for each launch, and a loop's steps follow from the function it is in.
+Needs no GPU. Triton's kernels are compiled for each launch, and the steps of a loop follow from the
+function it is in.
 
-A kernel of csrc/ has the code of every way through it, of which the maps choose at run time. Of its
-innermost loops those are taken that multiply, and those that copy in the widest units that the maps
-allow. All of a kind count as one, which takes as many steps as the launch has to multiply or copy;
-and as many stages of shared memory are waited for as what is read fills.
-Instructions outside of loops are not counted, since most are of ways that are not taken.
+A kernel of csrc/ holds the code of every way through it; the maps choose one at run time. Of its
+innermost loops, those count that multiply, and those that copy in the widest units that the maps
+allow. All loops of a kind count as one, with as many steps as the launch has to multiply or copy.
+The stages of shared memory that are waited for are as many as the reads fill. Instructions outside
+of loops are not counted, because most belong to ways that are not taken.
 """
 
 from __future__ import annotations
 
+import atexit
 import math
+import shutil
 import subprocess
 import tempfile
 from collections import Counter
@@ -35,7 +38,8 @@ from fsp_kernels.backends.triton.launch import Launch
 from fsp_kernels.loss_plan import LossPlan, PairPlan, Step
 from fsp_kernels.plan import GRAM_BLOCKS
 from tools import compile_cuda
-from tools.compile_triton import ARCHITECTURES, call_on, compiled, instead_of_launches, planned
+from tools.calls import ARCHITECTURES, call_on, instead_of_launches, planned
+from tools.compile_triton import compiled
 from tools.compile_triton import usage_of as triton_usage
 from tools.machine_code import (
     Loop,
@@ -231,6 +235,14 @@ def triton_launches(maps: list[Tensor], family: str) -> list[Launched]:
 
 
 @lru_cache
+@lru_cache
+def _extension() -> Path:
+    """The extension of this checkout, compiled for this process alone."""
+    folder = Path(tempfile.mkdtemp())  # another process may not write over what is loaded
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return compile_cuda.build(folder)
+
+
 def _kernels(path: Path, architecture: int) -> dict[Any, tuple[compile_cuda.Usage, list[Loop]]]:
     """What each kernel of csrc/ takes, and its loops, by name, operand and tile."""
     loops = {}
@@ -357,7 +369,7 @@ def _entries_in(name: str, step: Step, plan: LossPlan) -> list[tuple[int, int]]:
 
 
 def cuda_launches(maps: list[Tensor], family: str) -> list[Launched]:
-    path, architecture = compile_cuda.build(), ARCHITECTURES[family]
+    path, architecture = _extension(), ARCHITECTURES[family]
     module, kernels = compile_cuda.load(path), _kernels(path, architecture)
     shared = compile_cuda.SHARED_MEMORY[architecture] << 10
     module.assume_chip(major=architecture // 10, most_shared_bytes=shared)

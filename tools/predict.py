@@ -1,7 +1,7 @@
 """What the machine code of a workload's launches says of their time, without a GPU.
 
-    python -m tools.compile_triton --workload tokens-vit-b [--dtype bf16] [--family sm_90]
-        [--backend triton] [--strict] [--json -]
+    python -m tools.predict tokens-vit-b [--dtype bf16] [--family sm_90] [--backend triton]
+        [--strict] [--json -]
 
 Of each launch it tells the programs and what they take, and of each loop what one step is made of.
 From that it predicts a time, by a simple model. A step of a loop takes the longest of
@@ -33,9 +33,11 @@ through registers. Triton's TTGIR names all conversions, not which of them take 
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +54,7 @@ from benchmarks.workloads import BY_NAME, DTYPES, Case, Workload
 from fsp_kernels.backends import registered_backends
 from fsp_kernels.loss_plan import MapSpec
 from fsp_kernels.plan import fewest_flops
-from tools.compile_triton import workload_maps
+from tools.calls import workload_maps
 from tools.launches import LANES, Launched, bytes_of, cuda_launches, triton_launches, unit_of
 from tools.machine_code import Loop, product_of
 
@@ -358,34 +360,40 @@ def summary(found: Sequence[dict[str, Any]]) -> str:
     return "\n".join([plain_table(head, rows), *(["", "Misses:", *missed] if missed else [])])
 
 
-def report(
-    workload: str,
-    dtype: str | None,
-    family: str,
-    backend: str | None,
-    path: str | None,
-    strict: bool,
-) -> int:
-    """Print the launches of a workload, or a row for each of ``all``; or write them as JSON.
-
-    Returns 1 if ``strict`` and a launch misses.
-    """
-    names = list(BY_NAME) if workload == "all" else [workload]
-    dtypes = [dtype] if dtype else ["bf16", "fp32"]
-    backends = [backend] if backend else list(BACKENDS)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the launches of a workload, or a row for each of ``all``; or write them as JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.predict",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("workload", choices=("all", *BY_NAME))
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the maps; default bf16 and fp32")
+    parser.add_argument(
+        "--family", choices=tuple(CHIPS), help="of chips; default that of the GPU here, or sm_90"
+    )
+    parser.add_argument("--backend", choices=tuple(BACKENDS), help="triton needs no nvcc")
+    parser.add_argument("--strict", action="store_true", help="fail where a launch misses")
+    parser.add_argument("--json", metavar="FILE", help="write JSON to a file; - for stdout")
+    chosen = parser.parse_args(arguments)
+    family = chosen.family or device_family() or "sm_90"
     found = [
-        workload_facts(BY_NAME[name], d, family, b)
-        for d in dtypes
-        for name in names
-        for b in backends
+        workload_facts(BY_NAME[name], dtype, family, backend)
+        for dtype in ([chosen.dtype] if chosen.dtype else ["bf16", "fp32"])
+        for name in (BY_NAME if chosen.workload == "all" else [chosen.workload])
+        for backend in ([chosen.backend] if chosen.backend else BACKENDS)
     ]
-    failed = strict and any(y["misses"] for x in found for y in x["launches"])
-    if path is not None:
+    failed = chosen.strict and any(y["misses"] for x in found for y in x["launches"])
+    if chosen.json is not None:
         text = json.dumps(found, indent=1)
-        print(text) if path == "-" else Path(path).write_text(text + "\n")
+        print(text) if chosen.json == "-" else Path(chosen.json).write_text(text + "\n")
         return int(failed)
-    for facts in found if workload != "all" else []:
+    for facts in found if chosen.workload != "all" else []:
         print(launch_table(facts), end="\n\n")
     print(summary(found))
     print("Predicted by a model, not measured: see tools/predict.py.")
     return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

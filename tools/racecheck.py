@@ -1,17 +1,17 @@
-"""What the hazards are worth that compute-sanitizer's racecheck reports.
+"""Which hazards that compute-sanitizer's racecheck reports are races.
 
-Releases before 2026.1 report hazards that are none. Its release notes say of 2026.1 "Fixed false
-positives in racecheck when using warpgroup-level synchronizations on Hopper", and of 2025.4 "Fixed
-multiple false-positives in racecheck involving mbarrier usage". So these releases cannot tell a
-race from a wait that they do not understand, where both sides of a hazard are instructions that
-read or write shared memory by themselves, after the thread has gone on: wgmma, bulk copies (TMA),
-and cp.async beside them. Such hazards are listed apart. Everything else is a race:
+Releases before 2026.1 report hazards that do not exist. Its release notes say of 2026.1 "Fixed
+false positives in racecheck when using warpgroup-level synchronizations on Hopper", and of 2025.4
+"Fixed multiple false-positives in racecheck involving mbarrier usage". A hazard of these releases
+is *unclear* where both sides are instructions that read or write shared memory by themselves, after
+the thread has gone on: wgmma, bulk copies (TMA), and cp.async beside them. Everything else is a
+race:
 
 * any hazard in which a thread itself reads or writes (LDS, STS, LDSM, STSM, atomics);
-* hazards between nothing but cp.async, whose commits and waits racecheck follows since 2021;
-* any hazard whose instruction is not known for sure: a report names a kernel and an offset, and
-  each kernel of that name that the run has compiled is looked up at that offset;
-* any hazard at all that a release from 2026.1 on reports.
+* hazards between cp.async alone, whose commits and waits racecheck follows since 2021;
+* any hazard whose instruction is not known for sure. A report names a kernel and an offset, and the
+  instruction is looked up at that offset in each kernel of that name that the run has compiled;
+* any hazard that a release from 2026.1 on reports.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-FIXED = (2026, 1)  # the first release that tells them apart
+FIXED = (2026, 1)  # the first release without these false reports
 # Instructions that read or write shared memory, as the machine code calls them (SASS): after the
 # thread has gone on, and before it does. LD, ST and ATOM may go to any memory.
 WGMMA_AND_BULK = {"HGMMA", "QGMMA", "IGMMA", "BGMMA", "UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP"}
@@ -88,8 +88,8 @@ def disassembled(cubins: Iterable[Path], cuobjdump: str) -> dict[str, list[Opcod
     return kernels
 
 
-def is_untold(race: Race, kernels: Mapping[str, Sequence[Opcodes]]) -> bool:
-    """Whether a release before 2026.1 cannot tell this from a race; see above."""
+def is_unclear(race: Race, kernels: Mapping[str, Sequence[Opcodes]]) -> bool:
+    """Whether a release before 2026.1 may report this though it is no race; see above."""
     if len(race.accesses) < 2:
         return False
     found: set[str] = set()
@@ -105,12 +105,12 @@ def is_untold(race: Race, kernels: Mapping[str, Sequence[Opcodes]]) -> bool:
 def split(
     log: str, kernels: Mapping[str, Sequence[Opcodes]], version: tuple[int, int] | None
 ) -> tuple[list[Race], list[Race]]:
-    """The races of a log, and the hazards that this release does not tell apart from races."""
+    """The races of a log, and the hazards that are unclear in this release."""
     races = races_of(log)
     if version is None or version >= FIXED:
         return races, []
-    untold = [race for race in races if is_untold(race, kernels)]
-    return [race for race in races if race not in untold], untold
+    unclear = [race for race in races if is_unclear(race, kernels)]
+    return [race for race in races if race not in unclear], unclear
 
 
 def displayed(log: str) -> int | None:

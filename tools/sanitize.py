@@ -1,12 +1,11 @@
-"""``python -m tools.sanitize``: ``tools.smoke`` under NVIDIA's compute-sanitizer.
+"""``python -m tools.sanitize``: run ``tools.smoke`` under NVIDIA's compute-sanitizer.
 
-*memcheck* looks for accesses out of bounds: every tensor gets an allocation of its own, padded,
-since the neighbour in a block of PyTorch's allocator would hide one. *racecheck* looks for hazards
-in shared memory, in our kernels alone, which is what makes it affordable; ``racecheck.py`` says
-which of them its releases before 2026.1 do not tell from none at all, and these do not fail.
+*memcheck* looks for accesses out of bounds. Every tensor gets an allocation of its own, padded:
+in a block of PyTorch's allocator, an access beyond a tensor would hit its neighbour unseen.
+*racecheck* looks for hazards in shared memory, in our kernels alone, since it is slow. Its releases
+before 2026.1 report hazards that ``racecheck.py`` calls unclear; these are printed and do not fail.
 *initcheck* looks for reads of memory that nobody wrote. It has to follow all kernels, or whatever
-PyTorch's wrote would count as unwritten, so its log is read here, and what PyTorch's own kernels
-read is printed but does not fail.
+PyTorch's wrote would count as unwritten. What PyTorch's own kernels read does not fail.
 
 ``--tool`` and ``--backend`` choose; ``--jobs`` runs shares of the cases side by side.
 """
@@ -90,13 +89,13 @@ class Run:
     output: str  # of the smoke test
     log: str  # of the tool
     races: Sequence[Race] = ()  # of racecheck alone
-    untold: Sequence[Race] = ()  # hazards that this release does not tell from races
+    unclear: Sequence[Race] = ()  # hazards that are unclear in this release
 
     @property
     def clean(self) -> bool:
         """Whether the smoke test passed and the tool found nothing that is ours."""
         if self.tool == "racecheck":
-            told = displayed(self.log) == len(self.untold)
+            told = displayed(self.log) == len(self.unclear)
             return not self.races and (self.status == 0 or (self.status == FOUND and told))
         if self.tool != "initcheck" or self.status != FOUND:
             return self.status == 0
@@ -116,12 +115,12 @@ def run(sanitizer: str, tool: str, backend: str, share: str) -> Run:
             command, cwd=ROOT, env=environment, stdout=PIPE, stderr=STDOUT, text=True
         )
         log = path.read_text() if path.exists() else ""
-        races, untold = _races(sanitizer, Path(folder), log) if tool == "racecheck" else ([], [])
-    return Run(tool, done.returncode, done.stdout, log, races, untold)
+        races, unclear = _races(sanitizer, Path(folder), log) if tool == "racecheck" else ([], [])
+    return Run(tool, done.returncode, done.stdout, log, races, unclear)
 
 
 def _races(sanitizer: str, folder: Path, log: str) -> tuple[list[Race], list[Race]]:
-    """The races of a log and the hazards that this release does not tell from them."""
+    """The races of a log, and its unclear hazards."""
     cuobjdump = find("cuobjdump")
     named = {name for race in races_of(log) for name, _ in race.accesses}
     cubins = [path for path in folder.glob("**/*.cubin") if path.stem in named]
@@ -139,14 +138,13 @@ def check(sanitizer: str, tool: str, backend: str, jobs: int = 1) -> bool:
         for found in pool.map(partial(run, sanitizer, tool, backend), shares):
             print(found.output + found.log, flush=True)
             runs.append(found)
-    for race in [race for found in runs for race in found.untold]:
-        print(f"not told apart from a race by this version: {race.text}")
+    for race in [race for found in runs for race in found.unclear]:
+        print(f"unclear, this version also reports what is no race: {race.text}")
     failed = [found.status for found in runs if not found.clean]
     verdict = f"FAILED, exit status {', '.join(map(str, failed))}" if failed else "clean"
-    untold = sum(len(found.untold) for found in runs)
+    unclear = sum(len(found.unclear) for found in runs)
     print(
-        f"== {tool}, {backend}: {verdict}"
-        + (f"; hazards not told apart by this version: {untold}" if untold else ""),
+        f"== {tool}, {backend}: {verdict}" + (f"; unclear hazards: {unclear}" if unclear else ""),
         flush=True,
     )
     return not failed

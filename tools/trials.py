@@ -11,6 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
@@ -22,19 +23,18 @@ from benchmarks.measure import relative_error
 from benchmarks.race import Rounds
 from benchmarks.workloads import BY_NAME, WORKLOADS
 from fsp_kernels.backends.triton.configurations import Configuration, Row, replaced, using
-from tools.compile_triton import (
+from tools.calls import (
     DTYPES,
     Case,
     call_on,
-    compile_call,
-    compile_case,
-    complaints,
+    instead_of_launches,
     launches_of,
     maps_of,
     precision_of,
     workload_maps,
 )
-from tools.workers import Tell, describe
+from tools.compile_triton import compile_case, compiled, faults
+from tools.workers import Send, describe
 
 BATCHES = (32, 64, 256)
 SMALL_BATCH = 8  # where a pair made for a row leads to it in no other: many samples are not split
@@ -139,7 +139,7 @@ def _launches(situation: Situation, table: Sequence[Row]) -> list[str]:
 # --- compiling ------------------------------------------------------------------------------------
 
 
-def compile_trial(_: Tell, table: Sequence[Row], trial: Row, used: Sequence[Situation]) -> str:
+def compile_trial(_: Send, table: Sequence[Row], trial: Row, used: Sequence[Situation]) -> str:
     """Compile all that timing a row is going to launch, into Triton's cache; needs no GPU.
 
     Returns why the row may not be shipped, empty if it may: what ``tools.compile_triton`` refuses.
@@ -147,12 +147,13 @@ def compile_trial(_: Tell, table: Sequence[Row], trial: Row, used: Sequence[Situ
     with using(table):
         for dtype in DTYPES[trial.kind]:
             case = Case(trial, dtype)
-            found = [bad for usage in compile_case(case) for bad in complaints(case, usage)]
+            found = [bad for usage in compile_case(case) for bad in faults(case, usage)]
             if found:
                 return "; ".join(found)
         for situation in used:
             maps = situation.maps("meta")
-            compile_call(lambda maps=maps: call_on(maps)(), trial.family, trial.kind)  # type: ignore[misc]
+            call = partial(lambda maps: call_on(maps)(), maps)
+            instead_of_launches(compiled, call, trial.family, trial.kind)
     return ""
 
 
@@ -222,7 +223,7 @@ def _milliseconds(graph: torch.cuda.CUDAGraph) -> float:
 
 
 def measure(
-    tell: Tell,
+    send: Send,
     table: Sequence[Row],
     row: Row,
     used: Sequence[Situation],
@@ -231,7 +232,7 @@ def measure(
 ) -> None:
     """Time candidates for a row, one after the other, until ``deadline`` by ``time.time()``.
 
-    Tells ``("in force", milliseconds)`` of the situations that are ready so far, and of each
+    Sends ``("in force", milliseconds)`` of the situations that are ready so far, and of each
     candidate ``("trying", it)`` and then ``("timed", it, ratio)`` or ``("dropped", it, reason)``.
     Where its process ends, the candidate that it was trying is the cause.
     """
@@ -240,21 +241,21 @@ def measure(
         try:
             benches.append(Bench(situation, table))
         except torch.OutOfMemoryError:
-            tell(("skipped", str(situation), "out of memory"))
+            send(("skipped", str(situation), "out of memory"))
             torch.cuda.empty_cache()
         else:
-            tell(("in force", [bench.milliseconds for bench in benches]))
+            send(("in force", [bench.milliseconds for bench in benches]))
     if not benches:
         raise RuntimeError("no situation fits this GPU's memory")
     for candidate in chosen:
         if time.time() > deadline:
             return
-        tell(("trying", candidate))
+        send(("trying", candidate))
         trial = replaced(table, row, row._replace(configuration=candidate))
         try:
-            tell(("timed", candidate, _ratio(benches, trial)))
+            send(("timed", candidate, _ratio(benches, trial)))
         except Exception as error:
-            tell(("dropped", candidate, describe(error)))
+            send(("dropped", candidate, describe(error)))
             torch.cuda.synchronize()  # fails where the error has made the GPU useless to us
 
 

@@ -48,7 +48,7 @@ INTERRUPTED = 130  # exit status
 
 @dataclass
 class Trial:
-    """A row on trial, and what came of its candidates so far."""
+    """A row on trial, and the outcome of each candidate so far."""
 
     row: Row
     used: list[Situation]
@@ -59,8 +59,8 @@ class Trial:
     trying: Configuration | None = None
     reason: str | None = None  # why the configuration in force could not be timed
 
-    def hear(self, message: tuple[Any, ...]) -> None:
-        """Take in what ``trials.measure`` tells."""
+    def record(self, message: tuple[Any, ...]) -> None:
+        """Note a message of ``trials.measure``."""
         kind, *what = message
         if kind == "trying":
             (self.trying,) = what
@@ -125,7 +125,7 @@ def in_order(rows: Sequence[Row], table: Sequence[Row]) -> list[tuple[Row, list[
 
 
 def try_out(trial: Trial, table: Sequence[Row], workers: Workers, deadline: float) -> None:
-    """Compile and time the candidates of a row; ``trial`` gets what comes of them."""
+    """Compile and time the candidates of a row, and record the outcomes in ``trial``."""
     calls = []
     for candidate in trial.todo:
         changed = trial.row._replace(configuration=candidate)
@@ -144,7 +144,7 @@ def try_out(trial: Trial, table: Sequence[Row], workers: Workers, deadline: floa
             *(list(table), trial.row, trial.used, left, deadline),
             seconds=deadline + GRACE - time.time(),
             quiet=QUIET,
-            heard=trial.hear,
+            on_message=trial.record,
         )
         if result.reason is None:
             return

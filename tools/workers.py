@@ -1,7 +1,7 @@
-"""Work in processes of its own, so that whatever happens there only costs its own result.
+"""Run functions in processes of their own, so that a failure only costs their own result.
 
-A compiler that crashes, a kernel that never ends and a CUDA error, after which a process can do
-nothing more on the GPU, become a sentence that says why there is no result.
+A compiler may crash, a kernel may never end, and after a CUDA error a process can do nothing more
+on the GPU. Each becomes a sentence that says why there is no result.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tools.trials"])
 
 MOST_WORDS = 300  # letters of an error: a compiler's can be pages
-Tell = Callable[[Any], None]
+Send = Callable[[Any], None]
 
 
 class Result(NamedTuple):
@@ -70,11 +70,11 @@ class Workers:
         *arguments: Any,
         seconds: float,
         quiet: float = math.inf,
-        heard: Tell | None = None,
+        on_message: Send | None = None,
     ) -> Result:
-        """Call ``function(tell, *arguments)``; ``heard`` gets all that it tells, as it tells it.
+        """Call ``function(send, *arguments)``; ``on_message`` gets each message as it is sent.
 
-        It is ended after ``seconds``, and after ``quiet`` seconds in which it told nothing.
+        The process is ended after ``seconds``, or ``quiet`` seconds after its last message.
         """
         receiver, sender = CONTEXT.Pipe(duplex=False)
         process = CONTEXT.Process(target=_call, args=(sender, function, arguments), daemon=True)
@@ -85,7 +85,7 @@ class Workers:
             self._running.add(process)
         sender.close()
         try:
-            return _listen(receiver, process, seconds, quiet, heard)
+            return _listen(receiver, process, seconds, quiet, on_message)
         finally:
             process.kill()
             process.join()
@@ -121,7 +121,11 @@ class Workers:
 
 
 def _listen(
-    receiver: Connection, process: BaseProcess, seconds: float, quiet: float, heard: Tell | None
+    receiver: Connection,
+    process: BaseProcess,
+    seconds: float,
+    quiet: float,
+    on_message: Send | None,
 ) -> Result:
     deadline = time.monotonic() + seconds
     while receiver.poll(max(0.0, min(quiet, deadline - time.monotonic()))):
@@ -134,8 +138,8 @@ def _listen(
             return Result(value)
         if kind == "raised":
             return Result(reason=value)
-        if heard is not None:
-            heard(value)
+        if on_message is not None:
+            on_message(value)
     return Result(reason=f"not done after {min(quiet, seconds):.3g} s")
 
 
@@ -143,7 +147,7 @@ def _call(sender: Connection, function: Callable[..., Any], arguments: tuple[Any
     gc.freeze()  # PyTorch collects garbage before it records a graph; imports are none
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     try:
-        value = function(lambda message: sender.send(("told", message)), *arguments)
+        value = function(lambda message: sender.send(("message", message)), *arguments)
     except BaseException as error:
         sender.send(("raised", describe(error)))
     else:

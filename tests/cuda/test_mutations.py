@@ -584,14 +584,14 @@ def test_a_bug_is_one_of_the_kernels_as_they_are(mutation):
     mutation.planted((ROOT / "csrc" / mutation.file).read_text(), NONE)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_kernels_without_a_bug_pass(call):
     call()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(
     "case", [case for case in SMOKE_CASES if "split" not in case.name], ids=lambda case: case.name
@@ -601,7 +601,7 @@ def test_kernels_without_a_bug_do_not_race(case):
     assert error_of(case, "cuda", DEVICE) <= TOLERANCES[case.dtype]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("number", range(len(MUTATIONS)), ids=[m.name for m in MUTATIONS])
 def test_a_bug_is_found(number, mutant):

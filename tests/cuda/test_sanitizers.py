@@ -14,7 +14,7 @@ from cuda_on_host.build import ROOT, build, sanitizer_environment
 from cuda_on_host.module import HOST_BUILDS
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.thorough,
     pytest.mark.skipif(torch.cuda.is_available(), reason="compute-sanitizer watches the kernels"),
 ]
 
@@ -83,7 +83,8 @@ def run(*arguments):
 
 
 def test_kernels_stay_within_their_maps_and_do_nothing_undefined(sanitized):
-    result = run("-m", "pytest", "-q", f"--host-cuda={sanitized}", "-k", CHOSEN, *TESTS)
+    options = [f"--host-cuda={sanitized}", "--crosses=all", "-k", CHOSEN]
+    result = run("-m", "pytest", "-q", *options, *TESTS)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -43,12 +42,14 @@ def test_positions_take_as_many_blocks_as_they_need(tile, blocks, more):
     check(*four_of(regime), regime)
 
 
-@pytest.mark.parametrize("wanted", list(itertools.product((False, True), repeat=3)), ids=str)
-def test_gradients_reach_those_who_require_them_beside_a_ready_matrix(wanted):
+@pytest.mark.parametrize("to_a", [False, True])
+@pytest.mark.parametrize("to_b", [False, True])
+@pytest.mark.parametrize("to_matrix", [False, True])
+def test_gradients_reach_those_who_require_them_beside_a_ready_matrix(to_a, to_b, to_matrix):
     regime = one_pass(7, 13, (6, 3))
     a, b = pair_of(regime, grad=False)
     matrix = tensor(1, *regime.channels, grad=False)
-    for x, needs in zip((a, b, matrix), wanted, strict=True):
+    for x, needs in zip((a, b, matrix), (to_a, to_b, to_matrix), strict=True):
         x.requires_grad_(needs)
     check([(a, b)], [matrix], regime)
 
@@ -78,10 +79,12 @@ def test_a_column_of_the_residual_that_is_zero_has_no_gradient():
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_sums_over_many_positions_are_not_cut_short(dtype, limits):
-    # Tensor cores cut sums off where fp32 would be rounded; of one sign, that adds up.
+def test_sums_over_many_positions_are_not_cut_short(dtype, limits, backend):
+    # Tensor cores cut sums off where fp32 would be rounded; of one sign, that adds up. Triton's
+    # interpreter rounds, and is slow.
     limits(one_pass_parts=math.inf)
-    regime = one_pass(8, 5, (4096,))
+    rounds = backend == "triton" and not torch.cuda.is_available()
+    regime = one_pass(8, 5, (512 if rounds else 4096,))
     student, teacher = four_of(regime, dtypes=(dtype, dtype))
     with torch.no_grad():
         for x in flatten(student, teacher):

@@ -1,57 +1,53 @@
-"""Every kernel of csrc/ compiles for every generation of chips, spills nothing and fits them."""
+"""The record says what every kernel of csrc/ takes of every chip; a few are compiled again."""
 
 from __future__ import annotations
 
 import itertools
-import os
-import runpy
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tools.compile_cuda import SHARED_MEMORY, Usage, described
+from tools import compile_cuda, record
+from tools.compile_cuda import REMEDY, SHARED_MEMORY, Usage, compare_sample, described, nvcc
 
-ROOT = Path(__file__).resolve().parents[2]
-SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
 ONE_PASS = Usage(80, "fsp_one_pass", "bf16", 128, 200, 0, 2, 107 << 10)
 OF_EACH_OPERAND = ("fsp_one_pass", "fsp_residual", "fsp_gradients")
 OF_ANY_OPERAND = (*("fsp_gram", "fsp_combine", "fsp_matrix_gradients", "fsp_finish", "fsp_scale"),)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not (SETUP["find_nvcc"]() and SETUP["is_recent"](SETUP["find_nvcc"]())),
-    reason="needs nvcc 12.0 or newer",
-)
-def test_every_kernel_compiles_without_a_stack_and_fits_the_chip():
-    environment = {name: value for name, value in os.environ.items() if name != "CUDAARCHS"}
-    command = [sys.executable, "-m", "tools.compile_cuda"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    rows = [line.split() for line in result.stdout.splitlines()[1:]]
-    chips = {row[0] for row in rows}
-    assert chips <= {f"sm_{chip}" for chip in SHARED_MEMORY}
-    assert {"sm_80", "sm_90"} <= chips  # others depend on nvcc
-    operands = ("fp32", "fp16", "bf16")
-    for chip, kernel, operand in itertools.product(chips, OF_EACH_OPERAND, operands):
-        assert [chip, kernel, operand] in [row[:3] for row in rows]
-    for chip, kernel in itertools.product(chips, OF_ANY_OPERAND):
-        assert [chip, kernel] in [row[:2] for row in rows]
+def test_the_record_is_of_the_sources_at_hand():
+    assert record.read(compile_cuda.RECORD).digest == compile_cuda.digest(), REMEDY
 
 
-def test_a_stack_is_a_complaint():
-    assert ONE_PASS.complaints() == []
-    assert ONE_PASS._replace(stack=8).complaints() == ["spills 8 bytes to the stack"]
+def test_the_record_has_every_kernel_on_every_chip_and_none_has_a_fault():
+    rows = record.read(compile_cuda.RECORD).rows
+    assert {row[0] for row in rows} == {f"sm_{chip}" for chip in SHARED_MEMORY}
+    for chip, kernel, operand in itertools.product(
+        SHARED_MEMORY, OF_EACH_OPERAND, ("fp32", "fp16", "bf16")
+    ):
+        assert [f"sm_{chip}", kernel, operand] in [row[:3] for row in rows]
+    for chip, kernel in itertools.product(SHARED_MEMORY, OF_ANY_OPERAND):
+        assert [f"sm_{chip}", kernel] in [row[:2] for row in rows]
+    usages = [
+        Usage(int(chip[3:]), name, of, *map(int, numbers)) for chip, name, of, *numbers in rows
+    ]
+    assert [fault for usage in usages for fault in usage.faults()] == []
 
 
-def test_too_much_shared_memory_is_a_complaint_unless_tiles_stand_in():
+@pytest.mark.skipif(nvcc() is None, reason="needs nvcc 12.0 or newer")
+def test_a_sample_compiles_to_what_the_record_says():
+    assert compare_sample() == []
+
+
+def test_a_stack_is_a_fault():
+    assert ONE_PASS.faults() == []
+    assert ONE_PASS._replace(stack=8).faults() == ["spills 8 bytes to the stack"]
+
+
+def test_too_much_shared_memory_is_a_fault_unless_another_kernel_takes_its_place():
     on_turing = ONE_PASS._replace(architecture=75)
-    assert not on_turing.fits
-    assert on_turing.complaints() == []
-    (complaint,) = on_turing._replace(kernel="fsp_residual").complaints()
-    assert complaint == f"wants {107 << 10} bytes of shared memory, the chip has 64 KiB"
+    assert on_turing.faults() == []
+    (fault,) = on_turing._replace(kernel="fsp_residual").faults()
+    assert fault == f"wants {107 << 10} bytes of shared memory, the chip has 64 KiB"
 
 
 @pytest.mark.parametrize(

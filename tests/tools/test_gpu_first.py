@@ -80,24 +80,16 @@ def test_all_steps_run_in_order_and_their_results_are_kept(python, folder, capsy
     assert "tools.smoke --backend triton --jobs 4" in called[1]
     assert "tools.smoke --backend cuda" in called[2]
     assert "tools.sanitize --tool memcheck --jobs 4" in called[3]
+    assert set(gpu_first.WORKLOADS) <= set(BY_NAME)
     for name in gpu_first.WORKLOADS:
         text = (folder / f"first-{name}.json").read_text()
         assert f"benchmarks loss --device cuda --workload {name} --dtype bf16 --dtype fp32" in text
+    text = (folder / "first.md").read_text()
+    for line in ("| gpu | NVIDIA Fake 1 |", f"| torch | {torch.__version__} |", "| commit | "):
+        assert line in text
     printed = capsys.readouterr().out
     assert "all went well" in printed
     assert all(line in printed for line in called)
-
-
-def test_the_workloads_are_some_of_the_benchmarks():
-    assert set(gpu_first.WORKLOADS) <= set(BY_NAME)
-
-
-def test_the_machine_and_the_commit_stand_beside_the_outcomes(python, folder):  # noqa: ARG001
-    gpu_first.main(["--output", str(folder.parent)])
-    text = (folder / "first.md").read_text()
-    assert "| gpu | NVIDIA Fake 1 |" in text
-    assert f"| torch | {torch.__version__} |" in text
-    assert "| commit | " in text
 
 
 @pytest.mark.parametrize("failing", ["pip install", "triton", "memcheck", "tokens-vit-b"])

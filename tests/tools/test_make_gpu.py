@@ -36,11 +36,6 @@ def test_the_parts_run_in_order_benchmarks_last() -> None:
     assert dry_run("gpu") == PARTS
 
 
-def test_each_part_can_be_called_alone() -> None:
-    parts = dry_run("gpu-tests") + dry_run("gpu-sanitizer") + dry_run("gpu-bench")
-    assert parts == PARTS
-
-
 @pytest.mark.parametrize(
     ("arguments", "command"),
     [
@@ -57,11 +52,14 @@ def test_each_part_can_be_called_alone() -> None:
             ["gpu-bench", "GPU_PARTS=loss plan"],
             PARTS[2].replace("benchmarks --device", "benchmarks loss plan --device"),
         ),
+        (["gpu-tests"], PARTS[0]),
+        (["gpu-sanitizer"], PARTS[1]),
+        (["gpu-bench"], PARTS[2]),
         (["gpu-first"], "some-python -m tools.gpu_first --output some/results --jobs 8"),
         (["gpu-tune", "TUNE=--kind half"], "some-python -m tools.tune --jobs 8 --kind half"),
     ],
 )
-def test_a_part_can_be_split(arguments: list[str], command: str) -> None:
+def test_a_part_can_be_called_alone_and_split(arguments: list[str], command: str) -> None:
     assert dry_run(*arguments) == [command]
 
 

@@ -51,9 +51,9 @@ H100 = CHIPS["sm_90"]
 
 
 def facts(*arguments):
-    """What ``python -m tools.compile_triton --json -`` prints, without Triton's interpreter."""
+    """What ``python -m tools.predict --json -`` prints, without Triton's interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tools.compile_triton", *arguments, "--json", "-"]
+    command = [sys.executable, "-m", "tools.predict", *arguments, "--json", "-"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -63,7 +63,7 @@ def facts(*arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("workload", ["cifar-resnet", "tokens-vit-b"])
 def test_loops_of_triton_miss_nothing(workload):
-    (found,) = facts("--workload", workload, "--dtype", "bf16", "--backend", "triton", "--strict")
+    (found,) = facts(workload, "--dtype", "bf16", "--backend", "triton", "--strict")
     assert found["predicted_us"] > found["floor_us"] > 0
     assert [x["misses"] for x in found["launches"]] == [[] for _ in found["launches"]]
     loops = [loop for launch in found["launches"] for loop in launch["loops"]]
@@ -76,13 +76,13 @@ def test_loops_of_triton_miss_nothing(workload):
     assert "measured_us" not in found or torch.cuda.is_available()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough  # compiles all of csrc/
 @pytest.mark.skipif(
     not (SETUP["find_nvcc"]() and SETUP["is_recent"](SETUP["find_nvcc"]())),
     reason="needs nvcc 12.0 or newer",
 )
 def test_launches_of_cuda_are_those_of_the_plan_and_loops_are_read():
-    (found,) = facts("--workload", "tokens-vit-b", "--dtype", "bf16", "--backend", "cuda")
+    (found,) = facts("tokens-vit-b", "--dtype", "bf16", "--backend", "cuda")
     assert found["predicted_us"] > found["floor_us"] > 0
     residual, gradients, finish = found["launches"]
     names = "fsp_residual", "fsp_gradients", "fsp_finish"
@@ -101,13 +101,13 @@ def test_launches_of_cuda_are_those_of_the_plan_and_loops_are_read():
 
 def test_a_chip_without_a_model_is_refused():
     result = subprocess.run(
-        [sys.executable, "-m", "tools.compile_triton", "--workload", "all", "--family", "sm_120"],
+        [sys.executable, "-m", "tools.predict", "all", "--family", "sm_120"],
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 2
-    assert "sm_80, sm_90" in result.stderr
+    assert "'sm_80', 'sm_90'" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -349,7 +349,8 @@ def test_only_strict_fails_on_a_miss(monkeypatch, capsys, strict, status):
         return of | {"launches": [launch], "predicted_us": 9.0, "floor_us": 3.0}
 
     monkeypatch.setattr(predict, "workload_facts", facts)
-    assert predict.report("wide-late-512", "bf16", "sm_90", "cuda", None, strict) == status
+    arguments = ["wide-late-512", "--dtype", "bf16", "--family", "sm_90", "--backend", "cuda"]
+    assert predict.main(arguments + ["--strict"] * strict) == status
     printed = capsys.readouterr().out
     assert "wide-late-512 bf16 cuda: k: gram._sweep has 5 barriers a step" in printed
     assert "not measured" in printed

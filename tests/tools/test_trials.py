@@ -27,13 +27,22 @@ from fsp_kernels.backends.triton.configurations import (
     using,
 )
 from tools import trials
-from tools.compile_triton import DTYPES, Case, call_on, launches_of, maps_of
+from tools.calls import DTYPES, Case, call_on, launches_of, maps_of
 from tools.trials import SMALL_BATCH, Bench, Situation, candidates, measure, situations
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILY = "sm_100"  # whose table Triton's interpreter follows
 ROWS = [row for row in rows() if row.family == FAMILY]
-every_row = pytest.mark.parametrize("row", ROWS, ids=lambda r: "-".join(map(str, r[1:5])))
+# One row of each kernel and access, of every kind in turn: others differ in numbers alone.
+ALIKE = {
+    key: [row for row in ROWS if (row.kernel, row.access) == key]
+    for key in dict.fromkeys((row.kernel, row.access) for row in ROWS)
+}
+every_row = pytest.mark.parametrize(
+    "row",
+    [found[7 * i % len(found)] for i, found in enumerate(ALIKE.values())],
+    ids=lambda r: "-".join(map(str, r[1:5])),
+)
 ROW = Row("sm_90", "one_pass", "half", "aligned", 64, Configuration(64, 64, 64, 4, 3), None)
 FASTER, SLOWER, WRONG, BROKEN = (
     ROW.configuration._replace(stages=stages) for stages in (2, 4, 5, 6)
@@ -292,9 +301,9 @@ def test_what_spills_or_fails_with_any_dtype_is_refused(monkeypatch):
         seen.append(case.dtype)
         return ["usage"]
 
-    complaints = itertools.cycle([[], ["spills 8 bytes to the stack"]])
+    found = itertools.cycle([[], ["spills 8 bytes to the stack"]])
     monkeypatch.setattr(trials, "compile_case", compile_case)
-    monkeypatch.setattr(trials, "complaints", lambda *_: next(complaints))
+    monkeypatch.setattr(trials, "faults", lambda *_: next(found))
     changed = ROW._replace(configuration=FASTER)
     assert trials.compile_trial(None, [changed], changed, []) == "spills 8 bytes to the stack"
     assert seen == [torch.bfloat16, torch.float16]
@@ -304,14 +313,14 @@ def test_all_that_is_going_to_be_timed_is_compiled(monkeypatch):
     (row,) = (r for r in ROWS if r[1:5] == ("one_pass", "half", "aligned", 16))
     seen: list = []
     monkeypatch.setattr(trials, "compile_case", lambda _: [])
-    monkeypatch.setattr(trials, "compile_call", lambda _, *where: seen.append(where))
+    monkeypatch.setattr(trials, "instead_of_launches", lambda _, __, *where: seen.append(where))
     used = situations(row, configurations.rows())
     assert trials.compile_trial(None, rows(), row, used) == ""
     assert seen == [(FAMILY, "half")] * len(used)
 
 
 COMPILED = """
-from tools.compile_triton import DTYPES, Case
+from tools.calls import DTYPES, Case
 from tools.trials import Situation, compile_trial
 from fsp_kernels.backends.triton.configurations import rows
 

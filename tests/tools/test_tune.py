@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from fsp_kernels.backends.triton import configurations
 from fsp_kernels.backends.triton.configurations import Configuration, Row, read, write
 from tools import tune
-from tools.compile_triton import Case
+from tools.calls import Case
 from tools.trials import Situation, candidates
 from tools.workers import Result
 
@@ -52,12 +52,12 @@ class Here:
     def __exit__(self, *_):
         pass
 
-    def run(self, function, *arguments, seconds, quiet, heard):
+    def run(self, function, *arguments, seconds, quiet, on_message):
         assert seconds > 0
         assert quiet == tune.QUIET
 
         def tell(message):
-            heard(message)
+            on_message(message)
             if message[0] == "trying" and message[1] in self.ends:
                 raise ChildProcessError
 

@@ -88,15 +88,15 @@ def test_a_function_that_takes_too_long_is_ended(workers, tmp_path):
 
 def test_a_function_that_tells_nothing_for_too_long_is_ended(workers):
     heard: list = []
-    found = workers.run(hangs, seconds=LONG, quiet=0.5, heard=heard.append)
+    found = workers.run(hangs, seconds=LONG, quiet=0.5, on_message=heard.append)
     assert found.reason == "not done after 0.5 s"
     assert heard == ["trying"]
 
 
 def test_what_it_tells_is_heard_in_order_also_before_it_dies(workers):
     heard: list = []
-    assert workers.run(counts, 3, seconds=LONG, heard=heard.append).value == 3
-    assert workers.run(dies, seconds=LONG, heard=heard.append).value is None
+    assert workers.run(counts, 3, seconds=LONG, on_message=heard.append).value == 3
+    assert workers.run(dies, seconds=LONG, on_message=heard.append).value is None
     assert heard == [0, 1, 2, "last words"]
 
 

@@ -96,7 +96,8 @@ def test_the_first_row_that_is_large_enough_serves():
         assert configuration_of(row.kernel, row.kind, row.family, row.access, 65) is None
 
 
-@pytest.mark.parametrize("row", rows(), ids=lambda r: "-".join(map(str, r[:5])))
+# Every family and kernel has rows among every sixth; the others differ in numbers alone.
+@pytest.mark.parametrize("row", rows()[::6], ids=lambda r: "-".join(map(str, r[:5])))
 def test_the_order_of_a_table_does_not_matter(row):
     trial = row._replace(configuration=Configuration(7, 7, 7, 7, 7))
     for table in ([trial, *(r for r in rows() if r != row)], replaced(rows(), row, trial)[::-1]):
