@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "program.h"
+#include "launch_sequence.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -128,25 +128,25 @@ PYBIND11_MODULE(_cuda, module) {
   py::class_<ProductSpec>(module, "Product", py::module_local())
       .def(py::init(&product_spec), py::kw_only(), "own"_a, "gradient"_a, "other"_a, "slope"_a,
            "samples"_a, "first_sample"_a, "channels"_a, "positions"_a, "split"_a, "ratio"_a);
-  py::class_<LaunchFacts>(module, "LaunchFacts", py::module_local())
-      .def_readonly("kernel", &LaunchFacts::kernel)
-      .def_readonly("operand", &LaunchFacts::operand)
-      .def_readonly("tile", &LaunchFacts::tile)
-      .def_readonly("threads", &LaunchFacts::threads)
-      .def_readonly("stages", &LaunchFacts::stages)
-      .def_readonly("shared_bytes", &LaunchFacts::shared_bytes)
-      .def_readonly("blocks", &LaunchFacts::blocks);
-  py::class_<Program>(module, "Program", py::module_local())
+  py::class_<LaunchDescription>(module, "LaunchDescription", py::module_local())
+      .def_readonly("kernel", &LaunchDescription::kernel)
+      .def_readonly("operand", &LaunchDescription::operand)
+      .def_readonly("tile", &LaunchDescription::tile)
+      .def_readonly("threads", &LaunchDescription::threads)
+      .def_readonly("stages", &LaunchDescription::stages)
+      .def_readonly("shared_bytes", &LaunchDescription::shared_bytes)
+      .def_readonly("blocks", &LaunchDescription::blocks);
+  py::class_<LaunchSequence>(module, "LaunchSequence", py::module_local())
       .def(py::init<int, std::string>(), "device"_a, "what"_a)
-      .def("add_one_pass", &Program::add_one_pass, "operand"_a, "pairs"_a)
-      .def("add_gram", &Program::add_gram, "pairs"_a)
-      .def("add_residual", &Program::add_residual, "operand"_a, "pairs"_a)
-      .def("add_combine", &Program::add_combine, "pairs"_a)
-      .def("add_gradients", &Program::add_gradients, "operand"_a, "products"_a)
-      .def("add_matrix_gradients", &Program::add_matrix_gradients, "products"_a)
-      .def_property_readonly("launches", &Program::launches)
-      .def_property_readonly("partials", &Program::partials)
-      .def("__call__", &Program::run, "stream"_a, "addresses"_a, "weights"_a, WithoutGil());
+      .def("add_one_pass", &LaunchSequence::add_one_pass, "operand"_a, "pairs"_a)
+      .def("add_gram", &LaunchSequence::add_gram, "pairs"_a)
+      .def("add_residual", &LaunchSequence::add_residual, "operand"_a, "pairs"_a)
+      .def("add_combine", &LaunchSequence::add_combine, "pairs"_a)
+      .def("add_gradients", &LaunchSequence::add_gradients, "operand"_a, "products"_a)
+      .def("add_matrix_gradients", &LaunchSequence::add_matrix_gradients, "products"_a)
+      .def_property_readonly("launches", &LaunchSequence::launches)
+      .def_property_readonly("partials", &LaunchSequence::partials)
+      .def("__call__", &LaunchSequence::run, "stream"_a, "addresses"_a, "weights"_a, WithoutGil());
 
   module.attr("most_pairs") = Pairs::most;
   module.attr("most_products") = Products::most;

@@ -2,8 +2,8 @@
 // of forward, a sum; all of backward, a scaling.
 #pragma once
 
+#include "accumulator.cuh"
 #include "group.cuh"
-#include "product.cuh"
 
 namespace fsp {
 

@@ -50,7 +50,7 @@ def flatten_pairs(
     _require_sequence("teacher", teacher)
     if len(student) != len(teacher):
         for i in range(len(student)):
-            _pair_at("student", student, i)
+            _checked_pair("student", student, i)
         raise ValueError(
             f"teacher: got {len(teacher)} entries for {len(student)} student pairs, expected as "
             "many: one pair of maps or one ready FSP matrix for each student pair"
@@ -64,8 +64,8 @@ def flatten_pairs(
     ready = []
     for i, entry in enumerate(teacher):
         is_matrix = isinstance(entry, Tensor)
-        pair = _pair_at("student", student, i)
-        entry = (entry,) if is_matrix else _pair_at("teacher", teacher, i)
+        pair = _checked_pair("student", student, i)
+        entry = (entry,) if is_matrix else _checked_pair("teacher", teacher, i)
         if channel_dim == -1:
             pair = [channels_first(x) for x in pair]
             entry = entry if is_matrix else [channels_first(x) for x in entry]
@@ -85,7 +85,7 @@ def specs_of(
     Raises:
         TypeError: one is not a dense tensor.
     """
-    names = [name for i, is_matrix in enumerate(ready) for name in _names(i, is_matrix)]
+    names = [name for i, is_matrix in enumerate(ready) for name in _argument_names(i, is_matrix)]
     return by_network([spec_of(name, x) for name, x in zip(names, maps, strict=True)], ready)
 
 
@@ -113,7 +113,7 @@ def check_loss(
         else:
             check_pair(f"teacher[{i}]", *entry, channel_dim)
             _check_same_network_shape(i, pair, entry, channel_dim)
-        for name, spec in zip(_names(i, len(entry) == 1), (*pair, *entry), strict=True):
+        for name, spec in zip(_argument_names(i, len(entry) == 1), (*pair, *entry), strict=True):
             if spec.device != device:
                 raise ValueError(
                     f"{name}: is on {spec.device}, expected {device}, where student[0][0] is"
@@ -262,7 +262,7 @@ def _require_sequence(name: str, value: Any) -> None:
     raise TypeError(f"{name}: got {_kind(value)}, expected {expected}{hint}")
 
 
-def _pair_at(argument: str, entries: Sequence[Any], index: int) -> Any:
+def _checked_pair(argument: str, entries: Sequence[Any], index: int) -> Any:
     """``entries[index]``, which has to be two things."""
     pair = entries[index]
     # A tensor would unpack along its batch without complaint, so the type matters here.
@@ -373,7 +373,7 @@ def _check_same_network_shape(
             )
 
 
-def _names(index: int, is_matrix: bool) -> tuple[str, ...]:
+def _argument_names(index: int, is_matrix: bool) -> tuple[str, ...]:
     student = (f"student[{index}][0]", f"student[{index}][1]")
     if is_matrix:
         return (*student, f"teacher[{index}]")

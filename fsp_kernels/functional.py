@@ -172,7 +172,7 @@ def explain(
     return _plan_here(maps, ready, pool, norm, requested_backend(backend), channel_dim)
 
 
-_FACTS = attrgetter("shape", "dtype", "device", "layout", "requires_grad")
+_METADATA_OF = attrgetter("shape", "dtype", "device", "layout", "requires_grad")
 
 
 def _plan_here(
@@ -191,17 +191,17 @@ def _plan_here(
     elif not torch.is_grad_enabled():
         all_or_none = False
     try:
-        facts, strides = tuple(map(_FACTS, maps)), tuple(map(Tensor.stride, maps))
+        metadata, strides = tuple(map(_METADATA_OF, maps)), tuple(map(Tensor.stride, maps))
     except RuntimeError:  # a tensor without strides
         checks.check_loss(*checks.specs_of(maps, ready), channel_dim)
         raise
     options = pool, norm, requested, channel_dim
-    return _checked_plan(facts, strides, ready, *options, all_or_none, fp32_precision())
+    return _checked_plan(metadata, strides, ready, *options, all_or_none, fp32_precision())
 
 
 @lru_cache(maxsize=1024)
 def _checked_plan(
-    facts: Sequence[tuple[Any, ...]],
+    metadata: Sequence[tuple[Any, ...]],
     strides: Sequence[tuple[int, ...]],
     ready: Sequence[bool],
     pool: str,
@@ -215,7 +215,7 @@ def _checked_plan(
 
     ``all_or_none`` says that all maps want a gradient, or none, whatever each of them requires.
     """
-    specs = [MapSpec._make((*fact, stride)) for fact, stride in zip(facts, strides, strict=True)]
+    specs = [MapSpec._make((*each, stride)) for each, stride in zip(metadata, strides, strict=True)]
     if all_or_none is not None:
         specs = [spec._replace(requires_grad=all_or_none) for spec in specs]
     student, teacher = by_network(specs, ready)

@@ -52,18 +52,18 @@ def _launches(pairs: Sequence[PairPlan], limits: Limits) -> tuple[str, ...]:
         gradients = any(p.wants_gradients for p in pairs)
         return ("gram", "gram_combine", *(("gram_gradients",) if gradients else ()))
     ready = [p for p in pairs if len(p.teacher) == 1 and p.teacher[0].gradient_dtype is not None]
-    products = _wanted(p for p in pairs if not p.blas_gradients)
+    products = _gradient_count(p for p in pairs if not p.blas_gradients)
     combines = any(not p.finishes for p in pairs)
     return (
         "residual",
         *(("combine",) if combines else ()),
         *("gradients",) * math.ceil(products / limits.launch_products),
-        *("bmm",) * _wanted(p for p in pairs if p.blas_gradients),
+        *("bmm",) * _gradient_count(p for p in pairs if p.blas_gradients),
         *("matrix_gradients",) * math.ceil(len(ready) / limits.launch_products),
     )
 
 
-def _wanted(pairs: Iterable[PairPlan]) -> int:
+def _gradient_count(pairs: Iterable[PairPlan]) -> int:
     """The gradients of maps that pairs want."""
     maps = [m for p in pairs for m in (p.maps if len(p.teacher) == 2 else p.student)]
     return sum(m.gradient_dtype is not None for m in maps)

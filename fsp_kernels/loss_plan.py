@@ -372,8 +372,8 @@ class LossPlan:
             f"pool={self.pool!r}, accumulating in {_name(self.compute_dtype)}"
         )
         columns = ("pair", "B", "m x n", "K", "evaluation", "chunk", "GFLOP", "MB", "extra MB")
-        rows = [columns, *(_row(i, p) for i, p in enumerate(self.pairs))]
-        amounts = _amounts(self.flops, self.bytes_moved, self.extra_bytes)
+        rows = [columns, *(_table_row(i, p) for i, p in enumerate(self.pairs))]
+        amounts = _amount_texts(self.flops, self.bytes_moved, self.extra_bytes)
         rows.append(("all", "", "", "", "", "", *amounts))
         widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
@@ -388,24 +388,24 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _row(index: int, pair: PairPlan) -> tuple[str, ...]:
+def _table_row(index: int, pair: PairPlan) -> tuple[str, ...]:
     return (
         str(index),
         str(pair.batch),
         "{} x {}".format(*pair.channels),
         str(pair.positions),
-        f"{pair.residual}, {pair.form} form, {_how(pair)}",
+        f"{pair.residual}, {pair.form} form, {_evaluation_text(pair)}",
         f"{pair.samples} samples",
-        *_amounts(pair.flops, pair.bytes_moved, pair.gradient_bytes + pair.workspace_bytes),
+        *_amount_texts(pair.flops, pair.bytes_moved, pair.gradient_bytes + pair.workspace_bytes),
     )
 
 
-def _how(pair: PairPlan) -> str:
+def _evaluation_text(pair: PairPlan) -> str:
     if pair.evaluation == "chunks":
         return "one pass" if pair.passes == 1 else "two passes"
     parts = "" if pair.parts == 1 else f" in {pair.parts} parts"
     return pair.evaluation + parts + (", gradients by BLAS" if pair.blas_gradients else "")
 
 
-def _amounts(flops: int, bytes_moved: int, extra_bytes: int) -> tuple[str, str, str]:
+def _amount_texts(flops: int, bytes_moved: int, extra_bytes: int) -> tuple[str, str, str]:
     return f"{flops / 1e9:.3f}", f"{bytes_moved / 1e6:.2f}", f"{extra_bytes / 1e6:.2f}"

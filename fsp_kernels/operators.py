@@ -229,7 +229,7 @@ def _loss_vmap(
     """One loss for each slice: a mean over the batch does not fold into a larger batch."""
     size = info.batch_size
     mapped = [
-        [x] * max(1, size) if dim is None else _at_least_one(x.movedim(dim, 0)).unbind()
+        [x] * max(1, size) if dim is None else _with_one_slice_at_least(x.movedim(dim, 0)).unbind()
         for x, dim in zip(maps, in_dims[0], strict=True)
     ]
     losses, gradients = zip(
@@ -250,14 +250,14 @@ def _fold_into_batch(
     """The rule of both others: the mapped axis joins the batch axis and leaves it again."""
     slices = max(1, info.batch_size)
     x, y = (
-        t.expand(slices, *t.shape) if dim is None else _at_least_one(t.movedim(dim, 0))
+        t.expand(slices, *t.shape) if dim is None else _with_one_slice_at_least(t.movedim(dim, 0))
         for t, dim in zip((x, y), in_dims, strict=False)
     )
     folded = function(x.flatten(0, 1), y.flatten(0, 1), *rest)
     return folded.unflatten(0, (slices, -1))[: info.batch_size], 0
 
 
-def _at_least_one(x: Tensor) -> Tensor:
+def _with_one_slice_at_least(x: Tensor) -> Tensor:
     """``x`` with a slice of zeros along its first axis if it has none."""
     return x if len(x) else torch.cat((x, x.new_zeros(1, *x.shape[1:])))
 

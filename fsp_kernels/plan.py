@@ -205,13 +205,13 @@ def _residual(
     """``rounds``: the products are exact, and a difference of the maps would be rounded."""
     if len(teacher) == 1:
         return "ready"
-    if not _subtractable(student, teacher):
+    if not _have_equal_positions(student, teacher):
         return "apart"
     # The Gram form of plain maps, instead of differences, cancels.
     return "direct" if rounds and form == "matrix" else "difference"
 
 
-def _subtractable(student: Sequence[MapPlan], teacher: Sequence[MapPlan]) -> bool:
+def _have_equal_positions(student: Sequence[MapPlan], teacher: Sequence[MapPlan]) -> bool:
     """Whether a difference of the two networks' maps exists."""
     return len(teacher) == 2 and teacher[0].positions == student[0].positions
 
@@ -254,7 +254,7 @@ def _chunked_evaluations(
         fitting = (CHUNK_BYTES[kind] - GRAM_BLOCK_BYTES) // (per_sample + 16 * k)
     passes = _passes(form, m, n, device, fits=fitting >= CHUNK_SAMPLES[kind])
     chosen = _equal_chunks(batch, max(CHUNK_SAMPLES[kind], fitting))
-    nowhere = (
+    no_place = (
         form == "matrix" and difference and not any(_in_place(x, compute_dtype) for x in maps[:2])
     )
     column = (m + n) * compute_dtype.itemsize  # of both differences, for each sample
@@ -262,7 +262,7 @@ def _chunked_evaluations(
         total = samples * workspace
         if widens:
             total += samples * _gram_widening(m, n, k, samples, blocks)
-        if nowhere:
+        if no_place:
             total -= samples * column * (k - difference_block(device, k, samples * column))
         yield _Evaluation("chunks", samples, passes, total)
 
@@ -290,8 +290,8 @@ def _gram_workspace(
     """Bytes of the blocks of a sample: six, two for each gradient, and one on its way to these."""
     wide = gram_dtype(device, compute_dtype)
     gradients = sum(plan.gradient_dtype is not None for plan in maps)
-    passing = wide.itemsize if gradients and wide != compute_dtype else 0
-    return k * k * (6 * wide.itemsize + 2 * gradients * compute_dtype.itemsize + passing)
+    one_more = wide.itemsize if gradients and wide != compute_dtype else 0
+    return k * k * (6 * wide.itemsize + 2 * gradients * compute_dtype.itemsize + one_more)
 
 
 def _gram_widening(m: int, n: int, k: int, samples: int, blocks: int) -> int:
@@ -436,7 +436,7 @@ def _flops(student: Sequence[MapPlan], teacher: Sequence[MapPlan], norm: str) ->
     """Per sample, of each form there is."""
     m, n, k = student[0].shape[1], student[1].shape[1], student[0].positions
     flops: dict[Form, int] = {"matrix": _matrix_flops(m, n, student, teacher)}
-    if _subtractable(student, teacher) and norm != "column":  # which needs the columns of D
+    if _have_equal_positions(student, teacher) and norm != "column":  # which needs the columns of D
         flops["gram"] = _gram_flops(m, n, k, (*student, *teacher))
     return flops
 

@@ -38,7 +38,7 @@ from fsp_kernels.backends.devices import fp32_precision, raw_stream
 from fsp_kernels.backends.triton import configurations
 from fsp_kernels.backends.triton.configurations import FAMILIES, Row
 from fsp_kernels.backends.triton.launch import Launch
-from fsp_kernels.backends.triton.loss import Program
+from fsp_kernels.backends.triton.loss import PreparedLoss
 from fsp_kernels.backends.triton.product import prepare
 from fsp_kernels.loss_plan import LossPlan, MapSpec, Scaling
 from fsp_kernels.plan import plan_loss
@@ -240,7 +240,7 @@ def planned(
 def _loss_call(maps: list[Tensor], *options: Any) -> Callable[[], list[Tensor]]:
     """The loss of pairs, prepared outside the backend's caches; ``options`` are those above."""
     plan, tensors = planned(maps, *options)
-    program = Program(plan, tensors)
+    program = PreparedLoss(plan, tensors)
     return lambda: [program(tensors, [1.0] * len(plan.pairs)), *tensors[len(maps) :]]
 
 

@@ -29,10 +29,10 @@ def axes_of(shape: Sequence[int], strides: Sequence[int], size: Sequence[int] | 
     if flat:  # the stride of the innermost axis that has more than one position
         longer = [t for s, t in zip(spatial, steps, strict=True) if s > 1]
         steps = [0, 0, longer[-1] if longer else 1]
-    return Axes(_three(steps), _three(pooled), _three(windows), flat)
+    return Axes(_triple(steps), _triple(pooled), _triple(windows), flat)
 
 
-def _three(values: Sequence[int]) -> tuple[int, int, int]:
+def _triple(values: Sequence[int]) -> tuple[int, int, int]:
     first, second, third = values
     return first, second, third
 

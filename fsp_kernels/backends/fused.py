@@ -13,7 +13,7 @@ from fsp_kernels.backends.tensors import pool_maps
 from fsp_kernels.loss_plan import LossPlan, Scaling
 
 
-class Program(Protocol):
+class PreparedLoss(Protocol):
     """The launches of a plan on a device, prepared once for all that they depend on."""
 
     def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -23,10 +23,10 @@ class Program(Protocol):
 class FusedBackend:
     """See :class:`fsp_kernels.backends.Backend` for what each method promises."""
 
-    most_programs = 4096  # kept; all are dropped should shapes never settle
+    most_prepared = 4096  # kept; all are dropped should shapes never settle
 
     def __init__(self) -> None:
-        self.programs: dict[tuple[LossPlan, int], Program] = {}
+        self.prepared: dict[tuple[LossPlan, int], PreparedLoss] = {}
 
     on_cpu: str  # why no tensors of a GPU, where its kernels run on the CPU instead
 
@@ -48,8 +48,8 @@ class FusedBackend:
             return f"its kernels run on NVIDIA GPUs, not on {device.type}"
         return self.why_not_on(device)
 
-    def prepare(self, plan: LossPlan, tensors: Sequence[Tensor]) -> Program:
-        """The launches of a plan for tensors that lie as these do; see :class:`Program`."""
+    def prepare(self, plan: LossPlan, tensors: Sequence[Tensor]) -> PreparedLoss:
+        """The launches of a plan for tensors that lie as these do; see :class:`PreparedLoss`."""
         raise NotImplementedError
 
     def loss(
@@ -66,12 +66,12 @@ class FusedBackend:
         tensors = [*maps, *gradients]
         pooled = [] if plan.fused_windows else pool_maps(tensors, plan)
         # The strides of maps are part of a plan, and those of gradients follow from them.
-        program = self.programs.get((plan, device))
-        if program is None:
-            if len(self.programs) >= self.most_programs:
-                self.programs.clear()
-            program = self.programs[plan, device] = self.prepare(plan, tensors)
-        result = program(tensors, weights)
+        prepared = self.prepared.get((plan, device))
+        if prepared is None:
+            if len(self.prepared) >= self.most_prepared:
+                self.prepared.clear()
+            prepared = self.prepared[plan, device] = self.prepare(plan, tensors)
+        result = prepared(tensors, weights)
         for x in pooled:
             x.unpool()
         return result, gradients

@@ -148,7 +148,7 @@ def _chunk_loss(
 class _Chunk:
     """A chunk of one map and of its gradient.
 
-    The map is read as ``flat (s, C, K)``, pooled and widened as the plan says. ``reachable`` is the
+    The map is read as ``flat (s, C, K)``, pooled and widened as the plan says. ``writable`` is the
     gradient in the same form, where strides and dtype let BLAS write to it.
     """
 
@@ -160,22 +160,22 @@ class _Chunk:
         if self._size is not None:
             x, self._indices = pool(x, self._size, self._mode, indexed=gradient is not None)
         self.flat = x.flatten(2)
-        self.reachable: Tensor | None = None
+        self.writable: Tensor | None = None
         if gradient is not None and self._size is None and gradient.dtype == x.dtype:
             flat = gradient.flatten(2)
-            self.reachable = flat if flat.data_ptr() == gradient.data_ptr() else None
+            self.writable = flat if flat.data_ptr() == gradient.data_ptr() else None
 
     def minus(self, other: _Chunk) -> Tensor:
         """The difference of two maps, held where this one's gradient is going to be, if it can."""
-        if self.reachable is None:
+        if self.writable is None:
             return self.flat - other.flat
-        return torch.sub(self.flat, other.flat, out=self.reachable)
+        return torch.sub(self.flat, other.flat, out=self.writable)
 
     def write_gradient(self, terms: Sequence[Term]) -> None:
         if self._gradient is None:
             return
-        if self.reachable is not None:
-            _accumulate(self.reachable, terms)
+        if self.writable is not None:
+            _accumulate(self.writable, terms)
             return
         result = torch.empty_like(self.flat)
         _accumulate(result, terms)
@@ -217,8 +217,8 @@ def _residual(chunks: Sequence[_Chunk], pair: PairPlan) -> Tensor:
     out = a.new_empty(a.shape[0], *pair.channels)
     scale = 1 / pair.positions
     if pair.residual == "difference":
-        nowhere = chunks[0].reachable is None and chunks[1].reachable is None
-        if nowhere and (block := _difference_block(a, b)) < a.shape[2]:
+        no_place = chunks[0].writable is None and chunks[1].writable is None
+        if no_place and (block := _difference_block(a, b)) < a.shape[2]:
             return _difference_by_blocks(out, (a, b), (teacher[0], teacher[1]), scale, block)
         bmm_into(out, chunks[0].minus(chunks[2]), b.mT, scale)
         return bmm_into(out, teacher[0], chunks[1].minus(chunks[3]).mT, scale, keep=True)

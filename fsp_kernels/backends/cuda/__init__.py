@@ -31,7 +31,7 @@ from fsp_kernels.backends.cuda.extension import (
 from fsp_kernels.backends.cuda.limits import limits_of
 from fsp_kernels.backends.cuda.product import batched_product
 from fsp_kernels.backends.devices import on_device, raw_stream
-from fsp_kernels.backends.fused import FusedBackend, Program
+from fsp_kernels.backends.fused import FusedBackend, PreparedLoss
 from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan, Scaling
 
 
@@ -63,8 +63,8 @@ class CudaBackend(FusedBackend):
     def product(self, x: Tensor, y: Tensor, out: Tensor, positions: int) -> None:
         on_device(x, batched_product, x, y, out, positions)
 
-    def prepare(self, plan: LossPlan, tensors: Sequence[Tensor]) -> Program:
-        return loss.Program(plan, tensors)
+    def prepare(self, plan: LossPlan, tensors: Sequence[Tensor]) -> PreparedLoss:
+        return loss.PreparedLoss(plan, tensors)
 
     def scale_into(
         self,
@@ -76,15 +76,17 @@ class CudaBackend(FusedBackend):
     ) -> None:
         kernels = module()
         described = [
-            (g.data_ptr(), out.data_ptr(), *facts)
-            for g, out, facts in zip(gradients, scaled, _facts(kernels, scaling), strict=True)
+            (g.data_ptr(), out.data_ptr(), *size_and_dtypes)
+            for g, out, size_and_dtypes in zip(
+                gradients, scaled, _sizes_and_dtypes(kernels, scaling), strict=True
+            )
         ]
         stream = raw_stream(factor.device)
         kernels.scale(index_of(factor), stream, described, factor.data_ptr(), in_place)
 
 
 @lru_cache(maxsize=1024)
-def _facts(kernels: Any, scaling: Scaling) -> list[tuple[int, Any, Any]]:  # noqa: ARG001
+def _sizes_and_dtypes(kernels: Any, scaling: Scaling) -> list[tuple[int, Any, Any]]:  # noqa: ARG001
     """What a module's kernels are told of gradients beside their addresses."""
     held, wanted = (map(scalar_of, dtypes) for dtypes in (scaling.held, scaling.dtypes))
     return list(zip(scaling.sizes, held, wanted, strict=True))

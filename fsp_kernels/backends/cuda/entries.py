@@ -20,7 +20,7 @@ SLOTS = 10
 _PARTS, _SLOPES = 8, 9
 
 
-class Pair:
+class PlannedPair:
     """A pair of a plan and how its maps lie: what entries are made of."""
 
     def __init__(self, index: int, plan: PairPlan, slots: Sequence[Tensor | None], precision: str):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsp_kernels.backends.cuda.entries import Pair
+from fsp_kernels.backends.cuda.entries import PlannedPair
 from fsp_kernels.backends.cuda.extension import index_of, module, scalar_of
 from fsp_kernels.backends.devices import raw_stream
 from fsp_kernels.backends.tensors import slots_of, tensors_at
@@ -25,16 +25,16 @@ from fsp_kernels.plan import FP32_BYTES
 _ALIGNMENT = 16  # bytes: where each workspace begins
 
 
-class Program:
+class PreparedLoss:
     """The launches of a plan."""
 
     def __init__(self, plan: LossPlan, tensors: Sequence[Tensor]):
         all_slots = slots_of(plan)
         pairs = [
-            Pair(i, p, tensors_at(slots, tensors), plan.precision)
+            PlannedPair(i, p, tensors_at(slots, tensors), plan.precision)
             for i, (p, slots) in enumerate(zip(plan.pairs, all_slots, strict=True))
         ]
-        self._launches = module().Program(index_of(tensors[0]), _description(plan))
+        self._launches = module().LaunchSequence(index_of(tensors[0]), _description(plan))
         # One tensor holds the workspaces, which those of the next step take over, and after them
         # the partial losses: of each its first byte, and of a workspace that of its slopes.
         workspaces = [(0, p.slopes_offset) for p in pairs]
@@ -62,13 +62,13 @@ class Program:
         scratch = tensors[0].new_empty(self._scratch, dtype=torch.float32)
         result = tensors[0].new_empty((), dtype=torch.float32)
         start = scratch.data_ptr()
-        brought = list(map(Tensor.data_ptr, tensors))
-        brought += [start + offset for offset in self._offsets]
-        addresses = self._arrange([*brought, result.data_ptr(), 0])
+        call = list(map(Tensor.data_ptr, tensors))
+        call += [start + offset for offset in self._offsets]
+        addresses = self._arrange([*call, result.data_ptr(), 0])
         self._launches(raw_stream(tensors[0].device), addresses, weights)
         return result
 
-    def _add(self, step: Step, pairs: Sequence[Pair]) -> None:
+    def _add(self, step: Step, pairs: Sequence[PlannedPair]) -> None:
         scalar, launches = scalar_of(pairs[0].operand), self._launches
         if step.evaluation == "tiles":
             self._add_tiles(scalar, pairs, step.chunk)
@@ -77,19 +77,19 @@ class Program:
         else:
             launches.add_one_pass(scalar, [p.one_pass_entry() for p in pairs])
 
-    def _add_tiles(self, scalar: Any, pairs: Sequence[Pair], chunk: int) -> None:
+    def _add_tiles(self, scalar: Any, pairs: Sequence[PlannedPair], chunk: int) -> None:
         self._launches.add_residual(scalar, [p.residual_entry(chunk) for p in pairs])
         combined = [p.combine_entry(chunk) for p in pairs if not p.plan.finishes]
         if combined:
             self._launches.add_combine(combined)
-        for some in _products(pairs, chunk, Pair.gradient_entries):
+        for some in _products(pairs, chunk, PlannedPair.gradient_entries):
             self._launches.add_gradients(scalar, some)
-        for some in _products(pairs, chunk, Pair.matrix_gradient_entries):
+        for some in _products(pairs, chunk, PlannedPair.matrix_gradient_entries):
             self._launches.add_matrix_gradients(some)
 
 
 def _products(
-    pairs: Sequence[Pair], chunk: int, entries_of: Callable[[Pair, int], list[Any]]
+    pairs: Sequence[PlannedPair], chunk: int, entries_of: Callable[[PlannedPair, int], list[Any]]
 ) -> Iterator[Sequence[Any]]:
     entries = [entry for p in pairs for entry in entries_of(p, chunk)]
     return _at_a_time(entries, module().most_products)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fsp_kernels.backends.devices import on_device, remembered, why_no_gpu
-from fsp_kernels.backends.fused import FusedBackend, Program
+from fsp_kernels.backends.fused import FusedBackend, PreparedLoss
 from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan
 
 OLDEST_CAPABILITY = (8, 0)
@@ -71,10 +71,10 @@ class TritonBackend(FusedBackend):
 
         on_device(x, batched_product, x, y, out, float(positions))
 
-    def prepare(self, plan: LossPlan, tensors: Sequence[Tensor]) -> Program:
+    def prepare(self, plan: LossPlan, tensors: Sequence[Tensor]) -> PreparedLoss:
         from fsp_kernels.backends.triton import loss
 
-        return loss.Program(plan, tensors)
+        return loss.PreparedLoss(plan, tensors)
 
     @cached_property
     def scale_into(self) -> Callable[..., None]:

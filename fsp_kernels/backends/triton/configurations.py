@@ -58,24 +58,24 @@ class Row(NamedTuple):
     measured: str | None
 
 
-_substitute: tuple[Row, ...] | None = None
+_replacement: tuple[Row, ...] | None = None
 
 
 def rows() -> tuple[Row, ...]:
     """The whole table."""
-    return _read() if _substitute is None else _substitute
+    return _read() if _replacement is None else _replacement
 
 
 @contextmanager
 def using(table: Sequence[Row]) -> Iterator[None]:
     """Put another table in force for a while: of candidates, to compile or to time them."""
-    global _substitute
-    previous, _substitute = _substitute, tuple(table)
+    global _replacement
+    previous, _replacement = _replacement, tuple(table)
     configuration_of.cache_clear()
     try:
         yield
     finally:
-        _substitute = previous
+        _replacement = previous
         configuration_of.cache_clear()
 
 
@@ -112,7 +112,7 @@ def write(table: Sequence[Row], path: Path | None = None) -> None:
     """
     path = path or TABLE
     lines = []
-    for row in sorted(table, key=_order):
+    for row in sorted(table, key=_sort_key):
         c = row.configuration
         fields = {
             "family": row.family,
@@ -136,7 +136,7 @@ def write(table: Sequence[Row], path: Path | None = None) -> None:
     configuration_of.cache_clear()
 
 
-def _order(row: Row) -> tuple[int, ...]:
+def _sort_key(row: Row) -> tuple[int, ...]:
     return (
         list(FAMILIES).index(row.family),
         KERNELS.index(row.kernel),

@@ -21,7 +21,7 @@ from fsp_kernels.plan import GPU_PROGRAMS, gram_block, gram_operands
 COMBINED = 32  # rows and columns of the tile that a program of fsp_combine takes at a time
 
 
-class Pair:
+class PlannedPair:
     """A pair of a plan and the strides of its maps, from which entries are made."""
 
     def __init__(
@@ -62,14 +62,17 @@ class Pair:
     def one_pass_entry(self) -> tuple[Entry, int]:
         m, n = self.plan.channels
         c = self._configuration("one_pass", max(m, n))
-        return self._entry(c._replace(block_m=_power(m), block_n=_power(n))), c.warps
+        return self._entry(
+            c._replace(block_m=_block_holding(m), block_n=_block_holding(n))
+        ), c.warps
 
     def gram_entry(self, chunk: int) -> tuple[Entry, int]:
         c = self._configuration("gram", self.plan.positions)
         c = c._replace(block_k=gram_block(self.plan.positions))
         samples, start = self._samples_of(chunk)
-        kept = gram_operands(self.plan.maps)
-        return self._entry(c, samples, start, self.plan.parts, kept=kept), c.warps
+        operands = gram_operands(self.plan.maps)
+        entry = self._entry(c, samples, start, self.plan.parts, operand_count=operands)
+        return entry, c.warps
 
     def _samples_of(self, chunk: int) -> tuple[int, int]:
         """How many a chunk has, and the first."""
@@ -132,7 +135,7 @@ class Pair:
         first_sample: int = 0,
         parts: int = 1,
         finishes: bool = True,
-        kept: int = 0,
+        operand_count: int = 0,
     ) -> Entry:
         plan = self.plan
         teacher_positions = plan.teacher[0].positions if not self._ready else 1
@@ -154,10 +157,10 @@ class Pair:
             stages=tl.constexpr(c.stages),
             parts=tl.constexpr(parts),
             finishes=tl.constexpr(finishes),
-            kept=tl.constexpr(kept),
+            operand_count=tl.constexpr(operand_count),
         )
 
 
-def _power(size: int) -> int:
+def _block_holding(size: int) -> int:
     """The smallest block a tensor core takes that holds ``size``."""
     return max(16, triton.next_power_of_2(size))

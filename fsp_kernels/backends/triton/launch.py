@@ -44,8 +44,8 @@ class Launch:
     def __call__(self, stream: int, tensors: Sequence[Tensor], *scalars: Any) -> None:
         """Launch on ``stream``, a raw handle, of the current device."""
         addresses = list(map(Tensor.data_ptr, tensors))
-        every = reduce(or_, addresses)
-        alignment = () if every % 16 == 0 else tuple([x % 16 == 0 for x in addresses])
+        combined = reduce(or_, addresses)
+        alignment = () if combined % 16 == 0 else tuple([x % 16 == 0 for x in addresses])
         compiled = self._compiled.get(alignment)
         if compiled is not None:
             arguments = self.arrange(addresses)
@@ -65,12 +65,12 @@ class Launch:
 def _arranger(places: Places) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """A function that arranges a list as ``places`` say; compiled, since every launch calls it."""
 
-    def written(places: Places) -> str:
+    def code_of(places: Places) -> str:
         if isinstance(places, tuple):
-            return f"({''.join(f'{written(x)}, ' for x in places)})"
+            return f"({''.join(f'{code_of(x)}, ' for x in places)})"
         return "None" if places is None else f"x[{places}]"
 
-    arrange: Callable[[Sequence[Any]], tuple[Any, ...]] = eval(f"lambda x: {written(places)}")
+    arrange: Callable[[Sequence[Any]], tuple[Any, ...]] = eval(f"lambda x: {code_of(places)}")
     return arrange
 
 

@@ -53,7 +53,7 @@ class Entry(NamedTuple):
     stages: Any
     parts: Any  # into how many the positions are split
     finishes: Any  # whether the kernel that sees a tile may tell its loss
-    kept: Any  # gram.py: operands of each sample
+    operand_count: Any  # gram.py: operands of each sample
 
 
 @triton.jit

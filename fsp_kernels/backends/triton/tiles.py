@@ -112,7 +112,7 @@ def fsp_combine(workspaces, partials, entries, first, COUNT: tl.constexpr, facto
 @triton.jit
 def _combine_tile(workspace, entry, factor, sample, row, column):
     parts, slopes = workspace
-    loss, slope = loss_and_slope(_total(parts, entry, sample, row, column), entry.norm)
+    loss, slope = loss_and_slope(_sum_of_parts(parts, entry, sample, row, column), entry.norm)
     if slopes is not None:
         slope = scaled_slope(slope, 2 * factor, entry)
         _store_tile(slope, slopes, entry, sample, row, column)
@@ -124,7 +124,7 @@ def _combine_columns(workspace, entry, factor, sample, column):
     parts, slopes = workspace
     squares = tl.zeros((entry.block_n,), tl.float32)
     for row in range(0, entry.m, entry.block_m):
-        total = _total(parts, entry, sample, row, column)
+        total = _sum_of_parts(parts, entry, sample, row, column)
         squares += tl.sum(total * total, axis=0)
         if slopes is not None:
             _store_tile(total, parts, entry, sample, row, column)
@@ -141,7 +141,7 @@ def _combine_columns(workspace, entry, factor, sample, column):
 
 
 @triton.jit
-def _total(parts, entry, sample, row, column):
+def _sum_of_parts(parts, entry, sample, row, column):
     """The sum of the parts of a tile."""
     total = tl.zeros((entry.block_m, entry.block_n), tl.float32)
     for part in range(entry.parts):

@@ -52,7 +52,7 @@ std::vector<SharedBytes> shared_bytes();
 void assume_chip(int major, int most_shared_bytes);
 
 // What a launch takes; its kernel by name, operand and tile as in `shared_bytes`.
-struct LaunchFacts {
+struct LaunchDescription {
   std::string kernel, operand;
   int tile, threads, stages, shared_bytes;
   std::vector<int> blocks;  // of each entry
@@ -68,15 +68,15 @@ bool gram_fits(int device, int positions);
 class Step {
  public:
   virtual ~Step() = default;
-  virtual LaunchFacts facts() const = 0;
+  virtual LaunchDescription describe() const = 0;
   virtual void run(cudaStream_t stream, const std::vector<uintptr_t>& addresses,
                    const std::vector<float>& weights, float* partials) const = 0;
 };
 
-class Program {
+class LaunchSequence {
  public:
   // `what` tells the call in error messages.
-  Program(int device, std::string what);
+  LaunchSequence(int device, std::string what);
 
   void add_one_pass(Scalar operand, std::vector<PairSpec> pairs);
   void add_gram(std::vector<PairSpec> pairs);
@@ -86,7 +86,7 @@ class Program {
   void add_matrix_gradients(std::vector<ProductSpec> products);
 
   // What a call launches, in order.
-  std::vector<LaunchFacts> launches() const;
+  std::vector<LaunchDescription> launches() const;
 
   // How many partial losses the launches leave, a float each.
   int64_t partials() const { return partials_; }

@@ -1,4 +1,4 @@
-#include "program.h"
+#include "launch_sequence.h"
 
 #include <algorithm>
 #include <limits>
@@ -193,8 +193,8 @@ class Launch : public Step {
     }
   }
 
-  LaunchFacts facts() const override {
-    LaunchFacts facts{kernel_.name, "", 0, THREADS, group_.stages, shared_bytes_, {}};
+  LaunchDescription describe() const override {
+    LaunchDescription facts{kernel_.name, "", 0, THREADS, group_.stages, shared_bytes_, {}};
     for (int i = 0; i < group_.count; ++i) facts.blocks.push_back(group_.entries[i].programs);
     for_every_kernel([&](const Kernel& kernel, const char* operand, int tile) {
       // Each instance of a template has a `load` of its own; of the tiles that share one, the last
@@ -279,12 +279,12 @@ bool gram_fits(int device, int positions) {
 }
 
 
-Program::Program(int device, std::string what) : device_(device), what_(std::move(what)) {
+LaunchSequence::LaunchSequence(int device, std::string what) : device_(device), what_(std::move(what)) {
   attribute(device_, cudaDevAttrComputeCapabilityMajor, what_);  // there is such a device
 }
 
 template <class ProgramsOf>
-void Program::add(const Kernel& kernel, int tile, std::vector<PairSpec> pairs,
+void LaunchSequence::add(const Kernel& kernel, int tile, std::vector<PairSpec> pairs,
                   ProgramsOf programs_of) {
   auto launch = std::make_unique<PairLaunch>(device_, what_, kernel, tile, std::move(pairs),
                                              programs_of);
@@ -292,7 +292,7 @@ void Program::add(const Kernel& kernel, int tile, std::vector<PairSpec> pairs,
   steps_.push_back(std::move(launch));
 }
 
-void Program::add_one_pass(Scalar operand, std::vector<PairSpec> pairs) {
+void LaunchSequence::add_one_pass(Scalar operand, std::vector<PairSpec> pairs) {
   // Tiles of 32 and 64 run in one launch, with the memory that the larger wants.
   std::vector<PairSpec> narrow, wide;
   int largest = 0;
@@ -308,26 +308,26 @@ void Program::add_one_pass(Scalar operand, std::vector<PairSpec> pairs) {
   if (!narrow.empty()) add(kernels.one_pass, largest, std::move(narrow), samples_of);
 }
 
-void Program::add_gram(std::vector<PairSpec> pairs) {
+void LaunchSequence::add_gram(std::vector<PairSpec> pairs) {
   const bool small = std::all_of(pairs.begin(), pairs.end(),
                                  [](const PairSpec& x) { return x.pair.positions[0] <= 32; });
   add(small ? gram_kernel_32() : gram_kernel_64(), 0, std::move(pairs), samples_of);
 }
 
-void Program::add_residual(Scalar operand, std::vector<PairSpec> pairs) {
+void LaunchSequence::add_residual(Scalar operand, std::vector<PairSpec> pairs) {
   const Kernels& kernels = kernels_of(operand);
   add(kernels.residual, 0, std::move(pairs), [tile = kernels.residual_channels](const Pair& pair) {
     return int64_t{pair.samples} * pair.parts * divide_up(pair.m, tile) * divide_up(pair.n, tile);
   });
 }
 
-void Program::add_combine(std::vector<PairSpec> pairs) {
+void LaunchSequence::add_combine(std::vector<PairSpec> pairs) {
   add(combine_kernel(), 0, std::move(pairs), [](const Pair& pair) {
     return pair.samples * divide_up(pair.n, COMBINED_COLUMNS);
   });
 }
 
-void Program::add_gradients(Scalar operand, std::vector<ProductSpec> products) {
+void LaunchSequence::add_gradients(Scalar operand, std::vector<ProductSpec> products) {
   steps_.push_back(std::make_unique<ProductLaunch>(
       device_, what_, kernels_of(operand).gradients, 0, std::move(products), [](const Product& x) {
         return x.samples * divide_up(x.own_channels, GRADIENT_CHANNELS) *
@@ -335,15 +335,15 @@ void Program::add_gradients(Scalar operand, std::vector<ProductSpec> products) {
       }));
 }
 
-void Program::add_matrix_gradients(std::vector<ProductSpec> products) {
+void LaunchSequence::add_matrix_gradients(std::vector<ProductSpec> products) {
   steps_.push_back(std::make_unique<ProductLaunch>(
       device_, what_, matrix_gradients_kernel(), 0, std::move(products),
       [](const Product& x) { return int64_t{x.samples} * x.own_channels; }));
 }
 
-std::vector<LaunchFacts> Program::launches() const {
-  std::vector<LaunchFacts> facts;
-  for (const auto& step : steps_) facts.push_back(step->facts());
+std::vector<LaunchDescription> LaunchSequence::launches() const {
+  std::vector<LaunchDescription> facts;
+  for (const auto& step : steps_) facts.push_back(step->describe());
   const Kernel last = finish_kernel();
   if (partials_ > 0) {
     facts.push_back({last.name, "", 0, THREADS, 1, last.shared_bytes(0, 1), {1}});
@@ -351,7 +351,7 @@ std::vector<LaunchFacts> Program::launches() const {
   return facts;
 }
 
-void Program::run(uintptr_t stream, const std::vector<uintptr_t>& addresses,
+void LaunchSequence::run(uintptr_t stream, const std::vector<uintptr_t>& addresses,
                   const std::vector<float>& weights) const {
   const OnDevice on(device_);
   check(on.status, what_);
