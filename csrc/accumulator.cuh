@@ -1,13 +1,14 @@
-// What the threads of a block hold and share of a product of two tiles: the operands in shared memory,
-// each warp's share of the result, and sums over the block.
+// What the threads of a block hold and share when they multiply two tiles: operands in shared
+// memory, each warp's share of the result, and sums over the block.
 #pragma once
 
 #include "maps.cuh"
 
 namespace fsp {
 
-// Of lines `i` or `j` and summed elements `k` one lie next to each other, the others STRIDE apart.
-// The compiler knows which: addresses in a loop are constants, but for one.
+// An operand of lines `i` (or `j`) and summed elements `k`. Either the lines or the summed elements
+// are neighbours in memory; the others are STRIDE apart. The compiler knows which, so in a loop
+// only one address is not a constant.
 template <class T, int STRIDE, bool SUMMED_INNER>
 struct Operand {
   using Element = T;
@@ -19,7 +20,8 @@ struct Operand {
   }
 };
 
-// run(operand) with a tile whose lines are channels, or positions.
+// Call run(operand) with the tile as an operand whose lines are channels, or (by_position)
+// positions.
 template <class Shape, class T, class Run>
 __device__ __forceinline__ void by_channel(const T* tile, const Map& map, Run run) {
   if (map.channels_inner) {
@@ -40,8 +42,8 @@ __device__ __forceinline__ void by_position(const T* tile, const Map& map, Run r
 
 // --- who computes what ---------------------------------------------------------------------------
 
-// How the warps of a block share (LINES, COLUMNS): each has `down` x `across` blocks of 16 x 16.
-// Where there are fewer of these than warps, some have nothing to do.
+// How the warps of a block share a result (LINES, COLUMNS): each has `down` x `across` blocks of
+// 16 x 16. If there are fewer blocks than warps, some warps are idle.
 template <int LINES, int COLUMNS>
 struct Share {
   static constexpr int warps_down = LINES / 16 < 4 ? LINES / 16 : 4;
@@ -61,8 +63,8 @@ struct Share {
   }
 };
 
-// This thread's part of (LINES, COLUMNS) that the block computes: of each 16 x 16 of its warp two
-// 16 x 8, each as mma has its results.
+// This thread's part of a result (LINES, COLUMNS) of the block. Each 16 x 16 of its warp is two
+// 16 x 8, of which a thread holds the elements that mma gives it.
 template <int LINES, int COLUMNS>
 struct Accumulator {
   using Of = Share<LINES, COLUMNS>;
@@ -72,7 +74,8 @@ struct Accumulator {
     for_each([](int, int, float& value) { value = 0; });
   }
 
-  // visit(line, column, first, second) of this thread's values, neighbours in a line.
+  // Call visit(line, column, first, second) for each two of this thread's values that are
+  // neighbours in a line.
   template <class Visit>
   __device__ __forceinline__ void for_pairs(Visit visit) {
     if (Of::idle()) return;
@@ -91,7 +94,7 @@ struct Accumulator {
     }
   }
 
-  // visit(line, column, value) of the same.
+  // Call visit(line, column, value) for each of this thread's values.
   template <class Visit>
   __device__ __forceinline__ void for_each(Visit visit) {
     for_pairs([&](int line, int column, float& first, float& second) {
@@ -100,7 +103,8 @@ struct Accumulator {
     });
   }
 
-  // The sums of squares of this warp's part of each column: to its line of (warps_down, COLUMNS).
+  // Write the sums of squares of this warp's part of each column to its line of `sums`
+  // (warps_down, COLUMNS).
   __device__ __forceinline__ void column_squares(float* sums) {
     if (Of::idle()) return;
     const int lane = threadIdx.x % 32, line = threadIdx.x / 32 % Of::warps_down;
@@ -132,7 +136,7 @@ struct Accumulator {
     }
   }
 
-  // Put into shared memory, in lines of `stride` elements.
+  // Write to shared memory, in lines of `stride` elements.
   __device__ __forceinline__ void store(float* tile, int stride, float scale = 1) {
     for_pairs([&](int line, int column, float& first, float& second) {
       *reinterpret_cast<float2*>(tile + line * stride + column) =
@@ -143,8 +147,8 @@ struct Accumulator {
 
 // --- sums over a block ---------------------------------------------------------------------------
 
-// The sum of `value` over all threads, in a fixed order, for thread 0. Uses and then frees
-// `scratch`, WARPS numbers in shared memory.
+// Returns to thread 0 the sum of `value` over all threads, in a fixed order. `scratch` is WARPS
+// numbers in shared memory, which are free again afterwards.
 __device__ inline float block_sum(float value, float* scratch) {
   for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;

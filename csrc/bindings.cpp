@@ -1,5 +1,5 @@
-// fsp_kernels._cuda: device addresses, sizes, strides and streams as integers, so that one module
-// serves every version of PyTorch.
+// The Python module fsp_kernels._cuda. Device addresses, sizes, strides and streams are integers,
+// so that one module works with every version of PyTorch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -15,7 +15,7 @@ using Strides = std::array<int64_t, 5>;  // sample, channel, depth, height, widt
 using Window = std::array<uint8_t, 3>;
 using Sizes = std::array<int64_t, 2>;
 
-// Kernels count in 32 bits, and go beyond a size by less than a tile.
+// Kernels count in 32 bits, and exceed a size by less than a tile.
 int32_t size(const char* what, int64_t value) {
   constexpr int64_t most = INT32_MAX - 1024;
   if (value >= 0 && value <= most) return static_cast<int32_t>(value);
@@ -45,7 +45,8 @@ MapSpec map_spec(int slot, Scalar scalar, Strides strides, int64_t rows, int64_t
 
 PairSpec pair_spec(std::array<OptionalMap, 4> maps, std::array<OptionalMap, 4> gradients,
                    OptionalMap out, int64_t out_part, int64_t samples, int64_t first_sample,
-                   Sizes channels, Sizes positions, int parts, Residual residual, Norm norm, bool split, bool finishes, int weight, float factor) {
+                   Sizes channels, Sizes positions, int parts, Residual residual, Norm norm,
+                   bool split, bool finishes, int weight, float factor) {
   Pair pair{};
   pair.out_part = out_part;
   pair.samples = size("samples", samples);
@@ -76,11 +77,11 @@ ProductSpec product_spec(OptionalMap own, MapSpec gradient, OptionalMap other, M
   return {product, {own, gradient, other, slope}};
 }
 
-// What CUDA is asked for may take long, and other Python threads go on meanwhile: pybind11 converts
-// the arguments before, and the result or the error afterwards.
+// Calls of CUDA may take long, so other Python threads run meanwhile. pybind11 converts the
+// arguments before it releases the lock, and the result or the error afterwards.
 using WithoutGil = py::call_guard<py::gil_scoped_release>;
 
-// from, out, elements, dtype of each
+// addresses of gradient and result, number of elements, dtypes of gradient and result
 using ScaledTuple = std::tuple<uintptr_t, uintptr_t, int64_t, Scalar, Scalar>;
 
 void scale_tuples(int device, uintptr_t stream, const std::vector<ScaledTuple>& tensors,
@@ -151,11 +152,11 @@ PYBIND11_MODULE(_cuda, module) {
   module.attr("most_pairs") = Pairs::most;
   module.attr("most_products") = Products::most;
   module.def("why_not_on", &why_not_on, "device"_a, "stream"_a, WithoutGil(),
-             "Load the kernels; why none runs on a device, as CUDA tells, empty if they do.");
+             "Load the kernels on a device. CUDA's reason if they do not run there, else empty.");
   module.def("shared_bytes", &shared_bytes,
-             "Of every kernel: name, operand, tile, bytes of a block with one stage, with two.");
+             "For each kernel: name, operand, tile, bytes of a block with one stage and with two.");
   module.def("assume_chip", &assume_chip, "major"_a, "most_shared_bytes"_a,
-             "Plan launches for such a chip, with or without a device.");
+             "Plan launches for such a chip; the device need not exist.");
   module.def("one_pass_tile", &one_pass_tile, "device"_a, "operand"_a, "channels"_a,
              "Channels of the smallest tile for one pass; 0 if there is none.");
   module.def("residual_tile", &residual_tile, "operand"_a, "Channels of a stored tile.");

@@ -1,5 +1,5 @@
-// What is launched for one call, prepared once: grids, shared memory and everything that depends on
-// shapes and strides. A call then brings addresses and weights.
+// The launches of a call, prepared once: grids, shared memory and all that depends on shapes and
+// strides. A call then passes addresses and weights.
 #pragma once
 
 #include <array>
@@ -13,58 +13,59 @@
 
 namespace fsp {
 
-// Places in the list of addresses that a call brings, of what the parameters of an entry point to.
+// A map without its address. A call passes a list of addresses.
 struct MapSpec {
-  Map map;   // but for its address, and `unit` only as far as strides tell
-  int slot;  // of the address
+  Map map;   // `unit` follows from the strides alone; the address may make it smaller
+  int slot;  // the index of its address in that list
 };
 
 using OptionalMap = std::optional<MapSpec>;
 
 struct PairSpec {
-  Pair pair;  // but for addresses, weight and place of losses
+  Pair pair;  // without addresses, weight and place of losses
   std::array<OptionalMap, 4> maps, gradients;
   OptionalMap out;
-  int weight;  // place in the list of weights
+  int weight;  // index in the list of weights that a call passes
 };
 
 struct ProductSpec {
-  Product product;                  // likewise
+  Product product;                  // without addresses
   std::array<OptionalMap, 4> maps;  // own, gradient, other, slope
 };
 
-// Throws std::runtime_error with what CUDA says, unless all is well.
+// Throws std::runtime_error with CUDA's message unless `status` is cudaSuccess.
 void check(cudaError_t status, const std::string& what);
 
-// The device that is current in this thread is the caller's: whatever makes another one current, as
-// launches on a device that is not have to, restores it.
+// Functions that make another device current restore the caller's device before they return.
 
-// Why no kernel here runs on a device, as CUDA tells; empty if they do. Loads them, which CUDA does
-// not allow while a stream is captured: that is an error.
+// Loads the kernels on a device. Returns CUDA's reason if they do not run there, else an empty
+// string. CUDA does not allow loading while a stream is captured: then it throws.
 std::string why_not_on(int device, uintptr_t stream);
 
-// Shared memory of a block of every kernel: name, operand ("" where there is only one), tile (0
-// where there is only one), bytes with one stage and with two.
+// The shared memory of a block of every kernel: name, operand ("" if there is only one), tile (0 if
+// there is only one), bytes with one stage and with two.
 using SharedBytes = std::tuple<std::string, std::string, int, int, int>;
 std::vector<SharedBytes> shared_bytes();
 
-// From now on launches are planned for such a chip, whatever device they name: one need not be there.
+// From now on plan launches for such a chip, whatever device they name. The device need not exist.
 void assume_chip(int major, int most_shared_bytes);
 
-// What a launch takes; its kernel by name, operand and tile as in `shared_bytes`.
+// The size of a launch. Its kernel has the name, operand and tile of `shared_bytes`.
 struct LaunchDescription {
   std::string kernel, operand;
   int tile, threads, stages, shared_bytes;
-  std::vector<int> blocks;  // of each entry
+  std::vector<int> blocks;  // for each entry
 };
 
-// Channels of the smallest tile of the one-pass kernel that holds a sample of such a pair on a
-// device, 0 if there is none; of the tiles of stored residuals; whether the other kernels fit.
+// Channels of the smallest tile of the one-pass kernel that holds so many channels on a device; 0
+// if there is none.
 int one_pass_tile(int device, Scalar operand, int channels);
+// Channels of the tiles of stored residuals.
 int residual_tile(Scalar operand);
+// Whether the Gram kernels fit a device, for so many positions.
 bool gram_fits(int device, int positions);
 
-// One launch.
+// One prepared launch.
 class Step {
  public:
   virtual ~Step() = default;
@@ -75,7 +76,7 @@ class Step {
 
 class LaunchSequence {
  public:
-  // `what` tells the call in error messages.
+  // `what` describes the call in error messages.
   LaunchSequence(int device, std::string what);
 
   void add_one_pass(Scalar operand, std::vector<PairSpec> pairs);
@@ -88,16 +89,16 @@ class LaunchSequence {
   // What a call launches, in order.
   std::vector<LaunchDescription> launches() const;
 
-  // How many partial losses the launches leave, a float each.
+  // How many partial losses, each a float, the launches write.
   int64_t partials() const { return partials_; }
 
-  // Launch everything on a stream. The last two addresses are of the partial losses and of their
-  // sum, unless there are none.
+  // Launch everything on a stream. If there are partial losses, the last two addresses are those of
+  // the partial losses and of their sum.
   void run(uintptr_t stream, const std::vector<uintptr_t>& addresses,
            const std::vector<float>& weights) const;
 
  private:
-  // `programs_of` tells how many blocks a pair needs.
+  // programs_of(pair) is the number of blocks that a pair needs.
   template <class ProgramsOf>
   void add(const Kernel& kernel, int tile, std::vector<PairSpec> pairs, ProgramsOf programs_of);
 
@@ -107,7 +108,7 @@ class LaunchSequence {
   std::vector<std::unique_ptr<Step>> steps_;
 };
 
-// Gradients times a factor on the device, each to another tensor or in its place.
+// Write gradients times a factor, which is on the device, to other tensors or in place.
 void scale(int device, uintptr_t stream, const std::vector<Scaled>& tensors, uintptr_t factor,
            bool in_place);
 

@@ -1,10 +1,10 @@
-// Products of two tiles by the warps of a block, C(i, j) += sum_k x(i, k) y(j, k): on tensor cores
-// where the chip has them for the operands at hand, else by fused multiply-adds of fp32.
+// Products of two tiles by the warps of a block, C(i, j) += sum_k x(i, k) y(j, k). They run on
+// tensor cores if the chip has them for these operands, else as fused multiply-adds of fp32.
 //
-// Halves are multiplied as they are, exactly, into fp32. fp32 is multiplied in three products of
-// TF32 (`split`), which keep 22 bits, or in one. A slope, which a kernel computed, is rounded once
-// when it is stored: to bf16 beside bf16, else to TF32, which has the range of fp32 and holds fp16
-// exactly, unless products are split.
+// Halves are multiplied exactly and accumulated in fp32. fp32 is multiplied in three products of
+// TF32 (`split`), which keep 22 bits, or in one. A slope, which a kernel has computed, is rounded
+// once when it is stored: to bf16 if the maps are bf16, else to TF32, unless products are split.
+// TF32 has the range of fp32 and holds fp16 exactly.
 #pragma once
 
 #include <type_traits>
@@ -15,23 +15,25 @@ namespace fsp {
 
 // --- slopes --------------------------------------------------------------------------------------
 
-// What slopes beside maps of T are multiplied as. They may exceed the range of fp16.
+// The type that slopes are multiplied in if the maps are T. It is never fp16, whose range is too
+// small.
 template <class T>
 using SlopeOf = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, __nv_bfloat16, float>;
 
-// Rounding to fewer bits would make the largest finite numbers infinite. These stay finite.
+// Clamp finite numbers to the range of bf16: rounding would make the largest ones infinite.
 __device__ __forceinline__ float within_bf16(float x) {
   constexpr float largest = 0x1.fep127f;
   return fabsf(x) < INFINITY ? fminf(fmaxf(x, -largest), largest) : x;
 }
 
-// To the nearest number of 11 bits; tensor cores themselves cut off what is more.
+// Round to the 11 bits of TF32. Tensor cores themselves would truncate.
 __device__ __forceinline__ float round_to_tf32(float x) {
   const uint32_t half = fabsf(x) < 0x1.ffep127f ? 0x1000 : 0;
   return __uint_as_float((__float_as_uint(x) + half) & 0xffffe000u);
 }
 
-// A slope, such that nothing but storing it as `stored` rounds it.
+// A slope, prepared so that it is rounded only once until it is multiplied. `stored` is its type in
+// memory.
 __device__ __forceinline__ float storable_slope(float x, Scalar stored, bool split) {
   if (stored == Scalar::bf16) return within_bf16(x);
 #if FSP_AMPERE
@@ -42,18 +44,18 @@ __device__ __forceinline__ float storable_slope(float x, Scalar stored, bool spl
 
 // --- fragments -----------------------------------------------------------------------------------
 
-// 16 lines of an operand by as many summed elements as one mma takes: 16 halves or 8 of fp32. As the
-// first operand of an mma it is `a`; as the second (COLUMNS), registers 0 and 1 are `b` of lines 0 to
-// 7, 2 and 3 of lines 8 to 15.
+// 16 lines of an operand, with the summed elements of one mma: 16 halves or 8 of fp32. As the first
+// operand of mma it is `a`. As the second (COLUMNS) it serves two mma: registers 0 and 1 are `b`
+// for lines 0 to 7, registers 2 and 3 for lines 8 to 15.
 struct Fragment {
   uint32_t r[4];
 };
 
-// Of halves a lane has two neighbours `k`; or (SPREAD) two that are 4 apart, as mma of TF32 takes
-// them.
+// A register of a lane holds two halves with neighbouring `k`; with SPREAD their `k` are 4 apart,
+// as in mma of TF32.
 template <bool COLUMNS, bool SPREAD = false, class X>
 __device__ __forceinline__ Fragment load_fragment(const X& x, int line, int k) {
-  constexpr int row = 16 / sizeof(typename X::Element);  // of ldmatrix
+  constexpr int row = 16 / sizeof(typename X::Element);  // elements of a row of ldmatrix
   // Lane i gives row i % 8 of matrix i / 8.
   const int lane = threadIdx.x % 32, second = lane / 8 % 2, third = lane / 16;
   line += 8 * (COLUMNS ? third : second);
@@ -71,10 +73,10 @@ __device__ __forceinline__ Fragment load_fragment(const X& x, int line, int k) {
 }
 
 template <class T>
-struct Sixteen;  // 16-bit elements on tensor cores
+struct Mma16;  // mma of 16-bit elements
 
 template <>
-struct Sixteen<__half> {
+struct Mma16<__half> {
   static __device__ __forceinline__ void mma(float (&d)[4], const Fragment& a, uint32_t b0,
                                              uint32_t b1) {
     mma_f16(d, a.r, b0, b1);
@@ -84,15 +86,14 @@ struct Sixteen<__half> {
 #if FSP_AMPERE
 
 template <>
-struct Sixteen<__nv_bfloat16> {
+struct Mma16<__nv_bfloat16> {
   static __device__ __forceinline__ void mma(float (&d)[4], const Fragment& a, uint32_t b0,
                                              uint32_t b1) {
     mma_bf16(d, a.r, b0, b1);
   }
 };
 
-// The same of fp32, the summed elements as they come or (PAIRS) in the order in which a lane has
-// those of halves.
+// The same for fp32. With PAIRS a lane has the summed elements that it would have as halves.
 template <bool COLUMNS, bool PAIRS = false, class X>
 __device__ __forceinline__ Fragment load_fp32(const X& x, int line, int k) {
   if constexpr (X::inner == 1 && !PAIRS) {
@@ -110,7 +111,7 @@ __device__ __forceinline__ Fragment load_fp32(const X& x, int line, int k) {
   }
 }
 
-// Elements of fp32 as TF32, and what that leaves of them.
+// Elements of fp32 rounded to TF32, and the rest.
 struct Terms {
   Fragment high, low;
 };
@@ -123,16 +124,16 @@ __device__ __forceinline__ Terms load_terms(const X& x, int line, int k, bool sp
   for (int i = 0; i < 4; ++i) {
     const float value = __uint_as_float(whole.r[i]), high = round_to_tf32(value);
     result.high.r[i] = __float_as_uint(high);
-    result.low.r[i] = split ? __float_as_uint(value - high) + 0x1000 : 0;  // rounded, too
+    result.low.r[i] = split ? __float_as_uint(value - high) + 0x1000 : 0;  // rounded to TF32, too
   }
   return result;
 }
 
 #endif  // FSP_AMPERE
 
-// --- one step: the first 16 summed elements -------------------------------------------------------
+// --- one step: the first 16 summed elements ------------------------------------------------------
 
-// Without tensor cores: every thread multiplies for its own results.
+// Without tensor cores: each thread computes its own results.
 template <int LINES, int COLUMNS, class X, class Y>
 __device__ __forceinline__ void step_plainly(Accumulator<LINES, COLUMNS>& result, const X& x,
                                              const Y& y) {
@@ -153,7 +154,7 @@ __device__ __forceinline__ void step_plainly(Accumulator<LINES, COLUMNS>& result
   }
 }
 
-// Two of the same 16-bit elements.
+// Two operands of the same 16-bit type.
 template <int LINES, int COLUMNS, class X, class Y>
 __device__ __forceinline__ void step_halves(Accumulator<LINES, COLUMNS>& result, const X& x,
                                             const Y& y) {
@@ -170,8 +171,8 @@ __device__ __forceinline__ void step_halves(Accumulator<LINES, COLUMNS>& result,
     for (int i = 0; i < Of::down; ++i) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        Sixteen<typename X::Element>::mma(result.values[i][j][e], lines[i], columns.r[2 * e],
-                                          columns.r[2 * e + 1]);
+        Mma16<typename X::Element>::mma(result.values[i][j][e], lines[i], columns.r[2 * e],
+                                        columns.r[2 * e + 1]);
       }
     }
   }
@@ -179,7 +180,7 @@ __device__ __forceinline__ void step_halves(Accumulator<LINES, COLUMNS>& result,
 
 #if FSP_AMPERE
 
-// A slope, of TF32 by now, and a map of fp16.
+// A slope that was rounded to TF32, and a map of fp16.
 template <int LINES, int COLUMNS, class X, class Y>
 __device__ __forceinline__ void step_fp16_slope(Accumulator<LINES, COLUMNS>& result, const X& x,
                                                 const Y& y) {
@@ -265,7 +266,7 @@ __device__ __forceinline__ void step(Accumulator<LINES, COLUMNS>& result, const 
   }
 }
 
-// result += x y^T over `count` summed elements, rounded up to whole steps: tiles are zero there.
+// result += x y^T over `count` summed elements, rounded up to whole steps: tiles are zero beyond.
 template <int LINES, int COLUMNS, class X, class Y>
 __device__ __forceinline__ void multiply(Accumulator<LINES, COLUMNS>& result, const X& x,
                                          const Y& y, int count, bool split) {
@@ -280,8 +281,9 @@ __device__ __forceinline__ void multiply(Accumulator<LINES, COLUMNS>& result, co
   }
 }
 
-// result += what add(sum) adds to a sum of its own. Tensor cores cut their sums off where fp32
-// would be rounded, and always towards zero: over thousands of terms that adds up.
+// Call add(sum) with a sum that begins at zero, then result += sum. Tensor cores truncate their
+// sums where fp32 would be rounded. Over thousands of terms this error, always towards zero, adds
+// up.
 template <int LINES, int COLUMNS, class Add>
 __device__ __forceinline__ void in_short_sums(Accumulator<LINES, COLUMNS>& result, Add add) {
   Accumulator<LINES, COLUMNS> sum;

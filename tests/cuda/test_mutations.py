@@ -362,9 +362,9 @@ MUTATIONS = [
         "registers of b swapped",
         "one pass bf16",
         "product.cuh",
-        "Sixteen<typename X::Element>::mma(result.values[i][j][e], lines[i], columns.r[2 * e],\n"
-        "                                          columns.r[2 * e + 1]);",
-        "Sixteen<typename X::Element>::mma(result.values[i][j][e], lines[i], columns.r[2 * e + 1],"
+        "Mma16<typename X::Element>::mma(result.values[i][j][e], lines[i], columns.r[2 * e],\n"
+        "                                        columns.r[2 * e + 1]);",
+        "Mma16<typename X::Element>::mma(result.values[i][j][e], lines[i], columns.r[2 * e + 1],"
         " columns.r[2 * e]);",
     ),
     instead(

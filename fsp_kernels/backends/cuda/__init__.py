@@ -1,13 +1,14 @@
-"""The CUDA C++ backend: NVIDIA GPUs from Turing on, without Triton; kernels and launches in csrc/.
+"""The CUDA C++ backend, for NVIDIA GPUs from Turing on, without Triton. Its kernels are in csrc/.
 
-    extension.py    the compiled module, or why there is none
-    maps.py         what kernels are told of a map
+    extension.py    the compiled module, or why it is missing
+    maps.py         kernel arguments from a map and its strides
+    entries.py      kernel arguments from a planned pair and its strides
+    limits.py       what the kernels allow for a pair, for the planner
+    loss.py         prepare and run the launches of a plan
     product.py      FSP matrices and their derivatives
-    entries.py      what kernels are told of a pair
-    loss.py         what is launched for a plan
 
-The module knows nothing of PyTorch: it is told addresses, sizes, strides and the stream. Launches
-are prepared once for all shapes and strides of a call, which then brings addresses and weights.
+The compiled module does not use PyTorch: it takes addresses, sizes, strides and a stream. Launches
+are prepared once for the shapes and strides of a call. A call then passes addresses and weights.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class CudaBackend(FusedBackend):
         device: torch.device,
         student: Sequence[MapPlan],
         teacher: Sequence[MapPlan],
-        precision: str,  # noqa: ARG002  (kernels for one product and for three have the same tiles)
+        precision: str,  # noqa: ARG002  (tiles are the same for one product and for three)
     ) -> Limits:
         return limits_of(student, teacher, device.index or 0)
 
@@ -87,6 +88,6 @@ class CudaBackend(FusedBackend):
 
 @lru_cache(maxsize=1024)
 def _sizes_and_dtypes(kernels: Any, scaling: Scaling) -> list[tuple[int, Any, Any]]:  # noqa: ARG001
-    """What a module's kernels are told of gradients beside their addresses."""
+    """For each gradient: its elements, the dtype it is held in and the dtype wanted."""
     held, wanted = (map(scalar_of, dtypes) for dtypes in (scaling.held, scaling.dtypes))
     return list(zip(scaling.sizes, held, wanted, strict=True))

@@ -1,7 +1,7 @@
-"""The loss: what is launched for a plan, prepared once and then only launched.
+"""Prepare and run the launches of a planned loss.
 
-A call is a few launches at most, each over all pairs it serves: one pass in either form, or by
-tiles (residual, gradients); and the sum of what the blocks left.
+A call has a few launches, each for as many pairs as possible: one pass in either form; or tiles
+(residual, gradients). A last launch adds the partial losses.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fsp_kernels.backends.tensors import slots_of, tensors_at
 from fsp_kernels.loss_plan import LossPlan, Step
 from fsp_kernels.plan import FP32_BYTES
 
-_ALIGNMENT = 16  # bytes: where each workspace begins
+_ALIGNMENT = 16  # bytes: each workspace begins at a multiple of it
 
 
 class PreparedLoss:
@@ -35,8 +35,9 @@ class PreparedLoss:
             for i, (p, slots) in enumerate(zip(plan.pairs, all_slots, strict=True))
         ]
         self._launches = module().LaunchSequence(index_of(tensors[0]), _description(plan))
-        # One tensor holds the workspaces, which those of the next step take over, and after them
-        # the partial losses: of each its first byte, and of a workspace that of its slopes.
+        # One tensor holds the workspaces of a step and, behind them, the partial losses. The next
+        # step reuses the memory of the workspaces. For each pair: the offsets, in bytes, of its
+        # workspace and of its slopes.
         workspaces = [(0, p.slopes_offset) for p in pairs]
         partials = 0
         for step in plan.steps:
@@ -47,7 +48,8 @@ class PreparedLoss:
                 stop += math.ceil(plan.pairs[i].scratch_bytes / _ALIGNMENT) * _ALIGNMENT
             partials = max(partials, stop)
         self._scratch = partials // FP32_BYTES + self._launches.partials
-        # What the launches find where: the last of what a call brings is no address.
+        # Arranges the addresses of a call for the launches. The last one, 0, stands for a missing
+        # tensor.
         count = len(tensors)
         places = [
             -1 if x is None else x
@@ -62,9 +64,9 @@ class PreparedLoss:
         scratch = tensors[0].new_empty(self._scratch, dtype=torch.float32)
         result = tensors[0].new_empty((), dtype=torch.float32)
         start = scratch.data_ptr()
-        call = list(map(Tensor.data_ptr, tensors))
-        call += [start + offset for offset in self._offsets]
-        addresses = self._arrange([*call, result.data_ptr(), 0])
+        unordered = list(map(Tensor.data_ptr, tensors))
+        unordered += [start + offset for offset in self._offsets]
+        addresses = self._arrange([*unordered, result.data_ptr(), 0])
         self._launches(raw_stream(tensors[0].device), addresses, weights)
         return result
 
@@ -100,6 +102,6 @@ def _at_a_time(entries: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
 
 
 def _description(plan: LossPlan) -> str:
-    """The call, for error messages."""
+    """A description of the call for error messages."""
     pairs = ("(B={}, {} x {}, K={})".format(p.batch, *p.channels, p.positions) for p in plan.pairs)
     return f"fsp_loss of {', '.join(pairs)}"

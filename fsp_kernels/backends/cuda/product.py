@@ -1,7 +1,7 @@
-"""FSP matrices and their derivatives: csrc/tiles.cuh, with no teacher.
+"""FSP matrices and their derivatives, by the first launch of csrc/tiles.cuh without a teacher.
 
-``G = F1 F2^T / K`` and ``dF1 = dG F2 / K`` are one kernel with different strides. Where the tiles
-of a result would not fill the device, several blocks share one; their parts are added up after.
+``G = F1 F2^T / K`` and ``dF1 = dG F2 / K`` use one kernel with different strides. If the tiles of
+a result would not fill the device, several blocks share a tile. PyTorch then adds their parts.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _prepared_product(
     precision: str,
     device: int,
 ) -> tuple[Any, int]:
-    """The launch of a product, and in how many parts it leaves the sum."""
+    """The launch of a product, and into how many parts it splits the sum."""
     batch, m, r = shape
     operand = operand_of([x_dtype, y_dtype])
     tile = module().residual_tile(scalar_of(operand))

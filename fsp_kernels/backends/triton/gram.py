@@ -1,4 +1,4 @@
-"""The loss in Gram form: few positions, many channels.
+"""The loss in Gram form, for few positions and many channels.
 
 With the differences ``p = a - c`` and ``q = b - d`` of residual.py, and ``pp`` for ``p^T p``,
 
@@ -8,11 +8,11 @@ With the differences ``p = a - c`` and ``q = b - d`` of residual.py, and ``pp`` 
     D d   = p (bb - qb^T) + c (qb - qq)     D^T c = b cp^T + q cc
 
 so only six ``K x K`` blocks are accumulated, and no ``m x n`` object exists. Below, ``x, y`` stand
-for ``p, c`` on the side of the first maps and for ``b, q`` on that of the second.
+for ``p, c`` on the side of the first maps and for ``b, q`` on the side of the second maps.
 
-The first launch writes the blocks of parts of the channels, since the samples alone would not fill
-the device. The second adds the parts; it writes the loss, and what the gradients are products with.
-The third writes the gradients.
+There are three launches. The first writes blocks, each summed over a part of the channels: a
+program for each sample would not fill the device. The second adds the parts; it writes the loss and
+the blocks that the gradients are products with (operands). The third writes the gradients.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from fsp_kernels.backends.triton.residual import (
 from fsp_kernels.plan import GRAM_BLOCKS
 
 BLOCKS = tl.constexpr(GRAM_BLOCKS)  # in this order: pp, cp, cc, bb, qb, qq
-# Rows of all blocks that a program of the second launch adds: several programs serve a sample.
+# Rows that a program of the second launch adds, of all blocks; several programs share a sample.
 COMBINED_ROWS = tl.constexpr(8)
 
 
 @triton.jit
 def fsp_gram(pointers, workspaces, entries, COUNT: tl.constexpr):
-    """Write the blocks of parts of the channels, ``(parts, samples, BLOCKS, block_k, block_k)``.
+    """Write the parts of all blocks, ``(parts, samples, BLOCKS, block_k, block_k)``.
 
-    A program has one part of one block: all of a side would need more registers than it has.
+    A program computes one part of one block: all blocks of a side would need too many registers.
     """
     program = tl.program_id(0)
     start = 0
     for i in tl.static_range(COUNT):
         stop = start + BLOCKS * entries[i].parts * entries[i].samples
         if (program >= start) & (program < stop):
-            # The blocks of a part are neighbours, so that they find its maps in cache.
+            # Programs for the blocks of a part are neighbours, so they find its maps in cache.
             index = (program - start) // BLOCKS
             part = index % entries[i].parts
             sample = index // entries[i].parts
@@ -58,7 +58,7 @@ def fsp_gram(pointers, workspaces, entries, COUNT: tl.constexpr):
 
 @triton.jit
 def _write_block(pointers, workspace, entry, INDEX: tl.constexpr, sample, part):
-    """A part of ``x^T x``, ``y^T x`` or ``y^T y`` of one side."""
+    """Write a part of ``x^T x``, ``y^T x`` or ``y^T y`` of one side."""
     SIDE: tl.constexpr = INDEX // 3
     C: tl.constexpr = entry.m if SIDE == 0 else entry.n
     block = tl.zeros((entry.block_k, entry.block_k), tl.float32)
@@ -77,8 +77,8 @@ def _write_block(pointers, workspace, entry, INDEX: tl.constexpr, sample, part):
 def fsp_gram_combine(workspaces, partials, entries, first, COUNT: tl.constexpr, factors):
     """Add the parts of some rows of a sample's blocks; write their loss and the operands.
 
-    ``workspaces``: of each pair that of the blocks and that of the operands, which are ``kept``
-    blocks ``(block_k, block_k)`` for each sample: two for each gradient.
+    ``workspaces`` holds for each pair that of the blocks and that of the operands. The operands of
+    a sample are ``operand_count`` blocks ``(block_k, block_k)``, two for each gradient.
     """
     program = tl.program_id(0)
     start = 0
@@ -96,7 +96,7 @@ def fsp_gram_combine(workspaces, partials, entries, first, COUNT: tl.constexpr, 
 
 @triton.jit
 def _combine_rows(workspaces, entry, factor, sample, rows):
-    """The loss of some rows, without its factor, which may be negative for rounding errors."""
+    """The loss of some rows, without its factor. Rounding errors may make it negative."""
     blocks, operands = workspaces
     pp = _sum_of_parts(blocks, entry, 0, sample, rows)
     cp = _sum_of_parts(blocks, entry, 1, sample, rows)
@@ -104,7 +104,7 @@ def _combine_rows(workspaces, entry, factor, sample, rows):
     bb = _sum_of_parts(blocks, entry, 3, sample, rows)
     qb = _sum_of_parts(blocks, entry, 4, sample, rows)
     qq = _sum_of_parts(blocks, entry, 5, sample, rows)
-    # Scaled before products, which may overflow without.
+    # Scaled before they are multiplied, because the products might overflow.
     inverse = 1.0 / entry.student_positions
     inverse *= inverse
     products = pp * inverse * bb + 2 * (cp * inverse) * qb + cc * inverse * qq
@@ -132,7 +132,7 @@ def _sum_of_parts(blocks, entry, INDEX: tl.constexpr, sample, rows):
 
 @triton.jit
 def _sum_of_parts_transposed(blocks, entry, INDEX: tl.constexpr, sample, columns):
-    """The same of columns, as rows."""
+    """The sum of the parts of some columns of a block, transposed."""
     K: tl.constexpr = entry.block_k
     total = tl.zeros((COMBINED_ROWS, entry.block_k), tl.float32)
     for part in range(entry.parts):
@@ -144,7 +144,7 @@ def _sum_of_parts_transposed(blocks, entry, INDEX: tl.constexpr, sample, columns
 
 @triton.jit
 def _write_operands(scale, x_rows, y_rows, operands, entry, OWN: tl.constexpr, sample, rows):
-    """Write rows of the transposed operands of the gradient of the map number OWN."""
+    """Write rows of both operands, transposed, for the gradient of the map number OWN."""
     x_rows *= scale
     y_rows *= scale
     if entry.precision == "tf32":
@@ -158,7 +158,7 @@ def _write_operands(scale, x_rows, y_rows, operands, entry, OWN: tl.constexpr, s
 
 @triton.jit
 def fsp_gram_gradients(pointers, workspaces, entries, COUNT: tl.constexpr):
-    """Write ``x @ x_block + y @ y_block`` for every gradient; a part of its channels each."""
+    """Write ``x @ x_block + y @ y_block`` for every gradient. A program has a part of channels."""
     program = tl.program_id(0)
     start = 0
     for i in tl.static_range(COUNT):
@@ -175,7 +175,7 @@ def fsp_gram_gradients(pointers, workspaces, entries, COUNT: tl.constexpr):
 @triton.jit
 def _write_gradient(pointers, operands, entry, OWN: tl.constexpr, sample, part):
     """Write a part of the gradient of the map number OWN."""
-    # Transposed, so that the blocks are left operands: of these a warp holds its own rows only.
+    # Stored transposed, so that they are left operands, of which a warp holds only its own rows.
     rows = tl.arange(0, entry.block_k)
     x_block = tl.load(_row_addresses(operands, entry, entry.operand_count, sample, 2 * OWN, rows))
     y_block = tl.load(
@@ -194,7 +194,7 @@ def _write_gradient(pointers, operands, entry, OWN: tl.constexpr, sample, part):
 
 @triton.jit
 def _row_addresses(workspace, entry, PER_SAMPLE: tl.constexpr, slot, index, rows):
-    """Pointers to rows of the block number ``index`` of ``PER_SAMPLE`` in a slot."""
+    """Pointers to rows of the block number ``index`` of a slot, which has ``PER_SAMPLE`` blocks."""
     K: tl.constexpr = entry.block_k
     start = workspace + (slot.to(tl.int64) * PER_SAMPLE + index) * (K * K)
     return start + rows[:, None] * K + tl.arange(0, K)[None, :]

@@ -1,7 +1,7 @@
-"""The loss by fused kernels: what is launched for a plan, prepared once and then only launched.
+"""Prepare and run the launches of a planned loss.
 
-A call is a few launches at most, each over all pairs it serves: one pass; by tiles (residual,
-gradients); in Gram form (blocks, their sum, gradients); and the sum of what the programs left.
+A call has a few launches, each for as many pairs as possible: one pass; tiles (residual,
+gradients); Gram form (blocks, their sum, gradients). A last launch adds the partial losses.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Run = Callable[[int, Sequence[Tensor], Sequence[float]], None]
 class PreparedLoss:
     """The launches of a plan, step by step.
 
-    A step is called with all maps, the wanted gradients and, last, the partial losses.
+    A step is called with a list of all maps, the wanted gradients and, last, the partial losses.
     """
 
     def __init__(self, plan: LossPlan, tensors: Sequence[Tensor]):
@@ -55,7 +55,7 @@ class PreparedLoss:
             PlannedPair(i, pair, tensors_at(slots, tensors), family, plan.precision)
             for i, (pair, slots) in enumerate(zip(plan.pairs, self._slots, strict=True))
         ]
-        self._partials_place = len(tensors)  # of the partial losses
+        self._partials_place = len(tensors)
         self._partials = 0
         self._steps = [self._prepare(step, [pairs[i] for i in step.pairs]) for step in plan.steps]
         self._finish = Launch(fsp_finish, 1, 8, self._partials, BLOCK)
@@ -72,7 +72,7 @@ class PreparedLoss:
         return result
 
     def _take_partials(self, count: int) -> int:
-        """The first of as many places for partial losses."""
+        """Reserve places for ``count`` partial losses. Returns the first."""
         self._partials += count
         return self._partials - count
 
@@ -166,7 +166,7 @@ class _Tiles:
         chunk: int,
         take_partials: Callable[[int], int],
     ):
-        # Those whose loss the first launch tells come first, and with them their partial losses.
+        # Pairs whose loss the first launch computes come first, so their partial losses do too.
         self._indices = [p.index for p in pairs]
         entries, warps = _entries_and_warps([p.residual_entry(chunk) for p in pairs])
         self._slopes = [
@@ -251,7 +251,7 @@ class _Tiles:
             self._matrix_gradients(stream, tensors)
 
     def _slope(self, index: int, parts: Tensor | None, partials: Tensor) -> Tensor | None:
-        """Where slopes go: over the first part, if that has their dtype."""
+        """The tensor for a pair's slopes: the memory of the first part, if the dtypes are equal."""
         shape, dtype = self._slopes[index]
         if dtype is None:
             return None
@@ -263,14 +263,14 @@ class _Tiles:
 def _multiply_by_blas(
     gradient: Tensor, other: Tensor, slope: Tensor, own: int, entry: GradientEntry
 ) -> None:
-    """Write the gradient of the map number ``own``, as fsp_gradients does."""
+    """Write the gradient of the map number ``own`` by PyTorch, instead of fsp_gradients."""
     samples = slice(entry.first_sample, entry.first_sample + entry.samples)
     x = slope if own % 2 == 0 else slope.mT
     bmm_into(gradient.flatten(2)[samples], x, other.flatten(2)[samples], entry.ratio)
 
 
 def _entries_and_warps(found: Sequence[tuple[Entry, int]]) -> tuple[tuple[Entry, ...], int]:
-    """The entries of a launch, and the most warps that any of them wants."""
+    """The entries of a launch, and the largest number of warps among them."""
     return tuple(entry for entry, _ in found), max(warps for _, warps in found)
 
 
@@ -280,7 +280,7 @@ def _tiles(entry: Entry) -> int:
 
 
 def _combined_tiles(entry: Entry) -> int:
-    """What programs of fsp_combine take: tiles, or blocks of columns."""
+    """How many programs of fsp_combine an entry needs: one for each tile, or block of columns."""
     columns = triton.cdiv(entry.n.value, entry.block_n.value)
     return entry.samples * (columns if entry.norm.value == "column" else _tiles(entry))
 

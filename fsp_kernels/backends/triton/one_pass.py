@@ -1,8 +1,8 @@
 """The loss in one pass, matrix form: one program for each sample of each pair.
 
-For pairs whose residual fits one program's registers (m, n <= 128). The first sweep over the
-positions accumulates it. The second writes the gradients. It begins at the end, at what was read
-last: where the maps of all programs at work exceed the cache, the rest of them is read again.
+It is for pairs whose residual fits one program's registers (m, n <= 128). The first sweep over the
+positions accumulates the residual. The second writes the gradients, from the last position to the
+first: what was read last is still in cache, even if the maps of all running programs do not fit it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fsp_kernels.backends.triton.residual import (
 
 @triton.jit
 def fsp_one_pass(pointers, partials, entries, first, COUNT: tl.constexpr, factors):
-    """Weighted losses, one for each program, into ``partials``, and all gradients asked for."""
+    """Write weighted losses, one for each program, to ``partials``, and all wanted gradients."""
     program = tl.program_id(0)
     start = 0
     for i in tl.static_range(COUNT):
