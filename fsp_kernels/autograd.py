@@ -38,13 +38,13 @@ NO_FORWARD_MODE = (
 )
 
 
-def wants_operator(maps: Sequence[Tensor]) -> bool:
+def needs_operator(maps: Sequence[Tensor]) -> bool:
     """Whether the call must go through ``torch.ops.fsp``, e.g. since it is being compiled."""
     return (
         torch.compiler.is_compiling()
         or (is_in_torch_dispatch_mode() and register_flop_formulas())
         or torch._C._are_functorch_transforms_active()
-        or not _PLAIN.issuperset(map(type, maps))
+        or not _PLAIN_TYPES.issuperset(map(type, maps))
     )
 
 
@@ -64,7 +64,7 @@ def register_flop_formulas() -> bool:
     return True
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
 def planned_loss(plan: LossPlan, weights: tuple[float, ...], maps: Sequence[Tensor]) -> Tensor:
@@ -81,10 +81,10 @@ def outside_autocast(device: str) -> AbstractContextManager[Any]:
         and torch.is_autocast_enabled(device)
     ):
         return torch.autocast(device, enabled=False)
-    return _NOTHING
+    return _NO_CONTEXT
 
 
-_NOTHING: AbstractContextManager[Any] = nullcontext()
+_NO_CONTEXT: AbstractContextManager[Any] = nullcontext()
 _has_autocast = lru_cache(torch.amp.is_autocast_available)
 
 
@@ -103,7 +103,7 @@ class FSPLossFunction(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError(
                 "Trying to backward through fsp_loss a second time, after its gradients were "
-                "handed out; specify retain_graph=True the first time."
+                "released; specify retain_graph=True the first time."
             )
         # If no later backward can need the gradients, they are scaled in place, and the leaves
         # take them without a copy.
@@ -178,7 +178,7 @@ class _SecondDerivative(torch.autograd.Function):
 
 def matrix(first: Tensor, second: Tensor, backend: str) -> Tensor:
     """``F1 F2^T / K``: ``(B, m, K), (B, n, K) -> (B, m, n)``, as operator or eagerly."""
-    if wants_operator((first, second)):
+    if needs_operator((first, second)):
         result: Tensor = torch.ops.fsp.matrix(first, second, backend)
         return result
     return FSPMatrixFunction.apply(first, second, backend)
@@ -189,7 +189,7 @@ def matrix_backward(gradient: Tensor, other: Tensor, channels_last: bool, backen
 
     The derivatives of this function and of :func:`matrix` need these two functions alone.
     """
-    if wants_operator((gradient, other)) or _is_batched(gradient):
+    if needs_operator((gradient, other)) or _is_batched(gradient):
         result: Tensor = torch.ops.fsp.matrix_backward(gradient, other, channels_last, backend)
         return result
     return FSPMatrixGradientFunction.apply(gradient, other, channels_last, backend)

@@ -52,8 +52,8 @@ def flatten_pairs(
         for i in range(len(student)):
             _checked_pair("student", student, i)
         raise ValueError(
-            f"teacher: got {len(teacher)} entries for {len(student)} student pairs, expected as "
-            "many: one pair of maps or one ready FSP matrix for each student pair"
+            f"teacher: got {len(teacher)} entries for {len(student)} student pairs, expected one "
+            "pair of maps or one ready FSP matrix for each student pair"
             + (_pairs_hint("teacher", teacher) if len(teacher) == len(student) + 1 else "")
         )
     if not student:

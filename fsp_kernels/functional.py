@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fsp_kernels import checks
-from fsp_kernels.autograd import matrix, planned_loss, wants_operator
+from fsp_kernels.autograd import matrix, needs_operator, planned_loss
 from fsp_kernels.backends import Backend, requested_backend, select_backend
 from fsp_kernels.backends.devices import fp32_precision
 from fsp_kernels.loss_plan import LossPlan, MapSpec, by_network
@@ -142,7 +142,7 @@ def fsp_loss(
     lambdas: tuple[float, ...] | Tensor = (1.0,) * len(ready)
     if weights is not None:
         lambdas = _read_weights(weights, maps, ready)
-    if isinstance(lambdas, Tensor) or wants_operator(maps):
+    if isinstance(lambdas, Tensor) or needs_operator(maps):
         checks.check_loss(*checks.specs_of(maps, ready), channel_dim)
         if isinstance(lambdas, Tensor) and not _is_readable(lambdas):
             one = partial(fsp_loss, pool=pool, norm=norm, backend=backend, channel_dim=channel_dim)
@@ -244,7 +244,7 @@ def _read_weights(
         return checks.check_weights(weights, len(ready))
     student, _ = checks.specs_of(maps, ready)
     checks.check_weight_tensor(weights, len(ready), student[0][0].device)
-    if _is_readable(weights) and not wants_operator((weights,)):
+    if _is_readable(weights) and not needs_operator((weights,)):
         return checks.check_weights(weights.tolist(), len(ready))
     return weights
 

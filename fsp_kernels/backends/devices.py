@@ -73,7 +73,7 @@ def constant(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def remembered(function: Callable[..., Any]) -> Any:
+def cached_constant(function: Callable[..., Any]) -> Any:
     """A decorator: :func:`constant`, and cached, since every loss calls the function.
 
     A bare ``lru_cache`` would not do: the compiler traces into it, with a warning.

@@ -104,7 +104,7 @@ def test_the_machine_is_asked_once(cuda_backend, machine, monkeypatch):
 
 @pytest.mark.usefixtures("missing")
 def test_it_needs_its_extension(cuda_backend):
-    assert cuda_backend.why_unavailable() == f"its extension is not built: {extension.NEVER}"
+    assert cuda_backend.why_unavailable() == f"its extension is not built: {extension.HOW_TO_BUILD}"
 
 
 def test_what_was_noted_when_it_was_not_built_is_told(cuda_backend, missing):

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsp_kernels.backends.devices import constant, raw_stream, remembered, why_no_gpu
+from fsp_kernels.backends.devices import cached_constant, constant, raw_stream, why_no_gpu
 
-NEVER = "nothing has compiled it: `pip install .` does, where it finds nvcc 12.0 or newer"
+HOW_TO_BUILD = "`pip install .` builds it if it finds nvcc 12.0 or newer"
 # setup.py writes this file if it does not build the extension. It says why.
 NOTE = Path(__file__).parents[2] / "cuda_build.txt"
 
@@ -25,13 +25,13 @@ def extension() -> ModuleType | str:
     try:
         return importlib.import_module("fsp_kernels._cuda")
     except ModuleNotFoundError:
-        why = NOTE.read_text().strip() if NOTE.exists() else NEVER
+        why = NOTE.read_text().strip() if NOTE.exists() else HOW_TO_BUILD
         return f"its extension is not built: {why}"
     except ImportError as error:
         return f"its extension cannot be loaded: {error}"
 
 
-@remembered
+@cached_constant
 def why_unavailable() -> str | None:
     """``None`` if the extension exists and has kernels for a GPU of this machine.
 
@@ -55,7 +55,7 @@ def module() -> Any:
     return found
 
 
-@remembered
+@cached_constant
 def why_not_on(device: int) -> str | None:
     """Load the kernels on this GPU. Returns ``None`` if they run there, else why not.
 

@@ -84,13 +84,13 @@ class PreparedLoss:
         combined = [p.combine_entry(chunk) for p in pairs if not p.plan.finishes]
         if combined:
             self._launches.add_combine(combined)
-        for some in _products(pairs, chunk, PlannedPair.gradient_entries):
-            self._launches.add_gradients(scalar, some)
-        for some in _products(pairs, chunk, PlannedPair.matrix_gradient_entries):
-            self._launches.add_matrix_gradients(some)
+        for entries in _entries_by_launch(pairs, chunk, PlannedPair.gradient_entries):
+            self._launches.add_gradients(scalar, entries)
+        for entries in _entries_by_launch(pairs, chunk, PlannedPair.matrix_gradient_entries):
+            self._launches.add_matrix_gradients(entries)
 
 
-def _products(
+def _entries_by_launch(
     pairs: Sequence[PlannedPair], chunk: int, entries_of: Callable[[PlannedPair, int], list[Any]]
 ) -> Iterator[Sequence[Any]]:
     entries = [entry for p in pairs for entry in entries_of(p, chunk)]

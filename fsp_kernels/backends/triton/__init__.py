@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fsp_kernels.backends.devices import on_device, remembered, why_no_gpu
+from fsp_kernels.backends.devices import cached_constant, on_device, why_no_gpu
 from fsp_kernels.backends.fused import FusedBackend, PreparedLoss
 from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan
 
@@ -42,7 +42,7 @@ class TritonBackend(FusedBackend):
     """See :class:`fsp_kernels.backends.Backend` for what each method promises."""
 
     name = "triton"
-    on_cpu = "TRITON_INTERPRET=1 is set: it serves the CPU"
+    on_cpu = "TRITON_INTERPRET=1 is set, so its kernels run only on the CPU"
 
     @property
     def automatic(self) -> bool:
@@ -88,7 +88,7 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@remembered
+@cached_constant
 def _why_unavailable(interpreting: bool) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
@@ -104,8 +104,8 @@ def _why_it_cannot_compile() -> str | None:
         _compile_as_triton_does()
     except subprocess.CalledProcessError as error:
         return (
-            f"Triton cannot compile its launcher: {error.cmd[0]} failed, perhaps for lack of "
-            "Python's headers (Python.h); what it printed says why"
+            f"Triton cannot compile its launcher: {error.cmd[0]} failed, perhaps because "
+            "Python's headers (Python.h) are missing; its output says why"
         )
     except Exception as error:  # an error of any kind is the reason
         return f"Triton cannot compile its launcher: {' '.join(str(error).split())}"
@@ -128,7 +128,7 @@ def _compile_as_triton_does() -> None:
             build._build("launcher", str(source), folder, [], [], [], [])
 
 
-@remembered
+@cached_constant
 def _why_too_old(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability >= OLDEST_CAPABILITY:
