@@ -40,7 +40,7 @@ class CudaBackend(FusedBackend):
     """See :class:`fsp_kernels.backends.Backend` for what each method promises."""
 
     name = "cuda"
-    on_cpu = "its kernels are built for the CPU and run only there"
+    on_cpu = "it is built for the host, so its kernels run only on the CPU"
 
     @property
     def automatic(self) -> bool:
