@@ -1,7 +1,7 @@
-"""What pyproject.toml cannot say: whether the CUDA extension in csrc/ is built, and how.
+"""Build the CUDA extension in csrc/; everything else is in pyproject.toml.
 
-The environment variable FSP_KERNELS_CUDA decides: ``auto``, the default, builds it where there is
-an nvcc; ``1`` requires it; ``0`` leaves it out. Nothing here needs torch.
+The environment variable FSP_KERNELS_CUDA decides: ``auto``, the default, builds it if nvcc is
+found; ``1`` requires the build; ``0`` skips it. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 PACKAGE = "fsp_kernels"
-NOTE = "cuda_build.txt"  # in the package: why it has no extension; python -m fsp_kernels tells
+# A file of the package that says why it has no extension; python -m fsp_kernels shows it.
+NOTE = "cuda_build.txt"
 OLDEST_NVCC = (12, 0)
-CUDA = "/usr/local/cuda"  # where NVIDIA's installer puts it, and leaves PATH alone
+CUDA = "/usr/local/cuda"  # NVIDIA's installer puts CUDA there and does not change PATH
 
 
 def find_nvcc() -> str | None:
@@ -42,7 +43,7 @@ def is_recent(nvcc: str) -> bool:
 
 
 def decide() -> tuple[str | None, str]:
-    """The nvcc to build the extension with; or None, and why it is left out."""
+    """The nvcc to build the extension with, or ``None`` and why the extension is not built."""
     wanted = os.environ.get("FSP_KERNELS_CUDA", "auto")
     if wanted not in ("auto", "1", "0"):
         raise SystemExit(f"FSP_KERNELS_CUDA is {wanted!r}: it can be auto, 1 or 0")
@@ -61,7 +62,7 @@ def decide() -> tuple[str | None, str]:
 
 
 def tool(name: str) -> str:
-    """Path of cmake or ninja: on PATH, as in pip's isolated environment, or beside this python."""
+    """Path of cmake or ninja, on PATH (as in pip's isolated environment) or beside this python."""
     folders = os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")
     found = shutil.which(name, path=os.pathsep.join(folders))
     if found is None:
@@ -78,7 +79,7 @@ def pybind11_folder() -> str:
 
 
 class BuildPy(build_py):
-    """The package has the extension or a note that says why not, never both."""
+    """Write the note if the extension is not built; remove the one that is out of date."""
 
     def run(self) -> None:
         super().run()
@@ -92,18 +93,19 @@ class BuildPy(build_py):
             self.announce(f"the CUDA extension is left out: {reason}", logging.WARNING)
             note.write_text(f"when fsp_kernels was installed, {reason}\n")
             module = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-            (package / module).unlink(missing_ok=True)  # of an earlier editable install
+            (package / module).unlink(missing_ok=True)  # from an earlier editable install
 
 
 class BuildExt(build_ext):
-    """CMake and ninja, in build/cuda."""
+    """Build the extension with CMake and ninja in build/cuda."""
 
     def build_extension(self, ext: Extension) -> None:
         nvcc, _ = decide()
         module = Path(self.get_ext_fullpath(ext.name))
         folder = Path("build", "cuda").absolute()
-        # CMake forgets what it found: pip's isolated environment is another folder each time, nvcc
-        # and CUDAARCHS may differ. The objects stay, and ninja compiles what has changed.
+        # Delete what CMake found in an earlier build: pip's isolated environment is in another
+        # folder each time, and nvcc and CUDAARCHS may differ. The objects stay, and ninja compiles
+        # only what has changed.
         (folder / "CMakeCache.txt").unlink(missing_ok=True)
         for compilers in folder.glob("CMakeFiles/*/CMakeSystem.cmake"):
             shutil.rmtree(compilers.parent)
@@ -129,7 +131,7 @@ class BuildExt(build_ext):
 if __name__ == "__main__":
     nvcc, _ = decide()
     setup(
-        # Declared only where it is built: without it the wheel is pure Python.
+        # Declared only if it is built: the wheel without it is pure Python.
         ext_modules=[Extension(f"{PACKAGE}._cuda", sources=[])] if nvcc else [],
         cmdclass={"build_py": BuildPy, "build_ext": BuildExt},
     )

@@ -144,7 +144,7 @@ def without_launches() -> Iterator[None]:
             (launch.Launch, "start", lambda *_: defaultdict(lambda: _no_launch)),
         ):
             patches.enter_context(mock.patch.object(where, name, value))
-        programs = registered_backends()["triton"].programs
+        programs = registered_backends()["triton"].prepared
         programs.clear()
         yield
         programs.clear()

@@ -1,9 +1,9 @@
-// fsp_kernels._cuda: device addresses, sizes, strides and streams as integers, so that one module
-// serves every version of PyTorch.
+// The Python module fsp_kernels._cuda. Device addresses, sizes, strides and streams are integers,
+// so that one module works with every version of PyTorch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "program.h"
+#include "launch_sequence.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -15,7 +15,7 @@ using Strides = std::array<int64_t, 5>;  // sample, channel, depth, height, widt
 using Window = std::array<uint8_t, 3>;
 using Sizes = std::array<int64_t, 2>;
 
-// Kernels count in 32 bits, and go beyond a size by less than a tile.
+// Kernels count in 32 bits, and exceed a size by less than a tile.
 int32_t size(const char* what, int64_t value) {
   constexpr int64_t most = INT32_MAX - 1024;
   if (value >= 0 && value <= most) return static_cast<int32_t>(value);
@@ -45,7 +45,8 @@ MapSpec map_spec(int slot, Scalar scalar, Strides strides, int64_t rows, int64_t
 
 PairSpec pair_spec(std::array<OptionalMap, 4> maps, std::array<OptionalMap, 4> gradients,
                    OptionalMap out, int64_t out_part, int64_t samples, int64_t first_sample,
-                   Sizes channels, Sizes positions, int parts, Residual residual, Norm norm, bool split, bool finishes, int weight, float factor) {
+                   Sizes channels, Sizes positions, int parts, Residual residual, Norm norm,
+                   bool split, bool finishes, int weight, float factor) {
   Pair pair{};
   pair.out_part = out_part;
   pair.samples = size("samples", samples);
@@ -76,11 +77,11 @@ ProductSpec product_spec(OptionalMap own, MapSpec gradient, OptionalMap other, M
   return {product, {own, gradient, other, slope}};
 }
 
-// What CUDA is asked for may take long, and other Python threads go on meanwhile: pybind11 converts
-// the arguments before, and the result or the error afterwards.
+// Calls of CUDA may take long, so other Python threads run meanwhile. pybind11 converts the
+// arguments before it releases the lock, and the result or the error afterwards.
 using WithoutGil = py::call_guard<py::gil_scoped_release>;
 
-// from, out, elements, dtype of each
+// addresses of gradient and result, number of elements, dtypes of gradient and result
 using ScaledTuple = std::tuple<uintptr_t, uintptr_t, int64_t, Scalar, Scalar>;
 
 void scale_tuples(int device, uintptr_t stream, const std::vector<ScaledTuple>& tensors,
@@ -128,34 +129,34 @@ PYBIND11_MODULE(_cuda, module) {
   py::class_<ProductSpec>(module, "Product", py::module_local())
       .def(py::init(&product_spec), py::kw_only(), "own"_a, "gradient"_a, "other"_a, "slope"_a,
            "samples"_a, "first_sample"_a, "channels"_a, "positions"_a, "split"_a, "ratio"_a);
-  py::class_<LaunchFacts>(module, "LaunchFacts", py::module_local())
-      .def_readonly("kernel", &LaunchFacts::kernel)
-      .def_readonly("operand", &LaunchFacts::operand)
-      .def_readonly("tile", &LaunchFacts::tile)
-      .def_readonly("threads", &LaunchFacts::threads)
-      .def_readonly("stages", &LaunchFacts::stages)
-      .def_readonly("shared_bytes", &LaunchFacts::shared_bytes)
-      .def_readonly("blocks", &LaunchFacts::blocks);
-  py::class_<Program>(module, "Program", py::module_local())
+  py::class_<LaunchDescription>(module, "LaunchDescription", py::module_local())
+      .def_readonly("kernel", &LaunchDescription::kernel)
+      .def_readonly("operand", &LaunchDescription::operand)
+      .def_readonly("tile", &LaunchDescription::tile)
+      .def_readonly("threads", &LaunchDescription::threads)
+      .def_readonly("stages", &LaunchDescription::stages)
+      .def_readonly("shared_bytes", &LaunchDescription::shared_bytes)
+      .def_readonly("blocks", &LaunchDescription::blocks);
+  py::class_<LaunchSequence>(module, "LaunchSequence", py::module_local())
       .def(py::init<int, std::string>(), "device"_a, "what"_a)
-      .def("add_one_pass", &Program::add_one_pass, "operand"_a, "pairs"_a)
-      .def("add_gram", &Program::add_gram, "pairs"_a)
-      .def("add_residual", &Program::add_residual, "operand"_a, "pairs"_a)
-      .def("add_combine", &Program::add_combine, "pairs"_a)
-      .def("add_gradients", &Program::add_gradients, "operand"_a, "products"_a)
-      .def("add_matrix_gradients", &Program::add_matrix_gradients, "products"_a)
-      .def_property_readonly("launches", &Program::launches)
-      .def_property_readonly("partials", &Program::partials)
-      .def("__call__", &Program::run, "stream"_a, "addresses"_a, "weights"_a, WithoutGil());
+      .def("add_one_pass", &LaunchSequence::add_one_pass, "operand"_a, "pairs"_a)
+      .def("add_gram", &LaunchSequence::add_gram, "pairs"_a)
+      .def("add_residual", &LaunchSequence::add_residual, "operand"_a, "pairs"_a)
+      .def("add_combine", &LaunchSequence::add_combine, "pairs"_a)
+      .def("add_gradients", &LaunchSequence::add_gradients, "operand"_a, "products"_a)
+      .def("add_matrix_gradients", &LaunchSequence::add_matrix_gradients, "products"_a)
+      .def_property_readonly("launches", &LaunchSequence::launches)
+      .def_property_readonly("partials", &LaunchSequence::partials)
+      .def("__call__", &LaunchSequence::run, "stream"_a, "addresses"_a, "weights"_a, WithoutGil());
 
   module.attr("most_pairs") = Pairs::most;
   module.attr("most_products") = Products::most;
   module.def("why_not_on", &why_not_on, "device"_a, "stream"_a, WithoutGil(),
-             "Load the kernels; why none runs on a device, as CUDA tells, empty if they do.");
+             "Load the kernels on a device. CUDA's reason if they do not run there, else empty.");
   module.def("shared_bytes", &shared_bytes,
-             "Of every kernel: name, operand, tile, bytes of a block with one stage, with two.");
+             "For each kernel: name, operand, tile, bytes of a block with one stage and with two.");
   module.def("assume_chip", &assume_chip, "major"_a, "most_shared_bytes"_a,
-             "Plan launches for such a chip, with or without a device.");
+             "Plan launches for such a chip; the device need not exist.");
   module.def("one_pass_tile", &one_pass_tile, "device"_a, "operand"_a, "channels"_a,
              "Channels of the smallest tile for one pass; 0 if there is none.");
   module.def("residual_tile", &residual_tile, "operand"_a, "Channels of a stored tile.");

@@ -1,4 +1,4 @@
-// The second launch of tiles.cuh: what its blocks left of a residual becomes one.
+// The second launch of tiles.cuh: adds the parts of a residual that its blocks wrote.
 #pragma once
 
 #include "group.cuh"
@@ -7,7 +7,7 @@
 
 namespace fsp {
 
-// Add the parts of a block of columns and take its norm; write its slopes.
+// Add the parts of a block of columns; write its loss and slopes.
 __global__ void __launch_bounds__(THREADS) fsp_combine(const __grid_constant__ Pairs group) {
   const Place place = place_of_block(group);
   const Pair& pair = group.entries[place.entry];

@@ -1,13 +1,13 @@
-// What multiplies no matrices: the gradient of a ready matrix from a stored residual; the last step
-// of forward, a sum; all of backward, a scaling.
+// Kernels that multiply no matrices: the gradient of a ready matrix from stored slopes; the sum of
+// the partial losses, which ends forward; the scaling of gradients in backward.
 #pragma once
 
+#include "accumulator.cuh"
 #include "group.cuh"
-#include "product.cuh"
 
 namespace fsp {
 
-// ratio * slope (m, n) as the gradient of a ready matrix; a block has a row.
+// Write ratio * slope (m, n) as the gradient of a ready matrix. A block has a row.
 __global__ void __launch_bounds__(THREADS)
     fsp_matrix_gradients(const __grid_constant__ Products group) {
   const Place place = place_of_block(group);
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// The sum of all partial losses in a fixed order, by one block.
+// Add all partial losses in a fixed order, in one block.
 __global__ void __launch_bounds__(THREADS) fsp_finish(const __grid_constant__ Sum sum) {
   float total = 0;
   for (int64_t i = threadIdx.x; i < sum.count; i += THREADS) total += sum.partials[i];
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(THREADS) fsp_finish(const __grid_constant__ Su
   if (threadIdx.x == 0) *sum.out = total;
 }
 
-// Four elements at a time, then what is left.
+// Four elements at a time, then the rest.
 template <class From, class To>
 __device__ void scale_all(const Scaled& x, float factor) {
   const From* from = static_cast<const From*>(x.gradient);
@@ -65,14 +65,15 @@ __device__ void scale_all(const Scaled& x, float factor) {
   }
 }
 
-// out = gradient * factor for each pair of tensors; in place, a factor of 1 is no work.
+// out = gradient * factor for each pair of tensors. In place, a factor of 1 is skipped.
 //
-// The factor is read on the device, so nobody waits for it; every block goes over all tensors.
+// The factor is read on the device, so the host need not wait for it. Each block works on all
+// tensors.
 __global__ void __launch_bounds__(THREADS) fsp_scale(const __grid_constant__ Scales scales) {
   const float factor = *scales.factor;
   for (int i = 0; i < scales.count; ++i) {
     const Scaled& x = scales.entries[i];
-    // Where a gradient waits in another dtype it has to be written whatever the factor.
+    // A gradient that was held in another dtype must be written even if the factor is 1.
     if (scales.in_place && x.from == x.to && factor == 1) continue;
     switch (x.from) {
       case Scalar::fp16: scale_all<__half>(x, factor); break;

@@ -1,4 +1,4 @@
-// The loss in one pass, Gram form: few positions, many channels; one block for each sample.
+// The loss in one pass, Gram form, for few positions and many channels: one block for each sample.
 //
 // With the differences p = a - c and q = b - d of residual.cuh, and pp for p^T p,
 //
@@ -7,9 +7,9 @@
 //     D b   = p bb + c qb                     D^T a = b (pp + cp^T) + q (cp + cc)
 //     D d   = p (bb - qb^T) + c (qb - qq)     D^T c = b cp^T + q cc
 //
-// so only six K x K blocks are accumulated, which the threads keep, and no m x n object exists.
-// Below, x, y stand for p, c on the side of the first maps and for b, q on that of the second.
-// Maps of any dtype become fp32 in shared memory, and products are of TF32.
+// so only six K x K blocks are accumulated, in the threads' registers, and no m x n object exists.
+// Below, x, y stand for p, c on the side of the first maps and for b, q on the side of the second.
+// Maps of any dtype are converted to fp32 in shared memory, and products are of TF32.
 #pragma once
 
 #include "group.cuh"
@@ -25,8 +25,8 @@ struct Gram {
   using Side = Tile<float, channels, POSITIONS>;
   using Block = Accumulator<POSITIONS, POSITIONS>;
 
-  // x^T x / K, y^T x / K and y^T y / K of one side. Divided at once: these are multiplied with each
-  // other and may overflow.
+  // x^T x / K, y^T x / K and y^T y / K of one side. They are divided before they are multiplied
+  // with each other, because the products might overflow.
   struct Blocks {
     Block xx, yx, yy;
   };
@@ -56,18 +56,18 @@ struct Gram {
     memory = own + channels * line;
   }
 
-  // The loss of the sample, unweighted, for thread 0; and the gradients asked for.
+  // Write the wanted gradients. Returns to thread 0 the loss of the sample, unweighted.
   __device__ __forceinline__ float run() {
     Blocks first, second;
     accumulate(first, 0);
     accumulate(second, 1);
     float loss = block_sum(inner_product(first, second), scratch);
-    // Rounding errors may be larger than the loss. An overflow becomes NaN here, not zero.
+    // Rounding errors may make it negative: it becomes zero, or NaN after an overflow to -inf.
     if (loss < 0) loss *= 0.0f;
 #pragma unroll 1
     for (int map = 0; map < 4; ++map) {
       if (pair.gradients[map].data == nullptr) continue;
-      keep_for(map, first, second);
+      write_operands_of(map, first, second);
       gradient(map, map < 2 ? 1.0f : -1.0f);
     }
     return loss;
@@ -91,8 +91,8 @@ struct Gram {
     return total;
   }
 
-  // What a thread has of a block into shared memory, with the scale of a gradient, so that products
-  // do not overflow: set, or added to what it set before.
+  // Write a thread's part of a block to shared memory, or add it to what is there. It is scaled as
+  // the gradient, so that products do not overflow.
   struct Put {
     bool add;
     float scale;
@@ -109,30 +109,32 @@ struct Gram {
   };
 
   template <class First, class Second>
-  __device__ void keep(First set, Second add) {
+  __device__ void write_operands(First set, Second add) {
     const float scale = 2 * pair.factor / pair.positions[0];
     set(Put{false, scale});
     __syncthreads();  // a transposed element is another thread's
-    add(Put{true, scale});  // there for all threads when a pipeline has its first tile
+    add(Put{true, scale});  // visible to all threads when a pipeline has its first tile
   }
 
-  // What the gradient of a map multiplies x and y with.
-  __device__ __forceinline__ void keep_for(int map, Blocks& first, Blocks& second) {
+  // Write by_x and by_y, with which the gradient of a map multiplies x and y.
+  __device__ __forceinline__ void write_operands_of(int map, Blocks& first, Blocks& second) {
     switch (map) {
       case 0:
-        return keep([&](Put put) { put(by_x, second.xx); put(by_y, second.yx); }, [](Put) {});
+        return write_operands([&](Put put) { put(by_x, second.xx); put(by_y, second.yx); },
+                              [](Put) {});
       case 1:
-        return keep([&](Put put) { put(by_x, first.xx); put(by_y, first.yy); },
-                    [&](Put put) { put.transposed(by_x, first.yx); put(by_y, first.yx); });
+        return write_operands(
+            [&](Put put) { put(by_x, first.xx); put(by_y, first.yy); },
+            [&](Put put) { put.transposed(by_x, first.yx); put(by_y, first.yx); });
       case 2:
-        return keep([&](Put put) { put(by_x, second.xx); put(by_y, second.yx); },
-                    [&](Put put) {
-                      put.transposed(by_x, second.yx, -1);
-                      put(by_y, second.yy, -1);
-                    });
+        return write_operands([&](Put put) { put(by_x, second.xx); put(by_y, second.yx); },
+                              [&](Put put) {
+                                put.transposed(by_x, second.yx, -1);
+                                put(by_y, second.yy, -1);
+                              });
       default:
-        return keep([&](Put put) { put.transposed(by_x, first.yx); put(by_y, first.yy); },
-                    [](Put) {});
+        return write_operands(
+            [&](Put put) { put.transposed(by_x, first.yx); put(by_y, first.yy); }, [](Put) {});
     }
   }
 
@@ -140,8 +142,8 @@ struct Gram {
     return memory + (2 * stage + teacher) * Side::size;
   }
 
-  // run(block, operands) on each tile of channels of one side. operands(use) is use(x, y), with x and
-  // y by channel or by position.
+  // Call run(block, operands) for each tile of channels of one side. operands(use) calls use(x, y),
+  // where the lines of x and y are channels (BY_CHANNEL) or positions.
   template <bool BY_CHANNEL, class Run>
   __device__ void for_tiles(int side, Run run) {
     const int count = side == 0 ? pair.m : pair.n;
@@ -163,7 +165,7 @@ struct Gram {
           }
         },
         [&](int block, int stage) {
-          // p in the place of a, or q in that of d.
+          // p replaces a, or q replaces d.
           float *const of_student = tile(false, stage), *const of_teacher = tile(true, stage);
           subtract<Side>(side == 0 ? of_student : of_teacher, of_student, of_teacher, student,
                          teacher);
@@ -216,7 +218,7 @@ struct Gram {
   }
 };
 
-// Weighted losses, one for each block, into `partials`, and all gradients asked for.
+// Write weighted losses, one for each block, to `partials`, and all wanted gradients.
 template <int POSITIONS>
 __global__ void __launch_bounds__(THREADS, 1) fsp_gram(const __grid_constant__ Pairs group) {
   const Place place = place_of_block(group);

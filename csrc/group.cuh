@@ -1,4 +1,5 @@
-// One launch works on several pairs: its blocks are shared out among them, one after another.
+// One launch works on several entries of a group. Its first blocks are for the first entry, and so
+// on.
 #pragma once
 
 #include "types.h"
@@ -6,8 +7,8 @@
 namespace fsp {
 
 struct Place {
-  int entry;    // which of the group's
-  int program;  // this block's number among those of the entry
+  int entry;    // the entry that this block works for
+  int program;  // this block's number among the blocks of the entry
 };
 
 template <class Group>

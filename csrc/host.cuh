@@ -1,4 +1,4 @@
-// From kernels to `Kernel`s.
+// Makes a `Kernel`, which the host launches, from each kernel function.
 #pragma once
 
 #include "gram.cuh"
@@ -16,7 +16,7 @@ Kernel kernel_of(const char* name, int (*shared_bytes)(int tile, int stages)) {
         cudaFuncAttributes attributes;
         const cudaError_t status = cudaFuncGetAttributes(&attributes, FUNCTION);
         if (status != cudaSuccess) return status;
-        // What the kernel declares itself counts too.
+        // The limit includes the static shared memory of the kernel.
         const int bytes = most_shared_bytes - static_cast<int>(attributes.sharedSizeBytes);
         return cudaFuncSetAttribute(FUNCTION, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
       },
@@ -33,7 +33,7 @@ int one_pass_shared_bytes(int tile, int stages) {
   return tile == 32 ? OnePass<T, 32>::shared_bytes(stages) : OnePass<T, 64>::shared_bytes(stages);
 }
 
-// A kernel that has tiles of one size.
+// For kernels with tiles of one size.
 template <class Of>
 int shared_bytes_of(int, int stages) {
   return Of::shared_bytes(stages);

@@ -1,9 +1,9 @@
-// Feature maps: reading a tile into shared memory, pooled on the way, and writing its gradient.
+// Feature maps: read a tile into shared memory and pool it, and write its gradient.
 //
-// A map is read as it lies, by strides. What is contiguous in memory, positions or channels, is
-// contiguous in a tile, so that neither reading nor copying ever transposes; products take tiles
-// either way. Where a map is pooled each position of a tile stands for a window, and nothing pooled
-// is stored anywhere else: the maximum is found again when its gradient is written.
+// A map is read by its strides. What is contiguous in memory, positions or channels, is contiguous
+// in a tile, so reading and writing never transpose; products take tiles of both kinds. If a map is
+// pooled, each position of a tile stands for a window. The pooled map is not stored anywhere else:
+// the maximum is found again when its gradient is written.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -52,14 +52,14 @@ __device__ __forceinline__ void write(void* data, Scalar scalar, int64_t offset,
 
 // --- tiles in shared memory ----------------------------------------------------------------------
 
-// (CHANNELS, POSITIONS) of T with 16 bytes after each line: eight lines then start in different
-// banks, and each at a multiple of 16 bytes.
+// A tile (CHANNELS, POSITIONS) of T with 16 bytes of padding after each line. So eight lines start
+// in different banks, and each line starts at a multiple of 16 bytes.
 template <class T, int CHANNELS, int POSITIONS>
 struct Tile {
   static constexpr int channels = CHANNELS, positions = POSITIONS;
   static constexpr int padding = 16 / sizeof(T);
-  static constexpr int channel_line = CHANNELS + padding;    // of neighbouring channels
-  static constexpr int position_line = POSITIONS + padding;  // of neighbouring positions
+  static constexpr int channel_line = CHANNELS + padding;    // if channels are neighbours
+  static constexpr int position_line = POSITIONS + padding;  // if positions are neighbours
   static constexpr int either[] = {CHANNELS * position_line, POSITIONS * channel_line};
   static constexpr int size = either[0] > either[1] ? either[0] : either[1];
   static constexpr int bytes = size * sizeof(T);
@@ -74,7 +74,7 @@ struct Tile {
 
 // --- places in a map -----------------------------------------------------------------------------
 
-// Offset of a position, of the first element of its window, within a channel.
+// Offset within a channel of the first element of a position's window.
 __device__ __forceinline__ int64_t position_offset(const Map& map, int position) {
   if (map.flat) return position * map.width;
   const int line = position / map.columns;
@@ -83,7 +83,7 @@ __device__ __forceinline__ int64_t position_offset(const Map& map, int position)
          (line / map.rows) * (map.depth * map.window[0]);
 }
 
-// visit(offset, number) of every element of the window whose first is at `offset`.
+// Call visit(offset, number) for each element of the window whose first element is at `offset`.
 template <class Visit>
 __device__ __forceinline__ void for_window(const Map& map, int64_t offset, Visit visit) {
   int number = 0;
@@ -111,7 +111,7 @@ struct Maximum {
   int number;  // of the element within its window
 };
 
-// As PyTorch has it: the first among equals, the last among those that are not a number.
+// As in PyTorch: the first of equal maxima, the last NaN.
 __device__ __forceinline__ Maximum window_maximum(const Map& map, int64_t first) {
   Maximum best{-INFINITY, 0};
   for_window(map, first, [&](int64_t offset, int number) {
@@ -129,12 +129,13 @@ __device__ __forceinline__ float window_average(const Map& map, int64_t first) {
   return total * window_share(map);
 }
 
-// Called, not inlined, as write_window below: most maps are not pooled, and registers are scarce.
+// Not inlined, like write_window below: most maps are not pooled, and registers are scarce.
 inline __device__ __noinline__ float pooled(const Map& map, int64_t first) {
   return map.pool == Pool::max ? window_maximum(map, first).value : window_average(map, first);
 }
 
-// visit(channel, position) of a tile, by neighbouring threads for what is neighbours in memory.
+// Call visit(channel, position) for each element of a tile. Neighbouring threads get elements that
+// are neighbours in memory.
 template <int CHANNELS, int POSITIONS, class Visit>
 __device__ __forceinline__ void for_elements(bool channels_inner, Visit visit) {
   const int i = threadIdx.x;
@@ -150,8 +151,8 @@ __device__ __forceinline__ void for_elements(bool channels_inner, Visit visit) {
   }
 }
 
-// store(channel, position, read(channel, position)) of the same. A thread reads all elements of a
-// batch before it stores any, so that as many loads are under way at a time.
+// Call store(channel, position, read(channel, position)) for each element of a tile. A thread reads
+// all elements of a batch before it stores any, so that many loads run at the same time.
 template <int CHANNELS, int POSITIONS, int BATCH, class Read, class Store>
 __device__ __forceinline__ void for_batches(bool channels_inner, Read read, Store store) {
   constexpr int all = CHANNELS * POSITIONS / THREADS, batch = all < BATCH ? all : BATCH;
@@ -175,13 +176,13 @@ __device__ __forceinline__ void for_batches(bool channels_inner, Read read, Stor
 
 // --- reading -------------------------------------------------------------------------------------
 
-// Neighbours that are read at a time.
+// Neighbours that are read at once.
 template <class T, int COUNT>
 struct alignas(COUNT * sizeof(T)) Unit {
   T x[COUNT];
 };
 
-// Copies to shared memory are waited for by the whole block, in pipeline.cuh.
+// Copy to shared memory. In pipeline.cuh the whole block waits for the copies.
 template <int BYTES, class T>
 __device__ __forceinline__ void copy(T* shared, const T* global, int elements) {
 #if FSP_AMPERE
@@ -197,7 +198,7 @@ __device__ __forceinline__ void copy(T* shared, const T* global, int elements) {
 #endif
 }
 
-// Units of BYTES along `inner`, from `lines` lines of `size` elements.
+// Copy `lines` lines of `size` elements, in units of BYTES; zeros beyond.
 template <int BYTES, int LINES, int INNER, class T>
 __device__ __forceinline__ void load_units(T* tile, int stride, const T* global, int64_t step,
                                            int lines, int size) {
@@ -207,13 +208,13 @@ __device__ __forceinline__ void load_units(T* tile, int stride, const T* global,
 #pragma unroll 1  // nobody waits for a copy, and registers are scarce
   for (int line = threadIdx.x / units; line < LINES; line += THREADS / units) {
     const int elements = line < lines ? inside : 0;
-    // Nothing is read where there are no elements, but the address has to be one.
+    // Without elements nothing is read, but the address must be valid.
     const T* source = elements ? global + line * step + inner : global;
     copy<BYTES>(tile + line * stride + inner, source, elements);
   }
 }
 
-// The same, of as many bytes as the map allows.
+// The same, in the largest units that the map allows.
 template <int LINES, int INNER, class T>
 __device__ __forceinline__ void load_lines(T* tile, int stride, const Map& map, int64_t start,
                                            int64_t step, int lines, int size) {
@@ -227,7 +228,8 @@ __device__ __forceinline__ void load_lines(T* tile, int stride, const Map& map, 
   }
 }
 
-// Halves as fp32, four at a time. A thread reads all of a batch before it stores any.
+// Read halves and store them as fp32, four at a time. A thread reads all of a batch before it
+// stores any.
 template <int LINES, int INNER, class Widen>
 __device__ __forceinline__ void load_widened(float* tile, int stride, const uint16_t* global,
                                              int64_t step, int lines, int size, Widen widened) {
@@ -258,7 +260,7 @@ __device__ __forceinline__ void load_widened(float* tile, int stride, const uint
   }
 }
 
-// (CHANNELS, POSITIONS) from `channel` and `position` on, zero beyond the map's end.
+// Load a tile (CHANNELS, POSITIONS) from `channel` and `position` on; zeros beyond the map's end.
 template <class Shape, class T>
 __device__ void load_tile(T* tile, const Map& map, int sample, int channel, int position,
                           int channels, int positions) {
@@ -297,7 +299,7 @@ __device__ void load_tile(T* tile, const Map& map, int sample, int channel, int 
         [&](int c, int k, auto x) { tile[c * line + k * step] = widened(x); });
   };
   if constexpr (sizeof(T) == 2) {
-    load(static_cast<const T*>(map.data), [](T x) { return x; });  // multiplied as they are
+    load(static_cast<const T*>(map.data), [](T x) { return x; });
   } else if (widens) {
     const uint16_t* data = static_cast<const uint16_t*>(map.data);
     const auto widened = [fp16 = map.scalar == Scalar::fp16](uint16_t bits) {
@@ -328,7 +330,7 @@ __device__ void load_tile(T* tile, const Map& map, int sample, int channel, int 
 
 // --- subtracting ---------------------------------------------------------------------------------
 
-// What one instruction subtracts.
+// The operand of one instruction that subtracts.
 template <class T>
 struct Packed {
   using Type = T;
@@ -365,7 +367,8 @@ __device__ __forceinline__ void subtract_lines(T* to, const T* x, const T* y, in
   }
 }
 
-// x - y of two tiles, in the place of one of them, rounded once. The block waits before it is read.
+// x - y of two tiles, written over one of them and rounded once. The caller must synchronise the
+// block before the result is read.
 template <class Shape, class T>
 __device__ __forceinline__ void subtract(T* to, const T* x, const T* y, const Map& of_x,
                                          const Map& of_y) {
@@ -389,13 +392,13 @@ __device__ __forceinline__ void subtract(T* to, const T* x, const T* y, const Ma
 
 // --- writing -------------------------------------------------------------------------------------
 
-// Two elements as bf16, the first in the lower half.
+// Two elements as bf16; the first is in the lower half.
 __device__ __forceinline__ uint32_t bf16_pair(float x, float y) {
   return __bfloat16_as_ushort(narrow<__nv_bfloat16>(x)) |
          static_cast<uint32_t>(__bfloat16_as_ushort(narrow<__nv_bfloat16>(y))) << 16;
 }
 
-// Four neighbours, of which `size` exist.
+// Write four neighbours, of which the first `size` exist.
 __device__ __forceinline__ void write_4(const Map& map, int64_t offset, float4 x, int size) {
   if (size < 4) {
     write(map.data, map.scalar, offset, x.x);
@@ -403,13 +406,13 @@ __device__ __forceinline__ void write_4(const Map& map, int64_t offset, float4 x
     if (size > 2) write(map.data, map.scalar, offset + 2, x.z);
   } else if (map.scalar == Scalar::fp32) {
     *reinterpret_cast<float4*>(static_cast<float*>(map.data) + offset) = x;
-  } else {  // bf16: gradients of fp16 wait in fp32
+  } else {  // bf16, since gradients of fp16 are held in fp32
     *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(map.data) + offset) =
         make_uint2(bf16_pair(x.x, x.y), bf16_pair(x.z, x.w));
   }
 }
 
-// The gradient of one pooled element, spread over its window.
+// Write the gradient of one pooled element to its window.
 inline __device__ __noinline__ void write_window(const Map& gradient, const Map& own, int64_t to,
                                                  int64_t from, float value) {
   if (own.pool == Pool::avg) {
@@ -427,7 +430,7 @@ inline __device__ __noinline__ void write_window(const Map& gradient, const Map&
 
 // Write `tile`, (CHANNELS, POSITIONS) of fp32 in lines of positions, as the gradient of `own`.
 //
-// Windows of an integer ratio do not overlap, so that each element is written once.
+// Windows do not overlap, so each element is written once.
 template <int CHANNELS, int POSITIONS>
 __device__ void write_gradient(const float* tile, const Map& gradient, const Map& own, int sample,
                                int channel, int position, int channels, int positions) {

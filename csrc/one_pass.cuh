@@ -1,7 +1,8 @@
 // The loss in one pass, matrix form: one block for each sample of each pair.
 //
-// For pairs whose residual fits the registers of a block. The first sweep over the positions
-// accumulates it; the second, over maps that should still be in cache, writes the gradients.
+// It is for pairs whose residual fits the registers of a block. The first sweep over the positions
+// accumulates the residual. The second writes the gradients, from maps that should still be in
+// cache.
 #pragma once
 
 #include "group.cuh"
@@ -12,7 +13,7 @@ namespace fsp {
 // A sample of a pair with at most CHANNELS channels on either side.
 template <class T, int CHANNELS>
 struct OnePass {
-  // As many positions as make whole lines of 64 or 128 bytes and leave room for two stages.
+  // Positions of a tile: they make whole lines of 64 or 128 bytes and leave room for two stages.
   static constexpr int positions = sizeof(T) == 2 && CHANNELS < 128 ? 64 : 32;
   using Stages = Maps<T, CHANNELS, positions>;
   using Block = Accumulator<CHANNELS, CHANNELS>;
@@ -21,7 +22,8 @@ struct OnePass {
   using Other = Tile<T, CHANNELS, positions>;
   using Own = Tile<float, CHANNELS, positions>;
 
-  // In this order in shared memory, the first sweep's tiles in the place of all that follow them.
+  // The order in shared memory is scratch, slope, own, other. The tiles of the first sweep use the
+  // memory of slope, own and other.
   static constexpr int scratch_bytes = (WARPS + CHANNELS) * sizeof(float);
   static constexpr int slope_bytes = CHANNELS * line * sizeof(Element);
   static constexpr int own_bytes = CHANNELS * Own::position_line * sizeof(float);
@@ -45,16 +47,16 @@ struct OnePass {
   static __device__ __forceinline__ Number* after_scratch(int bytes) {
     return reinterpret_cast<Number*>(shared_memory() + scratch_bytes + bytes);
   }
-  // (CHANNELS, line), scaled for the student's gradients.
+  // (CHANNELS, line), scaled for the student's gradients
   static __device__ __forceinline__ Element* slope() { return after_scratch<Element>(0); }
   static __device__ __forceinline__ float* own() {  // a tile of a gradient
     return after_scratch<float>(slope_bytes);
   }
-  static __device__ __forceinline__ T* other(int stage) {  // of the map it is multiplied with
+  static __device__ __forceinline__ T* other(int stage) {  // a tile of the map in the product
     return after_scratch<T>(slope_bytes + own_bytes) + stage * Other::size;
   }
 
-  // The loss of the sample, unweighted, for thread 0; and the gradients asked for.
+  // Write the wanted gradients. Returns to thread 0 the loss of the sample, unweighted.
   __device__ __forceinline__ float run() {
     Block residual;
     residual_tile<T, CHANNELS, positions>(residual, pair, sample, 0, 0, 0, stages,
@@ -64,7 +66,7 @@ struct OnePass {
     const bool ready = pair.residual == Residual::ready;
     if (ready && pair.gradients[2].data != nullptr) write_matrix_gradient(residual);
     store_slope(residual);
-    const float total = block_sum(loss, scratch());  // by then the slope is there for all threads
+    const float total = block_sum(loss, scratch());  // then all threads see the slope, too
 #pragma unroll 1
     for (int map = 0; map < (ready ? 2 : 4); ++map) {
       if (pair.gradients[map].data != nullptr) gradient(map);
@@ -72,7 +74,7 @@ struct OnePass {
     return total;
   }
 
-  // This thread's share of the sum of the columns' lengths.
+  // Divide the columns by their lengths. Returns this thread's share of the sum of the lengths.
   __device__ __forceinline__ float divide_by_lengths(Block& residual) {
     float* const sums = after_scratch<float>(0);  // (warps_down, CHANNELS)
     residual.column_squares(sums);
@@ -113,7 +115,7 @@ struct OnePass {
     });
   }
 
-  // Write slope @ other, or with the slope transposed, as the gradient of a map.
+  // Write slope @ other, or slope^T @ other, as the gradient of a map.
   __device__ __forceinline__ void gradient(int map) {
     const bool first = map % 2 == 0, teacher = map >= 2;
     const Map& partner = pair.maps[map ^ 1];
@@ -146,8 +148,9 @@ struct OnePass {
   }
 };
 
-// Weighted losses, one for each block, into `partials`, and all gradients asked for: of pairs whose
-// tiles have 128 channels (WIDE), of which a multiprocessor has registers for one block, or less.
+// Write weighted losses, one for each block, to `partials`, and all wanted gradients. With WIDE the
+// tiles of all pairs have 128 channels, and a multiprocessor has registers for one block; without
+// WIDE they have fewer.
 template <class T, bool WIDE>
 __global__ void __launch_bounds__(THREADS, WIDE ? 1 : 2)
     fsp_one_pass(const __grid_constant__ Pairs group) {

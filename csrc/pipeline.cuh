@@ -1,4 +1,5 @@
-// Tiles come to shared memory while the ones before them are multiplied: every loop of the kernels.
+// The loop of the kernels: it copies tiles to shared memory while it multiplies the tiles before
+// them.
 #pragma once
 
 #include "ptx.cuh"
@@ -18,9 +19,9 @@ __device__ __forceinline__ void commit_copies() {
 #endif
 }
 
-// For each block from `begin` to `end`: load(block, stage), by all threads, into a stage of shared
-// memory, then compute(block, stage). With two stages a block is loaded while the one before it is
-// computed on. Shared memory is free when this returns.
+// For each block from `begin` to `end`, all threads call load(block, stage), which fills a stage of
+// shared memory, then compute(block, stage). With two stages, a block is loaded while the block
+// before it is computed. Shared memory is free when this returns.
 template <class Load, class Compute>
 __device__ __forceinline__ void pipeline(int begin, int end, int stages, Load load,
                                          Compute compute) {
@@ -33,7 +34,7 @@ __device__ __forceinline__ void pipeline(int begin, int end, int stages, Load lo
     stage ^= ahead;
     if (next - ahead < begin) continue;
     if (ahead) {
-      wait_for_copies<1>();  // the last group is of the next block
+      wait_for_copies<1>();  // the last group belongs to the next block
     } else {
       wait_for_copies<0>();
     }

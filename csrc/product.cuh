@@ -1,172 +1,39 @@
-// Products of two tiles by the warps of a block, C(i, j) += sum_k x(i, k) y(j, k): on tensor cores
-// where the chip has them for the operands at hand, else by fused multiply-adds of fp32.
+// Products of two tiles by the warps of a block, C(i, j) += sum_k x(i, k) y(j, k). They run on
+// tensor cores if the chip has them for these operands, else as fused multiply-adds of fp32.
 //
-// Halves are multiplied as they are, exactly, into fp32. fp32 is multiplied in three products of
-// TF32 (`split`), which keep 22 bits, or in one. A slope, which a kernel computed, is rounded once
-// when it is stored: to bf16 beside bf16, else to TF32, which has the range of fp32 and holds fp16
-// exactly, unless products are split.
+// Halves are multiplied exactly and accumulated in fp32. fp32 is multiplied in three products of
+// TF32 (`split`), which keep 22 bits, or in one. A slope, which a kernel has computed, is rounded
+// once when it is stored: to bf16 if the maps are bf16, else to TF32, unless products are split.
+// TF32 has the range of fp32 and holds fp16 exactly.
 #pragma once
 
 #include <type_traits>
 
-#include "maps.cuh"
+#include "accumulator.cuh"
 
 namespace fsp {
 
-// Of lines `i` or `j` and summed elements `k` one lie next to each other, the others STRIDE apart.
-// The compiler knows which: addresses in a loop are constants, but for one.
-template <class T, int STRIDE, bool SUMMED_INNER>
-struct Operand {
-  using Element = T;
-  static constexpr int line = SUMMED_INNER ? STRIDE : 1, inner = SUMMED_INNER ? 1 : STRIDE;
-  const T* data;
-
-  __device__ __forceinline__ float at(int i, int k) const {
-    return widen(data[i * line + k * inner]);
-  }
-};
-
-// run(operand) with a tile whose lines are channels, or positions.
-template <class Shape, class T, class Run>
-__device__ __forceinline__ void by_channel(const T* tile, const Map& map, Run run) {
-  if (map.channels_inner) {
-    run(Operand<T, Shape::channel_line, false>{tile});
-  } else {
-    run(Operand<T, Shape::position_line, true>{tile});
-  }
-}
-
-template <class Shape, class T, class Run>
-__device__ __forceinline__ void by_position(const T* tile, const Map& map, Run run) {
-  if (map.channels_inner) {
-    run(Operand<T, Shape::channel_line, true>{tile});
-  } else {
-    run(Operand<T, Shape::position_line, false>{tile});
-  }
-}
-
-// --- who computes what ---------------------------------------------------------------------------
-
-// How the warps of a block share (LINES, COLUMNS): each has `down` x `across` blocks of 16 x 16.
-// Where there are fewer of these than warps, some have nothing to do.
-template <int LINES, int COLUMNS>
-struct Share {
-  static constexpr int warps_down = LINES / 16 < 4 ? LINES / 16 : 4;
-  static constexpr int warps_left = WARPS / warps_down;
-  static constexpr int warps_across = COLUMNS / 16 < warps_left ? COLUMNS / 16 : warps_left;
-  static constexpr int down = LINES / 16 / warps_down;
-  static constexpr int across = COLUMNS / 16 / warps_across;
-
-  static __device__ __forceinline__ int first_line() {
-    return threadIdx.x / 32 % warps_down * (16 * down);
-  }
-  static __device__ __forceinline__ int first_column() {
-    return threadIdx.x / 32 / warps_down * (16 * across);
-  }
-  static __device__ __forceinline__ bool idle() {
-    return threadIdx.x / 32 >= warps_down * warps_across;
-  }
-};
-
-// This thread's part of (LINES, COLUMNS) that the block computes: of each 16 x 16 of its warp two
-// 16 x 8, each as mma has its results.
-template <int LINES, int COLUMNS>
-struct Accumulator {
-  using Of = Share<LINES, COLUMNS>;
-  float values[Of::down][Of::across][2][4];
-
-  __device__ __forceinline__ void clear() {
-    for_each([](int, int, float& value) { value = 0; });
-  }
-
-  // visit(line, column, first, second) of this thread's values, neighbours in a line.
-  template <class Visit>
-  __device__ __forceinline__ void for_pairs(Visit visit) {
-    if (Of::idle()) return;
-    const int lane = threadIdx.x % 32;
-    const int line = Of::first_line() + lane / 4, column = Of::first_column() + lane % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < Of::down; ++i) {
-#pragma unroll
-      for (int j = 0; j < Of::across; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          float* pair = &values[i][j][e / 2][e % 2 * 2];
-          visit(line + 16 * i + e % 2 * 8, column + 16 * j + e / 2 * 8, pair[0], pair[1]);
-        }
-      }
-    }
-  }
-
-  // visit(line, column, value) of the same.
-  template <class Visit>
-  __device__ __forceinline__ void for_each(Visit visit) {
-    for_pairs([&](int line, int column, float& first, float& second) {
-      visit(line, column, first);
-      visit(line, column + 1, second);
-    });
-  }
-
-  // The sums of squares of this warp's part of each column: to its line of (warps_down, COLUMNS).
-  __device__ __forceinline__ void column_squares(float* sums) {
-    if (Of::idle()) return;
-    const int lane = threadIdx.x % 32, line = threadIdx.x / 32 % Of::warps_down;
-    sums += line * COLUMNS + Of::first_column() + lane % 4 * 2;
-#pragma unroll
-    for (int j = 0; j < Of::across; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float total = 0;
-#pragma unroll
-        for (int i = 0; i < 2 * Of::down; ++i) {
-          const float value = values[i / 2][j][e / 2][i % 2 * 2 + e % 2];
-          total = fmaf(value, value, total);
-        }
-        for (int step = 4; step < 32; step *= 2) total += __shfl_xor_sync(~0u, total, step);
-        if (lane < 4) sums[16 * j + e / 2 * 8 + e % 2] = total;
-      }
-    }
-  }
-
-  __device__ __forceinline__ void add(const Accumulator& other) {
-#pragma unroll
-    for (int i = 0; i < Of::down; ++i) {
-#pragma unroll
-      for (int j = 0; j < Of::across; ++j) {
-#pragma unroll
-        for (int e = 0; e < 8; ++e) values[i][j][e / 4][e % 4] += other.values[i][j][e / 4][e % 4];
-      }
-    }
-  }
-
-  // Put into shared memory, in lines of `stride` elements.
-  __device__ __forceinline__ void store(float* tile, int stride, float scale = 1) {
-    for_pairs([&](int line, int column, float& first, float& second) {
-      *reinterpret_cast<float2*>(tile + line * stride + column) =
-          make_float2(first * scale, second * scale);
-    });
-  }
-};
-
 // --- slopes --------------------------------------------------------------------------------------
 
-// What slopes beside maps of T are multiplied as. They may exceed the range of fp16.
+// The type that slopes are multiplied in if the maps are T. It is never fp16, whose range is too
+// small.
 template <class T>
 using SlopeOf = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, __nv_bfloat16, float>;
 
-// Rounding to fewer bits would make the largest finite numbers infinite. These stay finite.
+// Clamp finite numbers to the range of bf16: rounding would make the largest ones infinite.
 __device__ __forceinline__ float within_bf16(float x) {
   constexpr float largest = 0x1.fep127f;
   return fabsf(x) < INFINITY ? fminf(fmaxf(x, -largest), largest) : x;
 }
 
-// To the nearest number of 11 bits; tensor cores themselves cut off what is more.
+// Round to the 11 bits of TF32. Tensor cores themselves would truncate.
 __device__ __forceinline__ float round_to_tf32(float x) {
   const uint32_t half = fabsf(x) < 0x1.ffep127f ? 0x1000 : 0;
   return __uint_as_float((__float_as_uint(x) + half) & 0xffffe000u);
 }
 
-// A slope, such that nothing but storing it as `stored` rounds it.
+// A slope, prepared so that it is rounded only once until it is multiplied. `stored` is its type in
+// memory.
 __device__ __forceinline__ float storable_slope(float x, Scalar stored, bool split) {
   if (stored == Scalar::bf16) return within_bf16(x);
 #if FSP_AMPERE
@@ -177,18 +44,18 @@ __device__ __forceinline__ float storable_slope(float x, Scalar stored, bool spl
 
 // --- fragments -----------------------------------------------------------------------------------
 
-// 16 lines of an operand by as many summed elements as one mma takes: 16 halves or 8 of fp32. As the
-// first operand of an mma it is `a`; as the second (COLUMNS), registers 0 and 1 are `b` of lines 0 to
-// 7, 2 and 3 of lines 8 to 15.
+// 16 lines of an operand, with the summed elements of one mma: 16 halves or 8 of fp32. As the first
+// operand of mma it is `a`. As the second (COLUMNS) it serves two mma: registers 0 and 1 are `b`
+// for lines 0 to 7, registers 2 and 3 for lines 8 to 15.
 struct Fragment {
   uint32_t r[4];
 };
 
-// Of halves a lane has two neighbours `k`; or (SPREAD) two that are 4 apart, as mma of TF32 takes
-// them.
+// A register of a lane holds two halves with neighbouring `k`; with SPREAD their `k` are 4 apart,
+// as in mma of TF32.
 template <bool COLUMNS, bool SPREAD = false, class X>
 __device__ __forceinline__ Fragment load_fragment(const X& x, int line, int k) {
-  constexpr int row = 16 / sizeof(typename X::Element);  // of ldmatrix
+  constexpr int row = 16 / sizeof(typename X::Element);  // elements of a row of ldmatrix
   // Lane i gives row i % 8 of matrix i / 8.
   const int lane = threadIdx.x % 32, second = lane / 8 % 2, third = lane / 16;
   line += 8 * (COLUMNS ? third : second);
@@ -206,10 +73,10 @@ __device__ __forceinline__ Fragment load_fragment(const X& x, int line, int k) {
 }
 
 template <class T>
-struct Sixteen;  // 16-bit elements on tensor cores
+struct Mma16;  // mma of 16-bit elements
 
 template <>
-struct Sixteen<__half> {
+struct Mma16<__half> {
   static __device__ __forceinline__ void mma(float (&d)[4], const Fragment& a, uint32_t b0,
                                              uint32_t b1) {
     mma_f16(d, a.r, b0, b1);
@@ -219,15 +86,14 @@ struct Sixteen<__half> {
 #if FSP_AMPERE
 
 template <>
-struct Sixteen<__nv_bfloat16> {
+struct Mma16<__nv_bfloat16> {
   static __device__ __forceinline__ void mma(float (&d)[4], const Fragment& a, uint32_t b0,
                                              uint32_t b1) {
     mma_bf16(d, a.r, b0, b1);
   }
 };
 
-// The same of fp32, the summed elements as they come or (PAIRS) in the order in which a lane has
-// those of halves.
+// The same for fp32. With PAIRS a lane has the summed elements that it would have as halves.
 template <bool COLUMNS, bool PAIRS = false, class X>
 __device__ __forceinline__ Fragment load_fp32(const X& x, int line, int k) {
   if constexpr (X::inner == 1 && !PAIRS) {
@@ -245,7 +111,7 @@ __device__ __forceinline__ Fragment load_fp32(const X& x, int line, int k) {
   }
 }
 
-// Elements of fp32 as TF32, and what that leaves of them.
+// Elements of fp32 rounded to TF32, and the rest.
 struct Terms {
   Fragment high, low;
 };
@@ -258,16 +124,16 @@ __device__ __forceinline__ Terms load_terms(const X& x, int line, int k, bool sp
   for (int i = 0; i < 4; ++i) {
     const float value = __uint_as_float(whole.r[i]), high = round_to_tf32(value);
     result.high.r[i] = __float_as_uint(high);
-    result.low.r[i] = split ? __float_as_uint(value - high) + 0x1000 : 0;  // rounded, too
+    result.low.r[i] = split ? __float_as_uint(value - high) + 0x1000 : 0;  // rounded to TF32, too
   }
   return result;
 }
 
 #endif  // FSP_AMPERE
 
-// --- one step: the first 16 summed elements -------------------------------------------------------
+// --- one step: the first 16 summed elements ------------------------------------------------------
 
-// Without tensor cores: every thread multiplies for its own results.
+// Without tensor cores: each thread computes its own results.
 template <int LINES, int COLUMNS, class X, class Y>
 __device__ __forceinline__ void step_plainly(Accumulator<LINES, COLUMNS>& result, const X& x,
                                              const Y& y) {
@@ -288,7 +154,7 @@ __device__ __forceinline__ void step_plainly(Accumulator<LINES, COLUMNS>& result
   }
 }
 
-// Two of the same 16-bit elements.
+// Two operands of the same 16-bit type.
 template <int LINES, int COLUMNS, class X, class Y>
 __device__ __forceinline__ void step_halves(Accumulator<LINES, COLUMNS>& result, const X& x,
                                             const Y& y) {
@@ -305,8 +171,8 @@ __device__ __forceinline__ void step_halves(Accumulator<LINES, COLUMNS>& result,
     for (int i = 0; i < Of::down; ++i) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        Sixteen<typename X::Element>::mma(result.values[i][j][e], lines[i], columns.r[2 * e],
-                                          columns.r[2 * e + 1]);
+        Mma16<typename X::Element>::mma(result.values[i][j][e], lines[i], columns.r[2 * e],
+                                        columns.r[2 * e + 1]);
       }
     }
   }
@@ -314,7 +180,7 @@ __device__ __forceinline__ void step_halves(Accumulator<LINES, COLUMNS>& result,
 
 #if FSP_AMPERE
 
-// A slope, of TF32 by now, and a map of fp16.
+// A slope that was rounded to TF32, and a map of fp16.
 template <int LINES, int COLUMNS, class X, class Y>
 __device__ __forceinline__ void step_fp16_slope(Accumulator<LINES, COLUMNS>& result, const X& x,
                                                 const Y& y) {
@@ -400,7 +266,7 @@ __device__ __forceinline__ void step(Accumulator<LINES, COLUMNS>& result, const 
   }
 }
 
-// result += x y^T over `count` summed elements, rounded up to whole steps: tiles are zero there.
+// result += x y^T over `count` summed elements, rounded up to whole steps: tiles are zero beyond.
 template <int LINES, int COLUMNS, class X, class Y>
 __device__ __forceinline__ void multiply(Accumulator<LINES, COLUMNS>& result, const X& x,
                                          const Y& y, int count, bool split) {
@@ -415,30 +281,15 @@ __device__ __forceinline__ void multiply(Accumulator<LINES, COLUMNS>& result, co
   }
 }
 
-// result += what add(sum) adds to a sum of its own. Tensor cores cut their sums off where fp32
-// would be rounded, and always towards zero: over thousands of terms that adds up.
+// Call add(sum) with a sum that begins at zero, then result += sum. Tensor cores truncate their
+// sums where fp32 would be rounded. Over thousands of terms this error, always towards zero, adds
+// up.
 template <int LINES, int COLUMNS, class Add>
 __device__ __forceinline__ void in_short_sums(Accumulator<LINES, COLUMNS>& result, Add add) {
   Accumulator<LINES, COLUMNS> sum;
   sum.clear();
   add(sum);
   result.add(sum);
-}
-
-// --- sums over a block ---------------------------------------------------------------------------
-
-// The sum of `value` over all threads, in a fixed order, for thread 0. Uses and then frees
-// `scratch`, WARPS numbers in shared memory.
-__device__ inline float block_sum(float value, float* scratch) {
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = 0;
-  if (threadIdx.x == 0) {
-    for (int warp = 0; warp < WARPS; ++warp) value += scratch[warp];
-  }
-  __syncthreads();
-  return value;
 }
 
 }  // namespace fsp

@@ -1,7 +1,7 @@
-// The instructions that CUDA C++ has no name for, each as a function, and nothing else.
+// Functions for instructions that CUDA C++ does not have.
 //
-// Where fragments of mma and ldmatrix lie: PTX ISA, "Matrix Fragments for mma.m16n8k16", "...k8".
-// Off a GPU (tests) the same functions come from a header that carries them out on a CPU.
+// The layout of fragments of mma and ldmatrix: PTX ISA, "Matrix Fragments for mma.m16n8k16",
+// "...k8". In tests without a GPU a header implements the same functions on the CPU.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,8 @@
 #include <ptx_on_host.h>
 #else
 
-// What a chip has: Ampere brought copies to shared memory that nobody waits for, and tensor cores
-// for bf16 and TF32. (The host's pass of nvcc sees no __CUDA_ARCH__, and generates none of this.)
+// Ampere and later chips have asynchronous copies to shared memory, and tensor cores for bf16 and
+// TF32. (nvcc's pass for the host has no __CUDA_ARCH__, and generates none of this code.)
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 #define FSP_AMPERE 1
 #else
@@ -54,7 +54,7 @@ __device__ __forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4], u
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#else  // in two halves, which is how the fragments of the whole are made up
+#else  // two instructions; the fragments of the whole consist of those of the halves
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
       "{%0, %1, %2, %3};"
@@ -90,8 +90,8 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Copy SIZE bytes, 4, 8 or 16, to shared memory: the first `bytes` of them, zeros for the rest. What
-// is read 16 bytes at a time stays out of the L1 cache: nobody reads it again.
+// Copy SIZE bytes, 4, 8 or 16, to shared memory: the first `bytes` of the source, then zeros.
+// Copies of 16 bytes bypass the L1 cache, because the data are not read again.
 template <int SIZE>
 __device__ __forceinline__ void cp_async(void* shared, const void* global, int bytes) {
   if constexpr (SIZE == 16) {
@@ -111,7 +111,7 @@ __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Until no more than N of this thread's groups of copies are on their way.
+// Wait until at most N of this thread's groups of copies are not complete.
 template <int N>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");

@@ -1,4 +1,4 @@
-// The residual D / K = G^S - G^T, a tile at a time, and what the norms make of it.
+// Tiles of the residual D / K = G^S - G^T, their squares and their slopes.
 //
 // Student a (m, K), b (n, K), teacher c, d; differences p = a - c, q = b - d.
 #pragma once
@@ -12,7 +12,7 @@ namespace fsp {
 template <class T, int CHANNELS, int POSITIONS>
 struct Maps {
   using Shape = Tile<T, CHANNELS, POSITIONS>;
-  static constexpr int bytes = 4 * Shape::bytes;  // of a stage
+  static constexpr int bytes = 4 * Shape::bytes;  // for each stage
 
   static __device__ __forceinline__ T* tile(T* memory, int map, int stage) {
     return memory + (4 * stage + map) * Shape::size;
@@ -31,7 +31,8 @@ __device__ __forceinline__ Range blocks_of_part(int positions, int block, int pa
   return {begin < blocks ? begin : blocks, begin + span < blocks ? begin + span : blocks};
 }
 
-// (CHANNELS, CHANNELS) of D / K from `line` and `column` on, summed over one part of the positions.
+// A tile (CHANNELS, CHANNELS) of D / K from `line` and `column` on, summed over one part of the
+// positions.
 template <class T, int CHANNELS, int POSITIONS>
 __device__ __forceinline__ void residual_tile(Accumulator<CHANNELS, CHANNELS>& result,
                                               const Pair& pair, int sample, int line, int column,
@@ -42,12 +43,13 @@ __device__ __forceinline__ void residual_tile(Accumulator<CHANNELS, CHANNELS>& r
   const bool apart = pair.residual == Residual::apart;
   float scale = pair.residual == Residual::plain ? pair.factor : 1.0f / pair.positions[0];
   result.clear();
-  // The sum over the positions of one network after the other, or of both at once.
+  // Sum over the positions of one network after the other (apart), or of both together.
 #pragma unroll 1
   for (int first = 0; first < (apart ? 4 : 2); first += 2) {
     const int positions = pair.positions[first / 2];
     if (first == 2) {
-      // In the teacher's scale, with its sign: one accumulator does for both.
+      // Convert the student's sum to the teacher's scale and sign, so that one accumulator is
+      // enough.
       const float ratio = -scale * positions;
       result.for_each([&](int, int, float& value) { value *= ratio; });
       scale = -1.0f / positions;
@@ -67,7 +69,7 @@ __device__ __forceinline__ void residual_tile(Accumulator<CHANNELS, CHANNELS>& r
         },
         [&](int block, int stage) {
           const auto tile = [&](int map) { return Stages::tile(memory, map, stage); };
-          if (difference) {  // p in the place of a, q in that of d
+          if (difference) {  // p replaces a, and q replaces d
             subtract<Shape>(tile(0), tile(0), tile(2), pair.maps[0], pair.maps[2]);
             subtract<Shape>(tile(3), tile(1), tile(3), pair.maps[1], pair.maps[3]);
             __syncthreads();
@@ -100,7 +102,7 @@ __device__ __forceinline__ void residual_tile(Accumulator<CHANNELS, CHANNELS>& r
   });
 }
 
-// The sum of squares of a tile, this thread's share.
+// This thread's share of the sum of squares of a tile.
 template <int LINES, int COLUMNS>
 __device__ __forceinline__ float squares(Accumulator<LINES, COLUMNS>& tile) {
   float total = 0;
@@ -108,13 +110,13 @@ __device__ __forceinline__ float squares(Accumulator<LINES, COLUMNS>& tile) {
   return total;
 }
 
-// A derivative of the square root that is zero at zero, as PyTorch has it.
+// 1 / length, or 0 for a length of 0: as in PyTorch, the subgradient of a zero column is zero.
 __device__ __forceinline__ float inverse_length(float length) {
   return length == 0 ? 0.0f : 1.0f / length;
 }
 
-// A slope is so many times D / K, whose columns are divided by their lengths where that is the norm.
-// Slopes are scaled before they are multiplied: the product of what is not may overflow.
+// The factor from D / K to slopes. (For the column norm the columns of D / K are divided by their
+// lengths first.) Slopes are scaled before they are multiplied, because the product might overflow.
 __device__ __forceinline__ float slope_scale(const Pair& pair) {
   return (pair.norm == Norm::column ? pair.factor : 2 * pair.factor) / pair.positions[0];
 }

@@ -1,10 +1,11 @@
-// The loss for maps whose residual no single block can hold: tile by tile, then the gradients.
+// The loss for maps whose residual is too large for one block: it is computed in tiles.
 //
-// The first launch writes slopes to memory, the loss's derivatives by a b^T: beside maps of bf16 in
-// bf16, else in fp32. Where the tiles would not fill the device, several blocks share one, each with
-// a part of the positions. Then, or where the norm needs whole columns, it writes D / K, and a second
-// launch adds the parts and takes the norm. The last writes the gradients. The first alone, without
-// a teacher, computes FSP matrices and their derivatives.
+// The first launch writes slopes, the loss's derivatives by a b^T, to memory: in bf16 if the maps
+// are bf16, else in fp32. If the tiles would not fill the device, several blocks share a tile, each
+// with a part of the positions. In this case, or if the norm needs whole columns, the first launch
+// writes D / K, and a second launch adds the parts and computes loss and slopes. The last launch
+// writes the gradients. The first launch alone, without a teacher, computes FSP matrices and their
+// derivatives.
 #pragma once
 
 #include "group.cuh"
@@ -14,7 +15,7 @@ namespace fsp {
 
 template <class T>
 struct ResidualTiles {
-  static constexpr int channels = sizeof(T) == 2 ? 128 : 64;  // of a tile, on either side
+  static constexpr int channels = sizeof(T) == 2 ? 128 : 64;  // of a tile, on both sides
   static constexpr int positions = 32;
   using Stages = Maps<T, channels, positions>;
 
@@ -22,7 +23,8 @@ struct ResidualTiles {
   static constexpr int shared_bytes(int stages) { return scratch_bytes + stages * Stages::bytes; }
 };
 
-// Slopes and the losses of tiles, of pairs that finish here; else D / K. To `out`, if there is one.
+// For pairs that finish here, write the losses of tiles, and slopes to `out` if there is one. For
+// other pairs write D / K to `out`.
 template <class T>
 __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 1 : 2)
     fsp_residual(const __grid_constant__ Pairs group) {
@@ -30,7 +32,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 1 : 2)
   constexpr int C = Of::channels;
   const Place place = place_of_block(group);
   const Pair& pair = group.entries[place.entry];
-  // The tiles of a sample are neighbours, so that they find its maps in cache.
+  // Blocks for the tiles of a sample are neighbours, so they find its maps in cache.
   const int across = (pair.n + C - 1) / C, down = (pair.m + C - 1) / C;
   const int line = place.program / across % down * C, column = place.program % across * C;
   const int part = place.program / (across * down) % pair.parts;
@@ -71,8 +73,8 @@ struct GradientTiles {
   }
 };
 
-// A tile of slopes. Those of fp32 beside maps of bf16 are of pairs with a ready matrix, whose
-// gradient is not rounded to bf16.
+// Load a tile of slopes. Slopes may be fp32 although the maps are bf16: in pairs with a ready
+// matrix, whose gradient is not rounded to bf16.
 template <class Shape, class Element>
 __device__ __forceinline__ void load_slopes(Element* tile, const Product& product, int sample,
                                             int own, int other) {
@@ -85,7 +87,8 @@ __device__ __forceinline__ void load_slopes(Element* tile, const Product& produc
       for_batches<Shape::channels, Shape::positions, 8>(
           slope.channels_inner,
           [&](int i, int j) {
-            const bool inside = own + i < product.own_channels && other + j < product.other_channels;
+            const bool inside =
+                own + i < product.own_channels && other + j < product.other_channels;
             return inside ? data[(own + i) * slope.channel + (other + j) * slope.width] : 0.0f;
           },
           [&](int i, int j, float x) {
@@ -97,7 +100,7 @@ __device__ __forceinline__ void load_slopes(Element* tile, const Product& produc
   load_tile<Shape>(tile, slope, sample, own, other, product.own_channels, product.other_channels);
 }
 
-// ratio * slope @ other for every gradient; a block has a tile of channels and positions.
+// Write ratio * slope @ other for every gradient. A block has a tile of channels and positions.
 template <class T>
 __global__ void __launch_bounds__(THREADS, 2)
     fsp_gradients(const __grid_constant__ Products group) {
@@ -137,7 +140,7 @@ __global__ void __launch_bounds__(THREADS, 2)
         if constexpr (sizeof(T) == 4) {
           in_short_sums(result, add);
         } else {
-          add(result);  // which will be rounded to 16 bits
+          add(result);  // it will be rounded to 16 bits anyway
         }
       });
   result.store(own, Of::Own::position_line, product.ratio);

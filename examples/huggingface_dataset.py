@@ -1,6 +1,6 @@
 """A Hugging Face data set for the trainer: scikit-learn's digits as a ``datasets.Dataset``.
 
-In this folder, or wherever this file is copied to, a ResNet-14 is distilled into a ResNet-8 by
+To distill a ResNet-14 into a ResNet-8, run in the folder of this file
 
     fsp-distill train huggingface_dataset.yaml
 
@@ -15,8 +15,8 @@ where huggingface_dataset.yaml is
     execution: {threads: 1}
     evaluation: {every: 50}
 
-A data set of the Hub is ``datasets.load_dataset(NAME, split=...)``, with its columns renamed to
-``image`` and ``label``.
+To use a data set of the Hub instead, return ``datasets.load_dataset(NAME, split=...)`` and rename
+its columns to ``image`` and ``label``.
 """
 
 import numpy as np
@@ -26,10 +26,10 @@ from sklearn.datasets import load_digits
 
 
 def splits(test_images: int = 360, seed: int = 0) -> tuple[Dataset, None, Dataset]:
-    """The images to train on and to test with, and none to validate with.
+    """The training, validation and test sets.
 
-    The trainer draws ``data.validation_images`` from the first. The recipe can set other numbers
-    by ``data.arguments={test_images: 500}``.
+    The validation set is ``None``: the trainer takes ``data.validation_images`` from the training
+    set. Set the arguments in the recipe, e.g. ``data.arguments={test_images: 500}``.
     """
     digits = load_digits()
     pixels = (digits.images * 255 / 16).round().astype(np.uint8)  # (1797, 8, 8)

@@ -1,8 +1,8 @@
-"""FSP distillation by Lightning: a ResNet-14 into a ResNet-8, on real digits.
+"""FSP distillation with Lightning: a ResNet-14 into a ResNet-8, on real digits.
 
-Stage 1 fits ``FspDistillation``, which minimises the FSP loss alone over the student's weights;
-stage 2 fits ``Classifier``, the task, from there. Takes seconds on a CPU; the digits come with
-scikit-learn.
+Stage 1 fits ``FspDistillation``, which trains the student's weights on the FSP loss alone. Stage 2
+fits ``Classifier``, which trains the student on the task. It takes seconds on a CPU. The digits
+come with scikit-learn.
 """
 
 import argparse
@@ -22,12 +22,13 @@ PAIRS = [(f"stage{i}.0.relu1", f"stage{i}") for i in (1, 2, 3)]  # first and las
 
 
 class FspDistillation(lightning.LightningModule):
-    """Stage 1; ``pairs`` are of two module paths each, which both networks have."""
+    """Stage 1. Each of ``pairs`` is two module paths that exist in both networks."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, pairs: list[tuple[str, str]]):
         super().__init__()
         self.student = student
-        self.teacher = (teacher,)  # a tuple, so no submodule: not trained, not in checkpoints
+        # In a tuple, so that it is not a submodule: it is not trained, nor saved in checkpoints.
+        self.teacher = (teacher,)
         paths = [path for pair in pairs for path in pair]
         self.taps = FeatureTaps(student, paths), FeatureTaps(teacher, paths)
         self.criterion, self.losses = FSPLoss(), []
@@ -55,7 +56,7 @@ class FspDistillation(lightning.LightningModule):
 
 
 class Classifier(lightning.LightningModule):
-    """Stage 2, and how the teacher came about."""
+    """Training on the task: of the teacher, and of the student in stage 2."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -74,8 +75,8 @@ class Classifier(lightning.LightningModule):
 
 
 def trainer(steps: int = -1) -> lightning.Trainer:
-    # On more devices stage 1 needs strategy="ddp_find_unused_parameters_true": it gives the
-    # student's classifier no gradient.
+    # On several devices stage 1 needs strategy="ddp_find_unused_parameters_true", because the
+    # student's classifier gets no gradient.
     shared = {"accelerator": "auto", "devices": 1, "logger": False, "enable_checkpointing": False}
     return lightning.Trainer(max_steps=steps, **shared)
 
@@ -100,5 +101,7 @@ def main(steps: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=100, help="of each training (%(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=100, help="steps of each training (%(default)s)"
+    )
     main(parser.parse_args().steps)

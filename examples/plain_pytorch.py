@@ -1,7 +1,7 @@
 """FSP distillation in a training loop of your own: a ResNet-14 into a ResNet-8, on real digits.
 
-Stage 1 minimises the FSP loss alone over the student's weights and needs no labels; stage 2 trains
-the task from there. Takes seconds on a CPU; the digits come with scikit-learn.
+Stage 1 trains the student's weights on the FSP loss alone, without labels. Stage 2 trains the
+student on the task. It takes seconds on a CPU. The digits come with scikit-learn.
 """
 
 import argparse
@@ -16,12 +16,12 @@ from fsp_kernels import FSPLoss, pairs_of
 from fsp_kernels.distill import FeatureTaps
 from fsp_kernels.distill.models import CifarResNet
 
-LAYERS = ["relu", "stage1", "stage2", "stage3"]  # each makes a pair with the next
+LAYERS = ["relu", "stage1", "stage2", "stage3"]  # each layer and the next are a pair
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """Of scikit-learn: images (1797, 1, 8, 8) from 0 to 1, and labels (1797,)."""
+    """scikit-learn's digits: images (1797, 1, 8, 8) from 0 to 1, and labels (1797,)."""
     data = load_digits()
     images = torch.tensor(data.images / 16, dtype=torch.float32)[:, None]
     return images.to(DEVICE), torch.tensor(data.target, device=DEVICE)
@@ -36,7 +36,7 @@ def batches(images: Tensor, labels: Tensor, steps: int) -> Iterator[tuple[Tensor
 def distil(
     student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor, steps: int
 ) -> list[float]:
-    """Stage 1: the FSP loss alone. Returns it for each step."""
+    """Stage 1: train on the FSP loss alone. Returns the loss of each step."""
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
     criterion, losses = FSPLoss(), []
     student.train()
@@ -55,7 +55,7 @@ def distil(
 
 
 def train(network: nn.Module, images: Tensor, labels: Tensor, steps: int) -> None:
-    """Stage 2, and how the teacher came about: cross-entropy."""
+    """Train on the task, by cross-entropy: the teacher, and the student in stage 2."""
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
     network.train()
     for x, y in batches(images, labels, steps):
@@ -85,5 +85,7 @@ def main(steps: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=100, help="of each training (%(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=100, help="steps of each training (%(default)s)"
+    )
     main(parser.parse_args().steps)

@@ -1,4 +1,4 @@
-"""``python -m fsp_kernels``: what is installed and what works here, for a look or a bug report."""
+"""``python -m fsp_kernels`` reports what is installed and what works, e.g. for a bug report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fsp_kernels.backends.cuda.extension import extension
 
 
 def environment() -> dict[str, str]:
-    """Versions, devices and backends, in the order in which they are worth reading."""
+    """Versions, devices and backends, by name; the most useful come first."""
     report = {
         "fsp_kernels": __version__,
         "python": platform.python_version(),
@@ -43,7 +43,7 @@ def environment() -> dict[str, str]:
 
 
 def _extension() -> str:
-    """The chips that the compiled extension has machine code for, or why there is none."""
+    """The chips that the compiled extension has machine code for, or why it is missing."""
     found = extension()
     if isinstance(found, str):
         return found.removeprefix("its extension ")

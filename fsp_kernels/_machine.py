@@ -1,4 +1,4 @@
-"""The machine a program runs on: versions and processor, never names; and its terminal."""
+"""The machine that a program runs on: package versions, processor, terminal; never its name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def installed(package: str) -> str:
-    """A package's version."""
+    """A package's version, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -20,7 +20,7 @@ def installed(package: str) -> str:
 
 
 def cpu_model() -> str:
-    """The processor's marketing name, where the system tells it."""
+    """The processor's marketing name if the system knows it, else its architecture."""
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -37,11 +37,10 @@ def cores() -> int:
 
 
 def prepare_terminal() -> None:
-    """For the start of a command: neither a terminal nor a notebook it is started from can end it.
+    """Call at the start of a command, so that neither the terminal nor a notebook can make it fail.
 
-    What the terminal can't show, a character or an undecodable path, is escaped. Figures go to
-    files, so the backend that Jupyter names for its own screen, and that need not be installed
-    here, doesn't count.
+    Characters and paths that the terminal can't show are escaped. Figures are drawn for files:
+    Jupyter sets Matplotlib's backend to its own, which may be missing here, so it is replaced.
     """
     os.environ["MPLBACKEND"] = "agg"
     for stream in (sys.stdout, sys.stderr):

@@ -1,9 +1,8 @@
-"""Autograd of the matrix and of the loss, defined here, once.
+"""Autograd of the FSP matrix and of the loss.
 
-Two roads lead to the same backends. Eager calls go through a bare ``autograd.Function``, the
-cheapest way PyTorch has. Whoever must see an operator instead (the compiler, export, dispatch
-modes, transforms, tensor subclasses) gets ``torch.ops.fsp``, defined in
-:mod:`fsp_kernels.operators` from the functions of this module.
+There are two ways to the backends. Eager calls use a bare ``autograd.Function``, which costs
+least. The compiler, export, dispatch modes, transforms and tensor subclasses need an operator.
+They use ``torch.ops.fsp``, which :mod:`fsp_kernels.operators` builds from the functions here.
 """
 
 from __future__ import annotations
@@ -39,24 +38,24 @@ NO_FORWARD_MODE = (
 )
 
 
-def wants_operator(maps: Sequence[Tensor]) -> bool:
-    """Whether something stands between this call and the kernels that must see an operator."""
+def needs_operator(maps: Sequence[Tensor]) -> bool:
+    """Whether the call must go through ``torch.ops.fsp``, e.g. since it is being compiled."""
     return (
         torch.compiler.is_compiling()
-        or (is_in_torch_dispatch_mode() and tell_flop_counters())
+        or (is_in_torch_dispatch_mode() and register_flop_formulas())
         or torch._C._are_functorch_transforms_active()
-        or not _PLAIN.issuperset(map(type, maps))
+        or not _PLAIN_TYPES.issuperset(map(type, maps))
     )
 
 
-# Of the operators, which know them.
+# The flops of each operator; operators.py fills it.
 FLOP_FORMULAS: dict[Any, Callable[..., int]] = {}
 
 
-def tell_flop_counters() -> bool:
-    """Give the formulas to each ``FlopCounterMode`` in force; true.
+def register_flop_formulas() -> bool:
+    """Give the formulas to each active ``FlopCounterMode``. Returns true.
 
-    PyTorch's registry of formulas cannot be had without importing Triton.
+    PyTorch's own registry of formulas cannot be used: reading it imports Triton.
     """
     for mode in _get_current_dispatch_mode_stack():
         registry = getattr(getattr(mode, "counter", None), "flop_registry", None)
@@ -65,27 +64,27 @@ def tell_flop_counters() -> bool:
     return True
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
 def planned_loss(plan: LossPlan, weights: tuple[float, ...], maps: Sequence[Tensor]) -> Tensor:
-    """The loss as a plan has it, checked by nobody, with autograd."""
+    """Run a plan whose inputs have been checked; differentiable."""
     loss: Tensor = FSPLossFunction.apply(plan, weights, *maps)
     return loss
 
 
 def outside_autocast(device: str) -> AbstractContextManager[Any]:
-    """Autocast would round the products' fp32 operands, which accumulation is there to avoid."""
+    """A context without autocast, which would round the fp32 operands of the products."""
     if (
         torch._C._is_any_autocast_enabled()
         and _has_autocast(device)
         and torch.is_autocast_enabled(device)
     ):
         return torch.autocast(device, enabled=False)
-    return _NOTHING
+    return _NO_CONTEXT
 
 
-_NOTHING: AbstractContextManager[Any] = nullcontext()
+_NO_CONTEXT: AbstractContextManager[Any] = nullcontext()
 _has_autocast = lru_cache(torch.amp.is_autocast_available)
 
 
@@ -95,7 +94,7 @@ class FSPLossFunction(torch.autograd.Function):
         with outside_autocast(plan.device):
             loss, gradients = planned_backend(plan).loss(maps, plan, weights)
         ctx.plan, ctx.gradients = plan, gradients
-        # Not saved: only their identity matters, and only to a second derivative.
+        # Not saved for backward: only their identity is needed, and only by a second derivative.
         ctx.wanted = [maps[i] for i in plan.wanted]
         return loss
 
@@ -104,10 +103,10 @@ class FSPLossFunction(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError(
                 "Trying to backward through fsp_loss a second time, after its gradients were "
-                "handed out; specify retain_graph=True the first time."
+                "released; specify retain_graph=True the first time."
             )
-        # Gradients that no later backward can ask for are given away: scaled in place, and taken
-        # by the leaves without a copy.
+        # If no later backward can need the gradients, they are scaled in place, and the leaves
+        # take them without a copy.
         keep = _keeps_graph()
         plan: LossPlan = ctx.plan
         if _is_differentiated(incoming):
@@ -124,7 +123,7 @@ class FSPLossFunction(torch.autograd.Function):
 
 
 def _is_differentiated(incoming: Tensor) -> bool:
-    """Whether what a backward does now is batched or has derivatives of its own."""
+    """Whether this backward is batched or must itself be differentiable."""
     return (
         torch.is_grad_enabled()
         or forward_ad._current_level >= 0
@@ -135,7 +134,7 @@ def _is_differentiated(incoming: Tensor) -> bool:
 
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-_is_batched = torch._C._functorch.is_legacy_batchedtensor  # by ``is_grads_batched`` and the like
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # e.g. by ``is_grads_batched``
 
 
 def scaled_by_torch(
@@ -146,7 +145,7 @@ def scaled_by_torch(
 ) -> list[Tensor]:
     """``gradients * incoming`` by PyTorch, differentiable in ``incoming``.
 
-    Their derivative by ``maps`` is not known: to ask for it is an error, not a silent zero.
+    The derivative by ``maps`` is not known. Asking for it raises an error instead of giving zero.
     """
     if torch.is_grad_enabled():
         incoming = incoming + _SecondDerivative.apply(*maps)
@@ -154,7 +153,7 @@ def scaled_by_torch(
 
 
 class _SecondDerivative(torch.autograd.Function):
-    """A zero that depends on maps in a way nobody may ask for."""
+    """A zero that depends on the maps, and whose derivative by them raises an error."""
 
     @staticmethod
     def forward(*maps: Tensor) -> Tensor:
@@ -178,19 +177,19 @@ class _SecondDerivative(torch.autograd.Function):
 
 
 def matrix(first: Tensor, second: Tensor, backend: str) -> Tensor:
-    """``F1 F2^T / K``: ``(B, m, K), (B, n, K) -> (B, m, n)``, by the road the call needs."""
-    if wants_operator((first, second)):
+    """``F1 F2^T / K``: ``(B, m, K), (B, n, K) -> (B, m, n)``, as operator or eagerly."""
+    if needs_operator((first, second)):
         result: Tensor = torch.ops.fsp.matrix(first, second, backend)
         return result
     return FSPMatrixFunction.apply(first, second, backend)
 
 
 def matrix_backward(gradient: Tensor, other: Tensor, channels_last: bool, backend: str) -> Tensor:
-    """``G' F / K``: ``(B, m, n), (B, n, K) -> (B, m, K)``, what reaches one map of a matrix.
+    """``G' F / K``: ``(B, m, n), (B, n, K) -> (B, m, K)``, the gradient of one map of a matrix.
 
-    With :func:`matrix` it is a closed set: the derivatives of both are made of these two.
+    The derivatives of this function and of :func:`matrix` need these two functions alone.
     """
-    if wants_operator((gradient, other)) or _is_batched(gradient):
+    if needs_operator((gradient, other)) or _is_batched(gradient):
         result: Tensor = torch.ops.fsp.matrix_backward(gradient, other, channels_last, backend)
         return result
     return FSPMatrixGradientFunction.apply(gradient, other, channels_last, backend)
@@ -252,7 +251,7 @@ class FSPMatrixGradientFunction(torch.autograd.Function):
 
 
 def _save(ctx: Any, x: Tensor, y: Tensor) -> None:
-    """Keep both inputs for derivatives; PyTorch keeps no inference tensor, but a copy of one."""
+    """Save both inputs for derivatives. PyTorch saves no inference tensor, so that is copied."""
     if (x.is_inference() or y.is_inference()) and any(ctx.needs_input_grad):
         x, y = (t.clone() if t.is_inference() else t for t in (x, y))
     ctx.save_for_backward(x, y)
@@ -262,7 +261,7 @@ def _save(ctx: Any, x: Tensor, y: Tensor) -> None:
 def _bilinear_jvp(
     function: Callable[..., Tensor], ctx: Any, to_x: Tensor | None, to_y: Tensor | None, *rest: Any
 ) -> Tensor:
-    """The forward-mode derivative of a product of the two saved inputs, from their tangents."""
+    """The forward-mode derivative of a product of the two saved inputs, given their tangents."""
     x, y = ctx.saved_tensors
     terms = [] if to_x is None else [function(to_x, y, *rest)]
     terms += [] if to_y is None else [function(x, to_y, *rest)]

@@ -1,7 +1,7 @@
-"""Every input error of the library, in one place: which argument, what it was, what it must be.
+"""All input errors of the library. Each message says which argument, what it was, what it must be.
 
-Checks look at metadata only, never at values: NaN and Inf in the data propagate, as
-:func:`fsp_kernels.fsp_loss` says.
+Checks read metadata, never the values of maps. :func:`fsp_kernels.fsp_loss` says what NaN and Inf
+do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ POOLS = ("max", "avg")
 NORMS = ("frobenius", "mse", "column")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 RANKS = (3, 4, 5)
-# What a sequence holds, and what to write for a dict of feature maps.
+# By argument: what to write if it is a dict of feature maps, and what is expected.
 _PAIRS = "a list or tuple of (first, second) pairs; for one pair write [(first, second)]"
 _EXPECTED = {
     "student": ("pairs_of(list(student.values()))", _PAIRS),
@@ -36,24 +36,24 @@ def flatten_pairs(
 ) -> tuple[list[Any], tuple[bool, ...]]:
     """The maps of a loss in order, and for each pair whether its teacher is a ready matrix.
 
-    The order is that of backends: pair by pair, student before teacher. Maps come as
-    ``(B, C, *spatial)``, in a view where ``channel_dim`` is -1. A ready matrix of batch 1 comes as
-    a view that has it for every sample. Whether they are tensors is for :func:`specs_of` to say.
+    Backends take the maps in this order: pair by pair, student before teacher. Each map is
+    ``(B, C, *spatial)``, as a view if ``channel_dim`` is -1. A ready matrix of batch 1 is expanded
+    to all samples. :func:`specs_of` checks that all are tensors.
 
     Raises:
         TypeError: an argument is not a sequence of pairs.
         ValueError: there are no pairs, or not as many for the teacher as for the student.
     """
-    if channel_dim is not None:  # for most calls cheaper than the function
+    if channel_dim is not None:  # saves a function call: most calls leave it out
         check_channel_dim(channel_dim)
     _require_sequence("student", student)
     _require_sequence("teacher", teacher)
     if len(student) != len(teacher):
         for i in range(len(student)):
-            _pair_at("student", student, i)
+            _checked_pair("student", student, i)
         raise ValueError(
-            f"teacher: got {len(teacher)} entries for {len(student)} student pairs, expected as "
-            "many: one pair of maps or one ready FSP matrix for each student pair"
+            f"teacher: got {len(teacher)} entries for {len(student)} student pairs, expected one "
+            "pair of maps or one ready FSP matrix for each student pair"
             + (_pairs_hint("teacher", teacher) if len(teacher) == len(student) + 1 else "")
         )
     if not student:
@@ -64,8 +64,8 @@ def flatten_pairs(
     ready = []
     for i, entry in enumerate(teacher):
         is_matrix = isinstance(entry, Tensor)
-        pair = _pair_at("student", student, i)
-        entry = (entry,) if is_matrix else _pair_at("teacher", teacher, i)
+        pair = _checked_pair("student", student, i)
+        entry = (entry,) if is_matrix else _checked_pair("teacher", teacher, i)
         if channel_dim == -1:
             pair = [channels_first(x) for x in pair]
             entry = entry if is_matrix else [channels_first(x) for x in entry]
@@ -80,17 +80,17 @@ def flatten_pairs(
 def specs_of(
     maps: Sequence[Any], ready: Sequence[bool]
 ) -> tuple[tuple[PairSpec, ...], tuple[TeacherSpec, ...]]:
-    """What planning needs to know of what :func:`flatten_pairs` gives; student, teacher.
+    """The metadata of what :func:`flatten_pairs` returns, for the student and for the teacher.
 
     Raises:
-        TypeError: one is not a dense tensor.
+        TypeError: a map is not a dense tensor.
     """
-    names = [name for i, is_matrix in enumerate(ready) for name in _names(i, is_matrix)]
+    names = [name for i, is_matrix in enumerate(ready) for name in _argument_names(i, is_matrix)]
     return by_network([spec_of(name, x) for name, x in zip(names, maps, strict=True)], ready)
 
 
 def channels_first(x: Any) -> Any:
-    """A map ``(B, *spatial, C)`` as a view ``(B, C, *spatial)``; what is no map stays as it is."""
+    """A map ``(B, *spatial, C)`` as a view ``(B, C, *spatial)``; other values stay as they are."""
     if not isinstance(x, Tensor) or x.is_nested or x.ndim < 3 or x.layout != torch.strided:
         return x
     return x.movedim(-1, 1)
@@ -103,7 +103,7 @@ def check_loss(
 ) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless the loss of these maps is defined.
 
-    The specs are those of :func:`specs_of`; messages give shapes as the caller did.
+    The specs come from :func:`specs_of`. Messages show shapes as the caller passed them.
     """
     device = student[0][0].device
     for i, (pair, entry) in enumerate(zip(student, teacher, strict=True)):
@@ -113,7 +113,7 @@ def check_loss(
         else:
             check_pair(f"teacher[{i}]", *entry, channel_dim)
             _check_same_network_shape(i, pair, entry, channel_dim)
-        for name, spec in zip(_names(i, len(entry) == 1), (*pair, *entry), strict=True):
+        for name, spec in zip(_argument_names(i, len(entry) == 1), (*pair, *entry), strict=True):
             if spec.device != device:
                 raise ValueError(
                     f"{name}: is on {spec.device}, expected {device}, where student[0][0] is"
@@ -121,7 +121,7 @@ def check_loss(
 
 
 def check_options(pool: Any, norm: Any) -> None:
-    """Raise ``ValueError`` unless both are among the known."""
+    """Raise ``ValueError`` unless ``pool`` and ``norm`` are known."""
     check_choice("pool", pool, POOLS)
     check_choice("norm", norm, NORMS)
 
@@ -136,7 +136,7 @@ def check_channel_dim(channel_dim: Any) -> None:
 
 
 def check_features(features: Any) -> None:
-    """Raise unless ``features`` is a sequence of at least two things."""
+    """Raise unless ``features`` is a sequence of at least two entries."""
     _require_sequence("features", features)
     if len(features) < 2:
         raise ValueError(
@@ -147,7 +147,7 @@ def check_features(features: Any) -> None:
 def check_pair(
     name: str | None, first: MapSpec, second: MapSpec, channel_dim: int | None = None
 ) -> None:
-    """Raise unless two maps have an FSP matrix. ``name`` is the argument that held them, if one."""
+    """Raise unless two maps have an FSP matrix. ``name``: the argument they came from, if one."""
     first_name, second_name = ("first", "second") if name is None else (f"{name}[0]", f"{name}[1]")
     _check_map(first_name, first, channel_dim)
     _check_map(second_name, second, channel_dim)
@@ -177,9 +177,9 @@ def check_pair(
 def check_weight_tensor(
     weights: Tensor, pairs: int | None, device: torch.device | None = None
 ) -> None:
-    """Raise unless a tensor holds loss weights; ``pairs`` and ``device`` of the maps, if known.
+    """Raise unless a tensor can hold the loss weights. Its values are not read.
 
-    Its values are not read.
+    ``pairs`` is the number of pairs and ``device`` that of the maps, where they are known.
     """
     _check_dense_floating("weights", spec_of("weights", weights))
     if weights.dim() != 1:
@@ -193,11 +193,11 @@ def check_weight_tensor(
 
 
 def check_weights(weights: Any, pairs: int | None) -> tuple[float, ...]:
-    """The loss weights as floats, one for each of ``pairs`` if that is known.
+    """The loss weights as floats. ``pairs`` is the number of pairs, if known.
 
     Raises:
         TypeError: not a sequence of real numbers.
-        ValueError: not as many as ``pairs``; or a weight is negative or not finite.
+        ValueError: their number is not ``pairs``, or a weight is negative or not finite.
     """
     if isinstance(weights, (str, bytes, dict, set)) or not hasattr(weights, "__len__"):
         raise TypeError(f"weights: got {_kind(weights)}, expected a sequence of numbers or None")
@@ -211,7 +211,7 @@ def check_weights(weights: Any, pairs: int | None) -> tuple[float, ...]:
 
 
 def check_not_traced() -> None:
-    """Raise ``RuntimeError`` inside ``torch.jit.trace``: it would record nothing of a call."""
+    """Raise ``RuntimeError`` inside ``torch.jit.trace``, which cannot record a call."""
     if torch.jit.is_tracing():
         raise RuntimeError(
             "torch.jit.trace (and what calls it, such as TensorBoard's add_graph) cannot record "
@@ -249,7 +249,7 @@ def _check_count(weights: Any, pairs: int | None) -> None:
 
 
 def _require_sequence(name: str, value: Any) -> None:
-    # A tensor has a length and would unpack along its batch without complaint.
+    # A tensor has a length too, and would be split along its batch without an error.
     if isinstance(value, (list, tuple)):
         return
     of_mapping, expected = _EXPECTED[name]
@@ -262,10 +262,10 @@ def _require_sequence(name: str, value: Any) -> None:
     raise TypeError(f"{name}: got {_kind(value)}, expected {expected}{hint}")
 
 
-def _pair_at(argument: str, entries: Sequence[Any], index: int) -> Any:
-    """``entries[index]``, which has to be two things."""
+def _checked_pair(argument: str, entries: Sequence[Any], index: int) -> Any:
+    """``entries[index]``; raises ``TypeError`` unless it is a pair."""
     pair = entries[index]
-    # A tensor would unpack along its batch without complaint, so the type matters here.
+    # The type is checked since a tensor would be split along its batch without an error.
     if isinstance(pair, (tuple, list)) and len(pair) == 2:
         return pair
     name = f"{argument}[{index}]"
@@ -280,7 +280,7 @@ def _pair_at(argument: str, entries: Sequence[Any], index: int) -> Any:
 
 
 def _pairs_hint(name: str, entries: Sequence[Any]) -> str:
-    """What to write where ``entries``, expected to be pairs, are the maps of a network's layers."""
+    """What to write instead, if ``entries`` should be pairs but are the maps of layers."""
     if len(entries) < 2 or not _are_maps(entries):
         return ""
     return f"; did you mean pairs_of({name})? One pair is written [(first, second)]"
@@ -314,12 +314,12 @@ def _check_map(name: str, spec: MapSpec, channel_dim: int | None) -> None:
 
 
 def _expand_matrices(maps: list[Any], ready: Sequence[bool]) -> None:
-    """Let ready matrices ``(1, m, n)`` serve all samples."""
+    """Expand ready matrices ``(1, m, n)`` to all samples, in the list ``maps``."""
     place = 0
     for pair, entry in zip(*specs_of(maps, ready), strict=True):
         if len(entry) == 1 and _serves_all_samples(entry[0], pair):
             matrix = maps[place + 2]
-            # In fp32, so that its gradient, a sum over samples, is rounded once.
+            # In fp32, so that its gradient, a sum over samples, is rounded only once.
             wide = matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
             maps[place + 2] = wide.expand(pair[0].shape[0], -1, -1)
         place += 2 + len(entry)
@@ -373,7 +373,7 @@ def _check_same_network_shape(
             )
 
 
-def _names(index: int, is_matrix: bool) -> tuple[str, ...]:
+def _argument_names(index: int, is_matrix: bool) -> tuple[str, ...]:
     student = (f"student[{index}][0]", f"student[{index}][1]")
     if is_matrix:
         return (*student, f"teacher[{index}]")
@@ -393,7 +393,7 @@ def _given_shape(spec: MapSpec, channel_dim: int | None) -> tuple[int, ...]:
 
 
 def _is_nonnegative_float(number: Any) -> bool:
-    # An integer or a fraction is less than infinity and may yet be too large for a float.
+    # An integer or a fraction can be too large for a float although it is less than infinity.
     exact = isinstance(number, Rational)
     return bool(0 <= number <= int(sys.float_info.max) if exact else 0 <= number < math.inf)
 

@@ -1,4 +1,4 @@
-"""``fsp_matrix`` and ``fsp_loss``: check, plan, hand to autograd and a backend."""
+"""``fsp_matrix`` and ``fsp_loss``: they check their inputs, plan, and call autograd's functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fsp_kernels import checks
-from fsp_kernels.autograd import matrix, planned_loss, wants_operator
+from fsp_kernels.autograd import matrix, needs_operator, planned_loss
 from fsp_kernels.backends import Backend, requested_backend, select_backend
 from fsp_kernels.backends.devices import fp32_precision
 from fsp_kernels.loss_plan import LossPlan, MapSpec, by_network
@@ -40,20 +40,20 @@ def fsp_matrix(
             fp64, fp32, fp16 or bf16.
         second: feature map ``(B, n, *spatial)`` with as many spatial axes. Where the spatial sizes
             differ, the larger is pooled to the smaller, axis by axis.
-        pool: ``"max"`` (the paper) or ``"avg"``; windows as ``adaptive_max_pool2d`` and
-            ``adaptive_avg_pool2d`` have them.
+        pool: ``"max"`` (the paper) or ``"avg"``; the windows are those of ``adaptive_max_pool2d``
+            and ``adaptive_avg_pool2d``.
         backend: a name of :func:`available_backends`, or ``None`` for the best that works.
         channel_dim: the axis of both maps' channels: 1 for ``(B, C, *spatial)``, -1 for
-            ``(B, *spatial, C)``, which is read as it is. ``None`` means 1 for maps of four and five
-            axes and is an error for three, where ``(B, C, K)`` and a transformer's ``(B, T, C)``
-            look alike.
+            ``(B, *spatial, C)``, which is not copied. ``None`` means 1 for maps of four and five
+            axes. It is an error for maps of three axes, because ``(B, C, K)`` and a transformer's
+            ``(B, T, C)`` look the same.
 
     Returns:
         ``(B, m, n)`` in the promoted dtype of the maps; half precision accumulates in fp32.
 
     Raises:
         TypeError: an argument is not a dense floating-point tensor.
-        ValueError: shapes, devices, ``pool`` or ``backend`` do not fit; the message says which.
+        ValueError: a shape, device, ``pool`` or ``backend`` is wrong; the message says which.
         RuntimeError: ``backend`` does not work on this machine, or the call is inside
             ``torch.jit.trace``.
     """
@@ -84,26 +84,28 @@ def fsp_loss(
 ) -> Tensor:
     """FSP distillation loss ``1/B sum_b sum_i lambda_i ||G_i^T - G_i^S||^2`` (ibid., equation 2).
 
-    Value and gradients are computed together in one pass over the maps; neither network's FSP
-    matrices are formed, and their difference only for a chunk of samples at a time (:func:`explain`
-    tells how many). Once differentiable, in reverse mode. Gradients flow to every map that requires
-    them, the teacher's too; under ``torch.no_grad()`` only the value is computed.
+    Value and gradients are computed together in one pass over the maps. The FSP matrices of the
+    networks are never formed; their difference is formed only for a chunk of samples at a time
+    (:func:`explain` tells how many). The loss is once differentiable, in reverse mode. Every map
+    that requires a gradient gets it, the teacher's maps too. Under ``torch.no_grad()`` only the
+    value is computed.
 
     Args:
         student: pairs ``(first, second)`` of feature maps ``(B, m, *spatial)``,
             ``(B, n, *spatial)``; see :func:`fsp_matrix` for ranks, strides and dtypes, which may
             differ from map to map.
-        teacher: as many pairs with the same batch and channel counts (spatial sizes may differ),
-            or in place of a pair a ready FSP matrix ``(B, m, n)``, or ``(1, m, n)`` for all
-            samples. One that :func:`fsp_matrix` computed of fp32 maps equal to the student's leaves
-            no loss and no gradient on a CPU; on a GPU, or rounded to half precision, it may leave
-            rounding errors, which ``norm="column"`` turns into a direction of length 1.
+        teacher: as many pairs with the same batch and channel counts (spatial sizes may differ).
+            A pair may be replaced by a ready FSP matrix ``(B, m, n)``, or ``(1, m, n)`` for all
+            samples. If :func:`fsp_matrix` computed it from fp32 maps equal to the student's, loss
+            and gradient are zero on a CPU. On a GPU, or if the matrix was rounded to half
+            precision, rounding errors may remain; ``norm="column"`` turns them into a direction of
+            length 1.
         weights: ``lambda_i >= 0``, one for each pair; ``None`` for ones. Numbers, or a 1-D
-            floating-point tensor on the CPU or beside the maps. A tensor on the CPU that requires
-            no gradient is read like numbers. Any other is not read back, so its values are not
-            checked; each pair is then evaluated on its own, which takes more launches, and the
-            weights get a gradient if they require one.
-        pool: how the larger map of a pair is brought to the smaller: ``"max"`` or ``"avg"``.
+            floating-point tensor on the CPU or on the maps' device. A tensor on the CPU that
+            requires no gradient is read like numbers. The values of any other tensor are neither
+            read nor checked. Each pair is then evaluated on its own, which takes more launches, and
+            the weights get a gradient if they require one.
+        pool: how the larger map of a pair is pooled to the smaller: ``"max"`` or ``"avg"``.
         norm: ``"frobenius"``, the batch mean of the sum of squares (the paper); ``"mse"``, the mean
             over batch and entries (RepDistiller, Knowledge-Distillation-Zoo); ``"column"``, the
             batch mean of the sum over columns of their L2 norms (torchdistill).
@@ -116,22 +118,22 @@ def fsp_loss(
 
         With ``eps`` the rounding error and ``s = (||a - c|| ||b|| + ||c|| ||b - d||) / K`` for
         pooled maps ``a, b`` of the student and ``c, d`` of the teacher, the residual ``G^S - G^T``
-        is off by about ``eps s``. That is little where the maps are near each other, but more than
-        in the naive op where the scale of a map differs between the networks and the matrices
-        agree. Averages are rounded before they are subtracted, which adds
+        has an error of about ``eps s``. That is small where the maps of the networks are close. It
+        is larger than in the naive op where the matrices agree although the maps differ in scale.
+        Averages are rounded before they are subtracted, which adds an error of
         ``eps (||a|| ||b|| + ||c|| ||d||) / K``, as in the naive op. On a GPU, and for fp64 maps,
-        the loss in Gram form is off by ``eps s^2``.
+        the loss in Gram form has an error of ``eps s^2``.
 
-        NaN or infinity in a map gives a loss that is NaN or infinite, whatever the weight. In the
-        gradients it is wherever the formula has it, as NaN where that has infinity in some cases;
-        the gradients of other samples do not see it.
+        NaN or infinity in a map makes the loss NaN or infinite, even with a weight of zero. The
+        gradients have NaN or infinity where the formula has them; in some cases NaN stands for
+        infinity. The gradients of other samples are not affected.
 
     Raises:
-        TypeError: something is not a dense floating-point tensor, not a pair, not a real number.
-        ValueError: shapes, devices or options do not fit; the message says which and how.
+        TypeError: an argument is not a dense floating-point tensor, a pair or a real number.
+        ValueError: a shape, device or option is wrong; the message says which and how.
         RuntimeError: ``backend`` does not work on this machine; the call is inside
-            ``torch.jit.trace``; or, from a second or a forward-mode derivative, that the loss has
-            none and what to write instead.
+            ``torch.jit.trace``; or a second or forward-mode derivative was asked for, which the
+            loss does not have: the message says what to write instead.
     """
     checks.check_not_traced()
     maps, ready = checks.flatten_pairs(student, teacher, channel_dim)
@@ -140,7 +142,7 @@ def fsp_loss(
     lambdas: tuple[float, ...] | Tensor = (1.0,) * len(ready)
     if weights is not None:
         lambdas = _read_weights(weights, maps, ready)
-    if isinstance(lambdas, Tensor) or wants_operator(maps):
+    if isinstance(lambdas, Tensor) or needs_operator(maps):
         checks.check_loss(*checks.specs_of(maps, ready), channel_dim)
         if isinstance(lambdas, Tensor) and not _is_readable(lambdas):
             one = partial(fsp_loss, pool=pool, norm=norm, backend=backend, channel_dim=channel_dim)
@@ -162,17 +164,17 @@ def explain(
 ) -> LossPlan:
     """How :func:`fsp_loss` would evaluate these arguments, without computing anything.
 
-    The plan prints as a table of evaluation, chunking, flops, bytes and extra memory; the same are
-    its attributes. As in the loss itself, gradients count where maps require them and grad mode is
-    on. Raises as :func:`fsp_loss`.
+    The plan prints as a table of evaluation, chunking, flops, bytes and extra memory. It has these
+    as attributes too. As in the loss itself, gradients count where maps require them and grad mode
+    is on. It raises what :func:`fsp_loss` raises.
     """
     maps, ready = checks.flatten_pairs(student, teacher, channel_dim)
-    checks.specs_of(maps, ready)  # refuses what is no dense tensor
+    checks.specs_of(maps, ready)  # raises if a map is not a dense tensor
     checks.check_options(pool, norm)
     return _plan_here(maps, ready, pool, norm, requested_backend(backend), channel_dim)
 
 
-_FACTS = attrgetter("shape", "dtype", "device", "layout", "requires_grad")
+_METADATA_OF = attrgetter("shape", "dtype", "device", "layout", "requires_grad")
 
 
 def _plan_here(
@@ -183,25 +185,25 @@ def _plan_here(
     requested: str | None,
     channel_dim: int | None,
 ) -> LossPlan:
-    """The plan under the grad mode and the transforms in force."""
-    # Inside a functorch transform a tensor does not tell whether an outer level wants its gradient.
+    """The plan under the current grad mode and transforms."""
+    # Inside a functorch transform a tensor does not know whether an outer level wants its gradient.
     all_or_none = None
     if torch._C._are_functorch_transforms_active():
         all_or_none = torch.is_grad_enabled()
     elif not torch.is_grad_enabled():
         all_or_none = False
     try:
-        facts, strides = tuple(map(_FACTS, maps)), tuple(map(Tensor.stride, maps))
+        metadata, strides = tuple(map(_METADATA_OF, maps)), tuple(map(Tensor.stride, maps))
     except RuntimeError:  # a tensor without strides
         checks.check_loss(*checks.specs_of(maps, ready), channel_dim)
         raise
     options = pool, norm, requested, channel_dim
-    return _checked_plan(facts, strides, ready, *options, all_or_none, fp32_precision())
+    return _checked_plan(metadata, strides, ready, *options, all_or_none, fp32_precision())
 
 
 @lru_cache(maxsize=1024)
 def _checked_plan(
-    facts: Sequence[tuple[Any, ...]],
+    metadata: Sequence[tuple[Any, ...]],
     strides: Sequence[tuple[int, ...]],
     ready: Sequence[bool],
     pool: str,
@@ -211,11 +213,12 @@ def _checked_plan(
     all_or_none: bool | None,
     precision: str,
 ) -> LossPlan:
-    """Checks and plan of a signature; a hit skips both, and failures are not remembered.
+    """Check and plan maps of some metadata. The cache skips both; errors are not cached.
 
-    ``all_or_none`` says that all maps want a gradient, or none, whatever each of them requires.
+    ``all_or_none``, unless ``None``, says whether all maps want a gradient or none does. It comes
+    before what the metadata say.
     """
-    specs = [MapSpec._make((*fact, stride)) for fact, stride in zip(facts, strides, strict=True)]
+    specs = [MapSpec._make((*each, stride)) for each, stride in zip(metadata, strides, strict=True)]
     if all_or_none is not None:
         specs = [spec._replace(requires_grad=all_or_none) for spec in specs]
     student, teacher = by_network(specs, ready)
@@ -230,24 +233,24 @@ def _select(requested: str | None, maps: Sequence[MapSpec | Tensor]) -> Backend:
 def _read_weights(
     weights: Sequence[float] | Tensor, maps: Sequence[Any], ready: Sequence[bool]
 ) -> tuple[float, ...] | Tensor:
-    """The checked weights: numbers where they are known now, else a tensor."""
+    """The checked weights: numbers if their values are known now, else a tensor."""
     if torch.compiler.is_compiling() and isinstance(weights, (list, tuple)):
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
-        # A number that changes from call to call: as a number it would be compiled in.
+        # The number changes from call to call. The compiler would take it for a constant.
         if not all(has_static_value(x) for x in weights if isinstance(x, (int, float))):
             weights = torch.stack([x * torch.ones((), dtype=torch.float64) for x in weights])
     if not isinstance(weights, Tensor):
         return checks.check_weights(weights, len(ready))
     student, _ = checks.specs_of(maps, ready)
     checks.check_weight_tensor(weights, len(ready), student[0][0].device)
-    if _is_readable(weights) and not wants_operator((weights,)):
+    if _is_readable(weights) and not needs_operator((weights,)):
         return checks.check_weights(weights.tolist(), len(ready))
     return weights
 
 
 def _is_readable(weights: Tensor) -> bool:
-    """Whether only the values count, and reading them stalls no device."""
+    """Whether weights can be read as numbers: only their values matter, and no device must wait."""
     return weights.device.type == "cpu" and not (
         weights.requires_grad
         or torch._C._are_functorch_transforms_active()
@@ -263,7 +266,7 @@ def _loss_operator(
     norm: str,
     requested: str | None,
 ) -> Tensor:
-    # Inside a functorch transform a tensor does not tell whether an outer level wants its gradient.
+    # Inside a functorch transform a tensor does not know whether an outer level wants its gradient.
     any_map, enabled = torch._C._are_functorch_transforms_active(), torch.is_grad_enabled()
     needs = [enabled and (any_map or x.requires_grad) for x in maps]
     backend = _select(requested, maps).name

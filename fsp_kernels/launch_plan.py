@@ -1,6 +1,6 @@
-"""Which pairs of a call share launches, and how many launches that makes.
+"""Which pairs of a call share launches, and which launches these are.
 
-``plan.py`` chooses each pair's evaluation; from these follow the steps of the whole call.
+``plan.py`` chooses each pair's evaluation. From these, this module derives the steps of the call.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 from fsp_kernels.loss_plan import Limits, PairPlan, Step
 
-# A pair's evaluation, and what the backend can do for it.
+# A pair's evaluation, and the backend's limits for this pair.
 Chosen = tuple[PairPlan, Limits]
 
 
 def steps_of(chosen: Sequence[Chosen]) -> Iterator[Step]:
-    """What pairs do together: those that share kernels, as many at a time as a launch takes."""
+    """The steps of a call: pairs that share kernels, at most as many as a launch takes."""
     groups: dict[Hashable, list[int]] = {}
     for index, (pair, limits) in enumerate(chosen):
         key = (pair.evaluation, pair.form, limits.kernels.get(pair.evaluation))
         groups.setdefault(key, []).append(index)
     for members in groups.values():
-        # Tiles whose loss the first launch tells come first; then the largest samples, since small
-        # ones fill the device while the last of these end.
+        # Pairs whose loss the first launch computes come first. Among these, pairs with most flops
+        # come first: small ones then fill the device while the last large ones end.
         members.sort(key=lambda i: (not chosen[i][0].finishes, -chosen[i][0].flops))
         most = chosen[members[0]][1].launch_pairs
         for start in range(0, len(members), most):
@@ -30,7 +30,7 @@ def steps_of(chosen: Sequence[Chosen]) -> Iterator[Step]:
 
 
 def _steps_of(members: Sequence[int], chosen: Sequence[Chosen]) -> Iterator[Step]:
-    """The chunks of samples of some pairs that share their launches."""
+    """One step for each chunk of samples of pairs that share their launches."""
     pair, limits = chosen[members[0]]
     stores = pair.evaluation in ("tiles", "blocks")
     scratch = sum(chosen[i][0].scratch_bytes for i in members)
@@ -52,18 +52,18 @@ def _launches(pairs: Sequence[PairPlan], limits: Limits) -> tuple[str, ...]:
         gradients = any(p.wants_gradients for p in pairs)
         return ("gram", "gram_combine", *(("gram_gradients",) if gradients else ()))
     ready = [p for p in pairs if len(p.teacher) == 1 and p.teacher[0].gradient_dtype is not None]
-    products = _wanted(p for p in pairs if not p.blas_gradients)
+    products = _gradient_count(p for p in pairs if not p.blas_gradients)
     combines = any(not p.finishes for p in pairs)
     return (
         "residual",
         *(("combine",) if combines else ()),
         *("gradients",) * math.ceil(products / limits.launch_products),
-        *("bmm",) * _wanted(p for p in pairs if p.blas_gradients),
+        *("bmm",) * _gradient_count(p for p in pairs if p.blas_gradients),
         *("matrix_gradients",) * math.ceil(len(ready) / limits.launch_products),
     )
 
 
-def _wanted(pairs: Iterable[PairPlan]) -> int:
-    """The gradients of maps that pairs want."""
+def _gradient_count(pairs: Iterable[PairPlan]) -> int:
+    """How many gradients of maps the pairs want; those of ready matrices do not count."""
     maps = [m for p in pairs for m in (p.maps if len(p.teacher) == 2 else p.student)]
     return sum(m.gradient_dtype is not None for m in maps)

@@ -1,6 +1,7 @@
-"""What planning takes and gives: tensors and a backend's limits in, the evaluation of a loss out.
+"""The inputs and results of planning.
 
-``plan.py`` makes the second from the first.
+The inputs are the metadata of the maps and the limits of a backend. The result is a
+:class:`LossPlan`: how each pair of a loss is evaluated. ``plan.py`` computes it.
 """
 
 from __future__ import annotations
@@ -16,33 +17,36 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-# How D / K = G^S - G^T comes about: from p = a - c and q = b - d; from both networks' products,
-# summed together or, where their positions differ, apart; or from a product and a ready matrix.
+# How D / K = G^S - G^T is computed:
+#   difference: from p = a - c and q = b - d;
+#   direct: from both networks' products, summed together;
+#   apart: from both networks' products, summed one after the other, since their positions differ;
+#   ready: from the student's product and the teacher's ready matrix.
 Residual = Literal["difference", "direct", "apart", "ready"]
 Form = Literal["matrix", "gram"]
 Evaluation = Literal["chunks", "one pass", "tiles", "blocks"]
 Pool = Literal["none", "max", "avg"]
 
 HALF = (torch.float16, torch.bfloat16)
-# The most elements of a pooling window that kernels take: their code unrolls it.
+# The most elements of a pooling window for kernels that pool while they read: they unroll it.
 GPU_WINDOW = 64
 
 
 class MapSpec(NamedTuple):
-    """What checks and planning need to know of a tensor; hashable, unlike the tensor."""
+    """The metadata of a tensor that checks and planning need; hashable, unlike the tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     layout: torch.layout
     requires_grad: bool
-    strides: tuple[int, ...] | None = None  # None: those of a contiguous tensor
+    strides: tuple[int, ...] | None = None  # None: contiguous
 
     @classmethod
     def of(cls, x: Tensor) -> MapSpec:
         layout = x.layout
         strides = x.stride() if layout is torch.strided else None  # sparse tensors have none
-        # Every map of every call comes here, and cls(...) would take half as long again.
+        # This runs for every map of every call, and cls(...) would take 1.5 times as long.
         return tuple.__new__(cls, (x.shape, x.dtype, x.device, layout, x.requires_grad, strides))
 
     @property
@@ -55,9 +59,9 @@ TeacherSpec = PairSpec | tuple[MapSpec]  # one entry: a ready FSP matrix (B, m, 
 
 
 def by_network(specs: Iterable[MapSpec], ready: Iterable[bool]) -> tuple[Any, Any]:
-    """Specs in the order of backends as those of the student's pairs and of the teacher's.
+    """Split specs in the order of backends into the student's pairs and the teacher's.
 
-    ``ready`` says of each pair whether its teacher is one matrix.
+    ``ready`` says for each pair whether its teacher is a ready matrix.
     """
     remaining = iter(specs)
     student, teacher = [], []
@@ -69,13 +73,12 @@ def by_network(specs: Iterable[MapSpec], ready: Iterable[bool]) -> tuple[Any, An
 
 @dataclass(frozen=True)
 class MapPlan:
-    """One feature map of a pair: what it is pooled to and what becomes of its gradient.
+    """One feature map of a pair: the size it is pooled to and the dtype of its gradient.
 
     ``pooled_size`` is ``None`` where the map keeps its spatial size; ``pool`` is then ``"none"``.
-    ``gradient_dtype`` is what the gradient is held in between forward and backward (``None``: no
-    gradient wanted): the map's own dtype, except that fp16 waits in fp32. Its true size is about
-    ``1/(B K)``, which fp16 would flush to zero before a loss scale arriving in backward could
-    rescue it.
+    ``gradient_dtype`` is the dtype of the gradient between forward and backward, or ``None`` if no
+    gradient is wanted. It is the map's own dtype, but fp32 for fp16: gradients are about
+    ``1/(B K)`` in size, which fp16 would flush to zero before backward applies a loss scale.
     """
 
     shape: tuple[int, ...]
@@ -100,19 +103,22 @@ class MapPlan:
 
     @property
     def multiplied_dtype(self) -> torch.dtype:
-        """Averages of half-precision elements are not half-precision numbers."""
+        """The dtype of the pooled map: averages of half-precision elements need fp32."""
         return torch.float32 if self.pool == "avg" and self.dtype in HALF else self.dtype
 
     @cached_property
     def fused_windows(self) -> bool:
-        """Whether kernels can pool while they read: by windows of one size, not too large."""
+        """Whether kernels can pool the map while they read it: windows are equal and not too large.
+
+        Also true of a map that is not pooled.
+        """
         sizes = list(zip(self.shape[2:], self.pooled_size or (), strict=False))
         window = math.prod(full // part for full, part in sizes)
         return all(full % part == 0 for full, part in sizes) and window <= GPU_WINDOW
 
     @cached_property
     def read(self) -> MapPlan:
-        """The map that kernels read: this one or, where they cannot pool it, a pooled copy."""
+        """The map that kernels read: this one, or a pooled copy if kernels cannot pool it."""
         if self.fused_windows:
             return self
         assert self.pooled_size is not None
@@ -129,17 +135,17 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 class Limits(NamedTuple):
     """What a backend can do for one pair on one device, as far as planning depends on it.
 
-    ``evaluations`` are those that it has. The other fields bound them: ``one_pass`` are the most
-    channels of a residual that a kernel keeps on chip, and ``one_pass_parts`` the fewest parts of
-    the positions for which tiles are faster; ``gram_positions`` are the most that the Gram form can
-    have, ``None`` for any. ``gram_flop_cost`` is the time of a flop of a Gram block over that of
-    any other.
+    ``evaluations`` are those that the backend has. ``one_pass`` is the largest number of channels
+    whose residual a kernel keeps on chip. From ``one_pass_parts`` parts of the positions on, tiles
+    are faster than one pass. ``gram_positions`` is the largest number of positions of the Gram form
+    (``None``: no limit). ``gram_flop_cost`` is the time of a flop of a Gram block, relative to
+    other flops.
 
-    ``exact_halves`` says that products of half-precision maps are exact, while their differences
-    would be rounded; ``bf16_slopes`` that tiles beside maps of bf16 are stored in it;
-    ``blas_gradients`` that BLAS has fast kernels for the products of such tiles and these maps.
-    Pairs share a launch where the ``kernels`` of their evaluation are equal: at most
-    ``launch_pairs`` of them, ``launch_products`` gradients.
+    ``exact_halves``: products of half-precision maps are exact, while their differences would be
+    rounded. ``bf16_slopes``: tiles are stored in bf16 if the maps are bf16. ``blas_gradients``:
+    BLAS has fast kernels for the products of such tiles and these maps. Pairs whose ``kernels`` of
+    their evaluation are equal share a launch, at most ``launch_pairs`` pairs or
+    ``launch_products`` gradients at a time.
     """
 
     evaluations: tuple[Evaluation, ...] = ("chunks",)
@@ -159,14 +165,17 @@ class Limits(NamedTuple):
 class PairPlan:
     """How one pair is evaluated.
 
-    ``teacher`` holds two maps, or one when it is a ready matrix. ``evaluation`` is ``"chunks"``
-    for backends that take a chunk of samples at a time. Fused kernels hold a sample's residual or
-    Gram blocks in one program (``"one pass"``), or store tiles of the residual (``"tiles"``) or
-    Gram blocks (``"blocks"``), ``parts`` programs to each. Work proceeds ``samples`` at a time.
-    ``passes`` is 1 when these are still at hand for the second sweep and 2 when the maps come from
-    memory twice. With ``blas_gradients`` PyTorch's batched product computes the gradients from the
-    tiles that kernels stored. ``scratch_bytes`` are held during the pair's step alone,
-    ``pooled_bytes`` for the whole call.
+    ``teacher`` holds two maps, or one if it is a ready matrix. ``evaluation`` is one of
+
+    * ``"chunks"``: a chunk of samples at a time, without fused kernels;
+    * ``"one pass"``: a program of a fused kernel holds a sample's residual or Gram blocks;
+    * ``"tiles"``: tiles of the residual are stored, each computed by ``parts`` programs;
+    * ``"blocks"``: Gram blocks are stored, each computed by ``parts`` programs.
+
+    ``samples`` are processed at a time. ``passes`` is 1 if their maps are still in cache for the
+    second sweep, and 2 if they are read from memory twice. With ``blas_gradients`` PyTorch's
+    batched product computes the gradients from the stored tiles. ``scratch_bytes`` are allocated
+    during the pair's step only, ``pooled_bytes`` for the whole call.
     """
 
     batch: int
@@ -196,7 +205,7 @@ class PairPlan:
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes that must cross the memory bus: maps ``passes`` times, gradients once."""
+        """Bytes read and written, at least: maps ``passes`` times, gradients once."""
         reads = self.passes if self.wants_gradients else 1
         return reads * sum(m.bytes for m in self.maps) + self.gradient_bytes
 
@@ -215,45 +224,48 @@ class PairPlan:
 
     @cached_property
     def halves(self) -> bool:
-        """Whether all that is multiplied is half precision."""
+        """Whether all operands are half precision."""
         return all(dtype in HALF for dtype in multiplied_dtypes(self.student, self.teacher))
 
     @property
     def divisor(self) -> int:
-        """Of the sum over samples (and entries): ``B``, or ``B m n`` for ``"mse"``."""
+        """The divisor of the sum over samples and entries: ``B``, or ``B m n`` for ``"mse"``."""
         return self.batch * (math.prod(self.channels) if self.norm == "mse" else 1)
 
     @property
     def slope_scale(self) -> int:
-        """The derivative by ``D / K`` is so many times the slope: squares have a factor of 2."""
+        """The derivative by ``D / K`` over the slope: 2 for a sum of squares, 1 for columns."""
         return 1 if self.norm == "column" else 2
 
     @property
     def finishes(self) -> bool:
-        """Of stored tiles: whether the launch that computes a tile can tell its loss."""
+        """Whether the launch that stores a tile of the residual also computes its loss.
+
+        If not, a second launch does: each tile has several parts, or the norm needs whole columns.
+        """
         return self.parts == 1 and self.norm != "column"
 
 
 def multiplied_dtypes(
     student: Sequence[MapPlan], teacher: Sequence[MapPlan]
 ) -> tuple[torch.dtype, ...]:
-    """The dtypes of a pair's operands; a ready matrix is none."""
+    """The dtypes of a pair's operands. A ready matrix is not an operand."""
     maps = [*student, *teacher] if len(teacher) == 2 else student
     return tuple(m.multiplied_dtype for m in maps)
 
 
 class Scaling(NamedTuple):
-    """Gradients between forward and backward: their sizes and dtypes, and the dtypes wanted."""
+    """The gradients that backward scales."""
 
-    sizes: tuple[int, ...]
-    held: tuple[torch.dtype, ...]
-    dtypes: tuple[torch.dtype, ...]
+    sizes: tuple[int, ...]  # elements of each
+    held: tuple[torch.dtype, ...]  # between forward and backward
+    dtypes: tuple[torch.dtype, ...]  # that backward returns
 
 
 class Step(NamedTuple):
-    """What some pairs of one evaluation do together, for one chunk of their samples.
+    """Launches that several pairs of one evaluation share, for one chunk of their samples.
 
-    ``pairs`` are their numbers in the order in which a launch takes them, ``launches`` the kernels.
+    ``pairs`` are the indices of the pairs in the order of a launch. ``launches`` are kernel names.
     """
 
     evaluation: Evaluation
@@ -268,8 +280,8 @@ class Step(NamedTuple):
 class LossPlan:
     """The evaluation of one :func:`fsp_kernels.fsp_loss` call; ``print`` it to read it.
 
-    ``compute_dtype`` is what products are accumulated in and the dtype of the loss. ``precision``
-    says how fp32 maps are multiplied on tensor cores: ``"tf32x3"`` or ``"tf32"``.
+    ``compute_dtype`` is the dtype in which products are accumulated and the dtype of the loss.
+    ``precision`` says how fp32 maps are multiplied on tensor cores: ``"tf32x3"`` or ``"tf32"``.
     """
 
     pairs: tuple[PairPlan, ...]
@@ -286,7 +298,7 @@ class LossPlan:
 
     @cached_property
     def _hash(self) -> int:
-        """Plans are keys of what is prepared for them, and every call looks that up."""
+        """Cached, since every call looks up what is prepared for its plan."""
         return hash(self._fields)
 
     @property
@@ -294,7 +306,7 @@ class LossPlan:
         return tuple(getattr(self, field.name) for field in fields(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LossPlan, self._fields  # without what is cached: a hash holds in one process
+        return LossPlan, self._fields  # without caches: a hash is valid in one process only
 
     @property
     def flops(self) -> int:
@@ -303,17 +315,17 @@ class LossPlan:
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes read and written in main memory, at least."""
+        """Bytes read from and written to main memory, at least."""
         return sum(p.bytes_moved for p in self.pairs)
 
     @property
     def gradient_bytes(self) -> int:
-        """Bytes of the gradients that forward leaves for backward."""
+        """Bytes of the gradients that are kept from forward to backward."""
         return sum(p.gradient_bytes for p in self.pairs)
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes of temporary memory at any one time, beyond the gradients."""
+        """Peak bytes of temporary memory, without the gradients."""
         pooled = sum(p.pooled_bytes for p in self.pairs)
         return pooled + max(step.scratch_bytes for step in self.steps)
 
@@ -324,27 +336,27 @@ class LossPlan:
 
     @property
     def launches(self) -> tuple[str, ...]:
-        """The kernels that are launched for value and gradients, in order; of fused backends.
+        """The kernels that a fused backend launches for value and gradients, in order.
 
-        ``bmm`` is a batched product of PyTorch, by BLAS. Where windows of pooling are no whole
-        numbers, PyTorch's pooling comes before and after.
+        ``bmm`` is PyTorch's batched product by BLAS. Where kernels cannot pool a map, PyTorch's
+        pooling runs before them and its backward after them; these are not listed.
         """
         names = [name for step in self.steps for name in step.launches]
         return (*names, "finish") if names else ()
 
     @cached_property
     def maps(self) -> tuple[MapPlan, ...]:
-        """Every map in the order backends take them: pair by pair, student before teacher."""
+        """All maps in the order of backends: pair by pair, student before teacher."""
         return tuple(m for pair in self.pairs for m in pair.maps)
 
     @cached_property
     def wanted(self) -> tuple[int, ...]:
-        """The places of the maps that want a gradient."""
+        """The indices in ``maps`` of those that want a gradient."""
         return tuple(i for i, m in enumerate(self.maps) if m.gradient_dtype is not None)
 
     @cached_property
     def scaling(self) -> Scaling:
-        """What backward does to their gradients."""
+        """The sizes and dtypes of the wanted gradients, for backward."""
         maps = [self.maps[i] for i in self.wanted]
         return Scaling(
             sizes=tuple(math.prod(m.shape) for m in maps),
@@ -358,7 +370,7 @@ class LossPlan:
         return all(m.fused_windows for m in self.maps)
 
     def spread(self, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-        """The gradients in the places of the maps that want them, ``None`` in the others."""
+        """One entry for each map: its gradient, or ``None`` if it wants none."""
         return self._spread((*gradients, None))
 
     @cached_property
@@ -372,8 +384,8 @@ class LossPlan:
             f"pool={self.pool!r}, accumulating in {_name(self.compute_dtype)}"
         )
         columns = ("pair", "B", "m x n", "K", "evaluation", "chunk", "GFLOP", "MB", "extra MB")
-        rows = [columns, *(_row(i, p) for i, p in enumerate(self.pairs))]
-        amounts = _amounts(self.flops, self.bytes_moved, self.extra_bytes)
+        rows = [columns, *(_table_row(i, p) for i, p in enumerate(self.pairs))]
+        amounts = _amount_texts(self.flops, self.bytes_moved, self.extra_bytes)
         rows.append(("all", "", "", "", "", "", *amounts))
         widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
@@ -388,24 +400,24 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _row(index: int, pair: PairPlan) -> tuple[str, ...]:
+def _table_row(index: int, pair: PairPlan) -> tuple[str, ...]:
     return (
         str(index),
         str(pair.batch),
         "{} x {}".format(*pair.channels),
         str(pair.positions),
-        f"{pair.residual}, {pair.form} form, {_how(pair)}",
+        f"{pair.residual}, {pair.form} form, {_evaluation_text(pair)}",
         f"{pair.samples} samples",
-        *_amounts(pair.flops, pair.bytes_moved, pair.gradient_bytes + pair.workspace_bytes),
+        *_amount_texts(pair.flops, pair.bytes_moved, pair.gradient_bytes + pair.workspace_bytes),
     )
 
 
-def _how(pair: PairPlan) -> str:
+def _evaluation_text(pair: PairPlan) -> str:
     if pair.evaluation == "chunks":
         return "one pass" if pair.passes == 1 else "two passes"
     parts = "" if pair.parts == 1 else f" in {pair.parts} parts"
     return pair.evaluation + parts + (", gradients by BLAS" if pair.blas_gradients else "")
 
 
-def _amounts(flops: int, bytes_moved: int, extra_bytes: int) -> tuple[str, str, str]:
+def _amount_texts(flops: int, bytes_moved: int, extra_bytes: int) -> tuple[str, str, str]:
     return f"{flops / 1e9:.3f}", f"{bytes_moved / 1e6:.2f}", f"{extra_bytes / 1e6:.2f}"

@@ -1,4 +1,4 @@
-"""``nn.Module`` over :mod:`fsp_kernels.functional`, and the usual way to form pairs."""
+"""The loss as an ``nn.Module``, and the usual way to form pairs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class FSPLoss(nn.Module):
 
     Args:
         weights: ``lambda_i >= 0`` for each pair, numbers or a 1-D tensor, or ``None`` for ones.
-            A ``torch.nn.Parameter`` becomes one of the module's and is trained with the rest. Under
-            ``torch.compile`` the values of a tensor may change without compiling anew.
+            A ``torch.nn.Parameter`` becomes a parameter of the module. Under ``torch.compile`` the
+            values of a tensor may change without a new compilation.
         pool: ``"max"`` or ``"avg"``.
         norm: ``"frobenius"``, ``"mse"`` or ``"column"``.
         channel_dim: the axis of the maps' channels, 1 or -1; maps of three axes need it.
 
     Raises:
-        TypeError, ValueError: as :func:`fsp_kernels.fsp_loss`, here and not at the first batch.
+        TypeError, ValueError: as :func:`fsp_kernels.fsp_loss`, already in the constructor.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class FSPLoss(nn.Module):
         self.channel_dim = channel_dim
 
     def forward(self, student: Sequence[Pair], teacher: Sequence[Pair | Tensor]) -> Tensor:
-        """Pairs of maps of both networks, as the function takes them, to a scalar loss."""
+        """The loss, a scalar, of the pairs of both networks; see :func:`fsp_kernels.fsp_loss`."""
         return fsp_loss(
             student,
             teacher,
@@ -70,8 +70,8 @@ def pairs_of(features: Sequence[Tensor]) -> list[Pair]:
             network's layers.
 
     Raises:
-        TypeError: not a list or tuple (a tensor would be taken apart along its batch).
-        ValueError: fewer than two maps, so no pair.
+        TypeError: not a list or tuple (a tensor would be split along its batch).
+        ValueError: fewer than two maps.
     """
     checks.check_features(features)
     return list(pairwise(features))

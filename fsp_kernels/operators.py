@@ -1,7 +1,7 @@
-"""``torch.ops.fsp``: the same computations as operators, for those who must see one.
+"""``torch.ops.fsp``: the FSP matrix and the loss as PyTorch operators.
 
-The compiler, ``torch.export``, dispatch modes and tensor subclasses come this way; see
-:mod:`fsp_kernels.autograd`, which holds the formulas and the autograd they share.
+The compiler, ``torch.export``, dispatch modes, transforms and tensor subclasses need operators.
+:mod:`fsp_kernels.autograd` holds the derivatives, which eager calls share.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from fsp_kernels.autograd import (
     matrix,
     matrix_backward,
     outside_autocast,
+    register_flop_formulas,
     scaled_by_torch,
-    tell_flop_counters,
 )
 from fsp_kernels.backends import get_backend, planned_backend
 from fsp_kernels.backends.devices import fp32_precision
@@ -39,9 +39,10 @@ _LIBRARY.define("matrix(Tensor first, Tensor second, str backend) -> Tensor")
 _LIBRARY.define(
     "matrix_backward(Tensor gradient, Tensor other, bool channels_last, str backend) -> Tensor"
 )
-# `maps` are flattened pair by pair, student before teacher; `ready[i]` says that the teacher of
-# pair i is one FSP matrix, `needs[j]` that maps[j] wants a gradient. Returns the loss and those.
-# Weights that change from call to call come as `changing`, a CPU tensor, in place of `weights`.
+# `maps` are flattened pair by pair, student before teacher. `ready[i]` says that the teacher of
+# pair i is a ready FSP matrix, `needs[j]` that maps[j] needs a gradient. Returns the loss and these
+# gradients. Weights that change from call to call are passed as `changing`, a CPU tensor, instead
+# of `weights`.
 _LIBRARY.define(
     "loss(Tensor[] maps, bool[] ready, bool[] needs, float[] weights, str pool, str norm, "
     "str backend, Tensor? changing=None) -> (Tensor, Tensor[])"
@@ -129,11 +130,11 @@ def _plan(
 
 
 # --- autograd -----------------------------------------------------------------------------------
-# Not by register_autograd: that refuses torch.func, and forward mode gives zeros there.
+# register_autograd is not used: it does not work with torch.func, and its forward mode gives zeros.
 
 
 def _below_autograd(operator: Any) -> Callable[..., Any]:
-    """The forward of an operator's autograd: the operator itself, past its autograd."""
+    """A forward for an operator's autograd function: it calls the operator below autograd."""
 
     def forward(*inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -146,8 +147,8 @@ def _below_autograd(operator: Any) -> Callable[..., Any]:
 
 
 def _apply(function: Any, *inputs: Any) -> Any:
-    """``function.apply`` for one level of nested transforms, as operators see them."""
-    tell_flop_counters()
+    """``function.apply`` at one level of nested transforms; PyTorch calls it for each level."""
+    register_flop_formulas()
     if not torch._C._are_functorch_transforms_active():
         return function.apply(*inputs)
     with enable_single_level_autograd_function():
@@ -155,14 +156,17 @@ def _apply(function: Any, *inputs: Any) -> Any:
 
 
 def _autograd_of(name: str, function: type[Function]) -> Callable[..., Tensor]:
-    """A Function's derivatives for an operator."""
+    """Autograd of an operator with the derivatives of ``function``."""
     forward = _below_autograd(getattr(_OPS, name).default)
     members = {**vars(function), "forward": staticmethod(forward)}
     return partial(_apply, type(function.__name__, (_SingleLevelFunction,), members))
 
 
 class _LossFunction(_SingleLevelFunction):
-    """``arguments`` are those of the operator beside the maps; outputs are one flat tuple."""
+    """Autograd of the loss. ``arguments`` are the operator's, without the maps.
+
+    The outputs are one flat tuple: the loss, then its gradients.
+    """
 
     @staticmethod
     def forward(arguments: tuple[Any, ...], *maps: Tensor) -> tuple[Tensor, ...]:
@@ -174,7 +178,8 @@ class _LossFunction(_SingleLevelFunction):
         (_, ctx.needs, *_), *maps = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*output[1:])
-        # Not saved: only their identity and dtype matter, and maps may change after the call.
+        # Not saved for backward, so that maps may change after the call: only their identity and
+        # dtype are needed.
         ctx.wanted = [x for x, need in zip(maps, ctx.needs, strict=True) if need]
 
     @staticmethod
@@ -198,7 +203,7 @@ def _loss_autograd(maps: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, lis
 
 
 def _product_flops(x: Tensor, y: Tensor, *_: Any, **__: Any) -> int:
-    # (B, m, K), (B, n, K) of the one and (B, m, n), (B, n, K) of the other are B m n K.
+    # Both take 2 B m n K: the matrix of (B, m, K), (B, n, K), its gradient of (B, m, n), (B, n, K).
     return 2 * x.shape[0] * x.shape[1] * y.shape[1] * y.shape[2]
 
 
@@ -210,7 +215,7 @@ def _loss_flops(
     *options: Any,
     **_: Any,
 ) -> int:
-    """Gradients count here, where they are computed, and not in backward."""
+    """The flops of value and gradients: the forward computes both, so backward counts none."""
     return _plan(maps, ready, needs, *options[:3]).flops
 
 
@@ -226,10 +231,10 @@ FLOP_FORMULAS.update(
 def _loss_vmap(
     info: Any, in_dims: tuple[Any, ...], maps: Sequence[Tensor], *arguments: Any
 ) -> tuple[Any, Any]:
-    """One loss for each slice: a mean over the batch does not fold into a larger batch."""
+    """Compute one loss for each slice. Slices cannot be joined: a loss is a mean over its batch."""
     size = info.batch_size
     mapped = [
-        [x] * max(1, size) if dim is None else _at_least_one(x.movedim(dim, 0)).unbind()
+        [x] * max(1, size) if dim is None else _with_one_slice_at_least(x.movedim(dim, 0)).unbind()
         for x, dim in zip(maps, in_dims[0], strict=True)
     ]
     losses, gradients = zip(
@@ -247,18 +252,18 @@ def _fold_into_batch(
     y: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, int]:
-    """The rule of both others: the mapped axis joins the batch axis and leaves it again."""
+    """vmap of the other two operators: fold the mapped axis into the batch axis, then unfold it."""
     slices = max(1, info.batch_size)
     x, y = (
-        t.expand(slices, *t.shape) if dim is None else _at_least_one(t.movedim(dim, 0))
+        t.expand(slices, *t.shape) if dim is None else _with_one_slice_at_least(t.movedim(dim, 0))
         for t, dim in zip((x, y), in_dims, strict=False)
     )
     folded = function(x.flatten(0, 1), y.flatten(0, 1), *rest)
     return folded.unflatten(0, (slices, -1))[: info.batch_size], 0
 
 
-def _at_least_one(x: Tensor) -> Tensor:
-    """``x`` with a slice of zeros along its first axis if it has none."""
+def _with_one_slice_at_least(x: Tensor) -> Tensor:
+    """``x``, or a slice of zeros if its first axis is empty."""
     return x if len(x) else torch.cat((x, x.new_zeros(1, *x.shape[1:])))
 
 

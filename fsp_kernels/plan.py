@@ -1,21 +1,21 @@
-"""Shapes in, evaluation out: how a loss is going to be computed, decided before any data is read.
+"""Choose how each pair of a loss is evaluated, from shapes alone.
 
-Student ``a = F1_S (m, K)``, ``b = F2_S (n, K)``; teacher ``c = F1_T``, ``d = F2_T``. All that loss
-and gradients need is the residual ``D = a b^T - c d^T`` (times ``1/K``). It has two expressions,
+Student ``a = F1_S (m, K)``, ``b = F2_S (n, K)``; teacher ``c = F1_T``, ``d = F2_T``. Loss and
+gradients need only the residual ``D = a b^T - c d^T`` (times ``1/K``). It has two expressions,
 
 * *direct*: ``a b^T - c d^T``;
-* *difference*: ``p b^T + c q^T`` with ``p = a - c``, ``q = b - d``. The same flops, but the
-  subtraction happens before rounding can hurt, so the gradient survives as student nears teacher;
+* *difference*: ``p b^T + c q^T`` with ``p = a - c``, ``q = b - d``. It takes the same flops, but
+  subtracts before it rounds. So the gradient stays accurate as the student nears the teacher;
 
 and two forms,
 
 * *matrix*: ``D`` itself is accumulated, ``O(m n K)``;
-* *gram*: with ``P = [p c]``, ``Q = [b q]`` it is ``||D||^2 = <P^T P, Q^T Q>``, so only ``K x K``
-  blocks are formed, ``O((m + n) K^2)``: cheaper for few positions and many channels.
+* *gram*: with ``P = [p c]``, ``Q = [b q]``, ``||D||^2 = <P^T P, Q^T Q>``. Only ``K x K`` blocks
+  are formed, ``O((m + n) K^2)``: cheaper for few positions and many channels.
 
-What a backend can do is what its ``limits`` say; which of that is done is decided here and nowhere
-else. Everything here is a pure function of metadata, so it is cached and can be tested for any
-device without having one. :func:`fsp_kernels.explain` shows the outcome.
+The ``limits`` of a backend say what it can do. This module alone chooses among that. It is a pure
+function of metadata, so plans are cached and can be tested for any device without having one.
+:func:`fsp_kernels.explain` shows the result.
 """
 
 from __future__ import annotations
@@ -44,49 +44,47 @@ from fsp_kernels.loss_plan import (
     multiplied_dtypes,
 )
 
-# What the inputs, gradients and workspace of one chunk may occupy. A chunk is read by its first
-# sweep and read again by its second, so it should still be in the last-level cache by then; below
-# that, larger chunks are better, because each one pays a dozen operator calls. On a GPU the torch
-# backend chunks to bound the workspace, not for locality.
+# The most bytes of inputs, gradients and workspace of a chunk. On a CPU a chunk is read twice, and
+# should still be in the last-level cache the second time. Within this limit larger chunks are
+# better, because each chunk takes a dozen operator calls. On a GPU the torch backend uses chunks to
+# bound the workspace, not for locality.
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
-# But never fewer samples than this: a batched product gives each of a CPU's threads whole samples,
-# which on 256 x 256 x 16384 is a fifth faster than sharing one.
+# The fewest samples of a chunk: a batched product gives each of a CPU's threads whole samples. On
+# 256 x 256 x 16384 this is a fifth faster than sharing one.
 CHUNK_SAMPLES = {"cpu": 4, "cuda": 1}
-# Bytes of both differences of a chunk that the torch backend forms whole on a CPU, and of the
-# blocks it takes larger ones in: writing fresh memory takes longer than reading the maps, and a
-# block stays in cache. Smaller blocks make smaller products.
+# On a CPU the torch backend forms both differences of a chunk whole if they have at most so many
+# bytes. Larger ones are formed in blocks: writing fresh memory takes longer than reading the maps,
+# and a block stays in cache. Smaller blocks would make smaller products.
 DIFFERENCES_WHOLE, DIFFERENCES_BLOCK = 16 << 20, 4 << 20
-# What a flop of a Gram block costs a CPU, in flops of all other products: blocks are fp64 and their
-# products small. And the bytes of the maps that are widened to fp64 at a time: they stay in cache.
+# The cost of a flop of a Gram block on a CPU, relative to other products: blocks are fp64 and their
+# products small.
 GRAM_FLOP_COST = 2.6
-GRAM_BLOCK_BYTES = 1 << 20
-# On a GPU: channels of a tile of a residual; and the most positions for which Gram blocks stay on
-# chip.
-GPU_TILE_CHANNELS = 128
-GPU_GRAM_POSITIONS = 64
-# Programs that fill a large GPU (two for each of about 130 multiprocessors): with fewer tiles the
-# positions are split. A constant, not the device's, so that results do not depend on the device.
+GRAM_BLOCK_BYTES = 1 << 20  # of maps that are widened to fp64 at a time; they stay in cache
+GPU_TILE_CHANNELS = 128  # of a tile of a residual on a GPU
+GPU_GRAM_POSITIONS = 64  # the most for which Gram blocks stay on chip on a GPU
+# Programs that fill a large GPU (two for each of about 130 multiprocessors). With fewer tiles the
+# positions are split. This is a constant so that results do not depend on the device.
 GPU_PROGRAMS = 256
-GPU_PART_POSITIONS = 128  # and no part is shorter than this
-GPU_PART_CHANNELS = 128  # the same, of a sum over channels
-# The flops for each byte of a gradient's product from which BLAS should be faster than our own
-# kernel. Predicted from the machine code of that, not measured: below, memory binds both.
+GPU_PART_POSITIONS = 128  # the fewest positions of a part
+GPU_PART_CHANNELS = 128  # the fewest channels of a part, if a sum over channels is split
+# If a gradient's product has more flops than this for each byte, BLAS should be faster than our own
+# kernel. Predicted from the kernel's machine code, not measured. Below, memory bounds both.
 GPU_BLAS_INTENSITY = 128
 GRAM_BLOCKS = 6  # of each sample
 FP32_BYTES = torch.float32.itemsize
 
 
 def pooled_size(first: Sequence[int], second: Sequence[int]) -> tuple[int, ...]:
-    """The spatial size both maps of a pair are brought to: the smaller, axis by axis."""
+    """The spatial size that both maps of a pair are pooled to: the smaller, axis by axis."""
     return tuple(min(p, q) for p, q in zip(first, second, strict=True))
 
 
 class Planned(Protocol):
-    """What planning asks of a backend."""
+    """What planning needs of a backend."""
 
     name: str
 
-    def __hash__(self) -> int: ...  # plans are cached by it
+    def __hash__(self) -> int: ...  # part of the key of cached plans
 
     def limits(
         self,
@@ -109,8 +107,8 @@ def plan_loss(
 ) -> LossPlan:
     """Plan a loss over checked inputs.
 
-    ``MapSpec.requires_grad`` says which gradients it wants, ``precision`` (``"tf32x3"`` or
-    ``"tf32"``) how fp32 maps are multiplied on tensor cores.
+    ``MapSpec.requires_grad`` says which gradients are wanted. ``precision``, ``"tf32x3"`` or
+    ``"tf32"``, says how fp32 maps are multiplied on tensor cores.
     """
     chosen = [
         next(_pair_plans(s, t, pool, norm, backend, precision))
@@ -122,14 +120,14 @@ def plan_loss(
 def alternatives(
     student: PairSpec, teacher: TeacherSpec, pool: str, norm: str, backend: Planned, precision: str
 ) -> list[LossPlan]:
-    """Every evaluation that a backend has for a pair, each as a plan; the planned one first."""
+    """One plan for each evaluation that a backend has for a pair; the chosen one comes first."""
     found = _pair_plans(student, teacher, pool, norm, backend, precision)
     device = student[0].device
     return [_loss_plan([each], device, pool, norm, backend, precision) for each in found]
 
 
 def fewest_flops(student: PairSpec, teacher: TeacherSpec, norm: str = "frobenius") -> int:
-    """Of the forms a pair's loss can take, the flops of the one with fewest."""
+    """The flops of a pair's loss in the form that has fewest."""
     flops = _flops(_plan_maps(student, "max"), _plan_maps(teacher, "max"), norm)
     return student[0].shape[0] * min(flops.values())
 
@@ -161,7 +159,7 @@ def _pair_plans(
     backend: Planned,
     precision: str,
 ) -> Iterator[Chosen]:
-    """The ways to evaluate a pair, best first."""
+    """All ways to evaluate a pair, best first."""
     device = student[0].device
     student_maps, teacher_maps = _plan_maps(student, pool), _plan_maps(teacher, pool)
     maps = (*student_maps, *teacher_maps)
@@ -200,24 +198,27 @@ def _pair_plans(
 
 
 def _residual(
-    form: Form, student: Sequence[MapPlan], teacher: Sequence[MapPlan], rounds: bool
+    form: Form, student: Sequence[MapPlan], teacher: Sequence[MapPlan], exact_products: bool
 ) -> Residual:
-    """``rounds``: the products are exact, and a difference of the maps would be rounded."""
+    """How the residual is computed.
+
+    ``exact_products``: products are exact, while a difference of the maps would be rounded.
+    """
     if len(teacher) == 1:
         return "ready"
-    if not _subtractable(student, teacher):
+    if not _have_equal_positions(student, teacher):
         return "apart"
-    # The Gram form of plain maps, instead of differences, cancels.
-    return "direct" if rounds and form == "matrix" else "difference"
+    # The Gram form needs differences: without them its terms cancel.
+    return "direct" if exact_products and form == "matrix" else "difference"
 
 
-def _subtractable(student: Sequence[MapPlan], teacher: Sequence[MapPlan]) -> bool:
-    """Whether a difference of the two networks' maps exists."""
+def _have_equal_positions(student: Sequence[MapPlan], teacher: Sequence[MapPlan]) -> bool:
+    """Whether the maps of both networks have as many positions, so that they can be subtracted."""
     return len(teacher) == 2 and teacher[0].positions == student[0].positions
 
 
 class _Evaluation(NamedTuple):
-    """What :class:`PairPlan` says of a pair's evaluation."""
+    """The fields of :class:`PairPlan` that depend on the evaluation."""
 
     evaluation: Evaluation
     samples: int
@@ -236,7 +237,7 @@ def _chunked_evaluations(
     device: str,
     compute_dtype: torch.dtype,
 ) -> Iterator[_Evaluation]:
-    """Those of the torch backend, which differ in the samples of a chunk."""
+    """The evaluations of the torch backend. They differ in the samples of a chunk."""
     batch, m, n, k = maps[0].shape[0], maps[0].shape[1], maps[1].shape[1], maps[0].positions
     difference = residual == "difference"
     widens = form == "gram" and gram_dtype(device, compute_dtype) != compute_dtype
@@ -250,11 +251,11 @@ def _chunked_evaluations(
     per_sample = workspace + sum(p.bytes + p.gradient_bytes for p in maps) // batch
     kind = "cpu" if device == "cpu" else "cuda"
     fitting = CHUNK_BYTES[kind] // per_sample
-    if widens:  # so many channels as the block holds, and at least one
+    if widens:  # the block of widened channels takes GRAM_BLOCK_BYTES, but at least one channel
         fitting = (CHUNK_BYTES[kind] - GRAM_BLOCK_BYTES) // (per_sample + 16 * k)
     passes = _passes(form, m, n, device, fits=fitting >= CHUNK_SAMPLES[kind])
     chosen = _equal_chunks(batch, max(CHUNK_SAMPLES[kind], fitting))
-    nowhere = (
+    no_place = (
         form == "matrix" and difference and not any(_in_place(x, compute_dtype) for x in maps[:2])
     )
     column = (m + n) * compute_dtype.itemsize  # of both differences, for each sample
@@ -262,20 +263,20 @@ def _chunked_evaluations(
         total = samples * workspace
         if widens:
             total += samples * _gram_widening(m, n, k, samples, blocks)
-        if nowhere:
+        if no_place:
             total -= samples * column * (k - difference_block(device, k, samples * column))
         yield _Evaluation("chunks", samples, passes, total)
 
 
 def difference_block(device: str, positions: int, column: int) -> int:
-    """Positions that the torch backend subtracts at a time; ``column``: bytes of one of them."""
+    """Positions that the torch backend subtracts at a time. ``column``: the bytes of a position."""
     if device != "cpu" or positions * column <= DIFFERENCES_WHOLE:
         return positions
     return max(1, min(positions, DIFFERENCES_BLOCK // column))
 
 
 def gram_dtype(device: str, compute_dtype: torch.dtype) -> torch.dtype:
-    """What the torch backend accumulates Gram blocks in; a GPU may be slow in fp64, or lack it."""
+    """The dtype of the torch backend's Gram blocks. A GPU may be slow in fp64 or lack it."""
     return torch.float64 if device == "cpu" else compute_dtype
 
 
@@ -287,16 +288,16 @@ def gram_channels(samples: int, channels: int, positions: int) -> int:
 def _gram_workspace(
     k: int, maps: Sequence[MapPlan], device: str, compute_dtype: torch.dtype
 ) -> int:
-    """Bytes of the blocks of a sample: six, two for each gradient, and one on its way to these."""
+    """Bytes of a sample's blocks: six, two for each gradient, one more if these are narrower."""
     wide = gram_dtype(device, compute_dtype)
     gradients = sum(plan.gradient_dtype is not None for plan in maps)
-    passing = wide.itemsize if gradients and wide != compute_dtype else 0
-    return k * k * (6 * wide.itemsize + 2 * gradients * compute_dtype.itemsize + passing)
+    one_more = wide.itemsize if gradients and wide != compute_dtype else 0
+    return k * k * (6 * wide.itemsize + 2 * gradients * compute_dtype.itemsize + one_more)
 
 
 def _gram_widening(m: int, n: int, k: int, samples: int, blocks: int) -> int:
-    """Bytes of a sample's widened channels beyond ``blocks``, most of which come after them."""
-    # Three fp64 blocks are there while the second three are accumulated.
+    """Bytes of a sample's widened channels beyond ``blocks``: most blocks are allocated later."""
+    # While the second three fp64 blocks are accumulated, the first three exist too.
     sides = (
         16 * k * gram_channels(samples, c, k) + 24 * k * k * side for side, c in ((1, m), (2, n))
     )
@@ -304,7 +305,7 @@ def _gram_widening(m: int, n: int, k: int, samples: int, blocks: int) -> int:
 
 
 def _in_place(plan: MapPlan, compute_dtype: torch.dtype) -> bool:
-    """Whether products can be written where the gradient is going to be."""
+    """Whether products can be written directly to the gradient."""
     return plan.gradient_dtype == compute_dtype and plan.pooled_size is None
 
 
@@ -316,15 +317,15 @@ def _fused_evaluations(
     form: Form,
     limits: Limits,
 ) -> Iterator[_Evaluation]:
-    """Those of fused kernels that the limits leave, best first."""
+    """The evaluations by fused kernels that the limits allow, best first."""
     batch = maps[0].shape[0]
-    networks = maps[::2] if len(maps) == 4 else maps[:1]  # the first map of each there is
+    networks = maps[::2] if len(maps) == 4 else maps[:1]  # the first map of each network
     pooled = batch * sum(_pooled_workspace(plan) for plan in maps)
     if form == "gram":
         if "blocks" not in limits.evaluations:
             yield _Evaluation("one pass", batch, 1, 0, pooled)
             return
-        # As many programs as there are samples, for each side, would not fill a device.
+        # One program for each side of each sample would not fill a device, so channels are split.
         parts = max(1, min(GPU_PROGRAMS // (2 * batch), max(m, n) // GPU_PART_CHANNELS))
         block = gram_block(maps[0].positions) ** 2 * FP32_BYTES
         stored = (GRAM_BLOCKS * parts + gram_operands(maps)) * block
@@ -334,7 +335,7 @@ def _fused_evaluations(
     k = max(plan.positions for plan in networks)
     one_pass = _Evaluation("one pass", batch, 1, 0, pooled)
     fits = max(m, n) <= limits.one_pass
-    # With more parts, one program for each sample would leave most of a device idle for too long.
+    # If a sample could have many parts, one program for each sample leaves most of a device idle.
     first = parts_of(batch, k) < limits.one_pass_parts
     if fits and first:
         yield one_pass
@@ -343,7 +344,7 @@ def _fused_evaluations(
     parts = parts_of(programs, k)
     slope_dtype = _slope_dtype(maps, limits) if gradients else None
     stored = 0 if slope_dtype is None else slope_dtype.itemsize * m * n
-    if parts > 1 or norm == "column":  # the slopes replace the first part where they can
+    if parts > 1 or norm == "column":  # fp32 slopes replace the first part
         stored = FP32_BYTES * m * n * parts + (stored if slope_dtype == torch.bfloat16 else 0)
     samples = _chunk_of_stored(batch, stored)
     tiles = _Evaluation("tiles", samples, 2, samples * stored, pooled, parts, slope_dtype)
@@ -354,56 +355,56 @@ def _fused_evaluations(
 
 
 def _with_blas(tiles: _Evaluation, m: int, n: int, k: int) -> list[_Evaluation]:
-    """Stored tiles of bf16 whose gradients our kernel or BLAS may compute, the faster first."""
-    elements = m * n + (m + n) * k  # read and written, of one gradient
+    """Both ways to compute gradients from stored bf16 tiles, our kernel and BLAS; faster first."""
+    elements = m * n + (m + n) * k  # read and written for one gradient
     by_blas = 2 * m * n * k > GPU_BLAS_INTENSITY * elements * torch.bfloat16.itemsize
     return [tiles._replace(blas_gradients=x) for x in (by_blas, not by_blas)]
 
 
 def _slope_dtype(maps: Sequence[MapPlan], limits: Limits) -> torch.dtype:
-    """What tiles are stored in for the gradients: what they are multiplied in, if it is bf16."""
+    """The dtype of tiles stored for the gradients: bf16 if the maps are bf16, else fp32."""
     rounds = limits.bf16_slopes and len(maps) == 4
     rounds = rounds and all(plan.multiplied_dtype == torch.bfloat16 for plan in maps)
     return torch.bfloat16 if rounds else torch.float32
 
 
 def parts_of(tiles: int, positions: int) -> int:
-    """Into how many a sum over positions is split, so that the tiles of a result fill a device."""
+    """Into how many parts a sum over positions is split, so that there are enough programs."""
     return max(1, min(GPU_PROGRAMS // tiles, positions // GPU_PART_POSITIONS))
 
 
 def gram_operands(maps: Sequence[MapPlan]) -> int:
-    """Blocks of each sample that the gradients of a Gram form are products with.
+    """How many blocks of each sample the gradients of the Gram form are products with.
 
-    Two for each gradient; the teacher's only if one of these is wanted.
+    There are two for each map. Those of the teacher's maps exist only if it wants a gradient.
     """
     wanted = [plan.gradient_dtype is not None for plan in maps]
     return 8 if any(wanted[2:]) else 4 if any(wanted) else 0
 
 
 def gram_block(positions: int) -> int:
-    """The side of such a block: a power of two."""
+    """The side of a Gram block in fused kernels: a power of two."""
     return max(16, 1 << (positions - 1).bit_length())
 
 
 def _chunk_of_stored(batch: int, stored: int) -> int:
-    """Samples at a time where so many bytes of each are stored."""
+    """Samples at a time if ``stored`` bytes are stored for each."""
     return _equal_chunks(batch, max(1, CHUNK_BYTES["cuda"] // max(1, stored)))
 
 
 def _equal_chunks(batch: int, most: int) -> int:
-    """Samples at a time, at most ``most`` and equally many: a small last chunk costs as much."""
+    """Samples at a time, at most ``most``; chunks are equal, as a small last one costs as much."""
     return math.ceil(batch / math.ceil(batch / most))
 
 
 def _pooled_workspace(plan: MapPlan) -> int:
-    """Bytes for each sample of a map that is pooled before the kernels see it."""
+    """Bytes for each sample of a map that PyTorch pools before the kernels read it."""
     if plan.pooled_size is None or plan.fused_windows:
         return 0
     width = plan.multiplied_dtype.itemsize
     if plan.gradient_dtype is not None:
         width += FP32_BYTES + (torch.int64.itemsize if plan.pool == "max" else 0)
-    # Averages are taken in fp32, of an fp32 copy.
+    # Averages are computed in fp32 from an fp32 copy.
     copied = plan.pool == "avg" and plan.dtype in HALF
     copy = math.prod(plan.shape[1:]) * FP32_BYTES if copied else 0
     return plan.shape[1] * plan.positions * width + copy
@@ -428,21 +429,22 @@ def _plan_map(spec: MapSpec, size: Sequence[int], pool: str) -> MapPlan:
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a gradient waits in between forward and backward; see :class:`MapPlan`."""
+    """The dtype of a gradient between forward and backward; see :class:`MapPlan`."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _flops(student: Sequence[MapPlan], teacher: Sequence[MapPlan], norm: str) -> dict[Form, int]:
-    """Per sample, of each form there is."""
+    """Flops per sample, by form."""
     m, n, k = student[0].shape[1], student[1].shape[1], student[0].positions
     flops: dict[Form, int] = {"matrix": _matrix_flops(m, n, student, teacher)}
-    if _subtractable(student, teacher) and norm != "column":  # which needs the columns of D
+    # The Gram form does not have the columns of D.
+    if _have_equal_positions(student, teacher) and norm != "column":
         flops["gram"] = _gram_flops(m, n, k, (*student, *teacher))
     return flops
 
 
 def _matrix_flops(m: int, n: int, student: Sequence[MapPlan], teacher: Sequence[MapPlan]) -> int:
-    """Per sample: one product per network for the residual, one per gradient of a map."""
+    """Flops per sample: a product for each network's residual and for each gradient of a map."""
     maps = [*student, *teacher] if len(teacher) == 2 else [*student]
     products = [pair[0].positions for pair in (student, teacher) if len(pair) == 2]
     products += [plan.positions for plan in maps if plan.gradient_dtype is not None]
@@ -450,17 +452,17 @@ def _matrix_flops(m: int, n: int, student: Sequence[MapPlan], teacher: Sequence[
 
 
 def _gram_flops(m: int, n: int, k: int, maps: Sequence[MapPlan]) -> int:
-    """Per sample: six ``K x K`` blocks, and for each gradient two products ``(C, K) (K, K)``."""
+    """Flops per sample: six ``K x K`` blocks; two ``(C, K) (K, K)`` products for each gradient."""
     gradients = sum(4 * plan.shape[1] for plan in maps if plan.gradient_dtype is not None)
     return (6 * (m + n) + gradients) * k * k
 
 
 def _forms(flops: dict[Form, int], m: int, n: int, k: int, limits: Limits) -> list[Form]:
-    """Best first."""
+    """The forms that the limits allow, best first."""
     if "gram" not in flops or (limits.gram_positions is not None and k > limits.gram_positions):
         return ["matrix"]
     if max(m, n) <= limits.one_pass:
-        # Memory-bound either way; one accumulator is simpler than six.
+        # Memory is the limit in either form; one accumulator is simpler than six blocks.
         return ["matrix", "gram"]
     costs: dict[Form, float] = {**flops}
     costs["gram"] += (limits.gram_flop_cost - 1) * 6 * (m + n) * k**2
@@ -475,7 +477,7 @@ def _passes(form: Form, m: int, n: int, device: str, fits: bool) -> int:
 
 
 def _map_workspace(plan: MapPlan, form: Form, compute_dtype: torch.dtype, subtracted: bool) -> int:
-    """Temporary bytes one map needs for each sample of a chunk, as the torch backend works."""
+    """Temporary bytes that the torch backend needs for each sample of one map."""
     width = compute_dtype.itemsize
     full, pooled = math.prod(plan.shape[1:]) * width, plan.shape[1] * plan.positions * width
     wanted, in_place = plan.gradient_dtype is not None, _in_place(plan, compute_dtype)
@@ -484,7 +486,7 @@ def _map_workspace(plan: MapPlan, form: Form, compute_dtype: torch.dtype, subtra
         total += pooled
         if wanted and plan.pool == "max":  # a channels-last copy and the indices of the maxima
             total += full + plan.shape[1] * plan.positions * torch.int64.itemsize
-    if subtracted and (form == "gram" or not in_place):  # else it is held in the gradient's place
+    if subtracted and (form == "gram" or not in_place):  # else the gradient's memory holds it
         total += pooled
     if wanted and not in_place:
         total += pooled

@@ -1,8 +1,8 @@
-"""Pooling one map of a pair to the other's size, and back: PyTorch's adaptive windows, exactly.
+"""Pooling of one map of a pair to the other's size, and its gradient, with PyTorch's kernels.
 
-The kernels are PyTorch's, and with them the choice among ties and the treatment of NaN. On a CPU
-they walk the windows of a contiguous map one by one; the same result comes several times sooner
-from a channels-last copy or, for integer ratios, from whole-tensor operations on strided slices.
+So windows, ties and NaN are treated as by PyTorch's adaptive pooling. On a CPU these kernels visit
+the windows of a contiguous map one by one. A channels-last copy or, for integer ratios, operations
+on whole strided slices give the same result several times faster.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
-# Addresses so many bytes apart share a set of a CPU's first cache; and the fewest channels (and
-# positions, of which such a plane has more) that PyTorch transposes in blocks.
-CACHE_STRIDE, BLOCK_CHANNELS = 4096, 60
+CACHE_STRIDE = 4096  # addresses this many bytes apart share a set of a CPU's first-level cache
+# PyTorch transposes in blocks from this many channels and positions on. Planes whose size is a
+# multiple of CACHE_STRIDE always have the positions.
+BLOCK_CHANNELS = 60
 
 
 def match_spatial(first: Tensor, second: Tensor, mode: str) -> tuple[Tensor, Tensor]:
@@ -57,11 +58,11 @@ def pool(x: Tensor, size: Sequence[int], mode: str, indexed: bool) -> tuple[Tens
 def unpool(
     gradient: Tensor, out: Tensor, size: Sequence[int], mode: str, indices: Tensor | None
 ) -> None:
-    """Fill ``out (B, C, *spatial)`` from the gradient ``(B, C, prod(size))`` of what was pooled."""
+    """Fill ``out (B, C, *spatial)`` from the pooled map's gradient ``(B, C, prod(size))``."""
     if mode == "max" and indices is not None:
         # Windows may overlap, so sums are formed in the gradient's dtype, which may be wider.
         flat = out if out.dtype == gradient.dtype else torch.empty_like(out, dtype=gradient.dtype)
-        flat = flat.zero_().flatten(2)  # where strides forbid, a copy
+        flat = flat.zero_().flatten(2)  # a copy if the strides need one
         flat.scatter_add_(2, indices.flatten(2), gradient)
         if flat.data_ptr() != out.data_ptr():
             out.copy_(flat.view(out.shape))
@@ -77,8 +78,9 @@ def unpool(
 def _channels_last(x: Tensor) -> Tensor:
     """A channels-last copy of a contiguous map.
 
-    Planes of a power of two, as of 32 x 32, lie so that a cache holds one position of a few
-    channels only. Sample by sample PyTorch transposes in blocks, which does not mind.
+    If the size of a plane is a multiple of ``CACHE_STRIDE``, e.g. of 32 x 32 elements, the same
+    position of different channels shares a set of the cache, which holds only a few of them. Sample
+    by sample PyTorch transposes in blocks, which avoids this.
     """
     batch, channels, *spatial = x.shape
     plane = math.prod(spatial) * x.element_size()
@@ -93,7 +95,7 @@ def _channels_last(x: Tensor) -> Tensor:
 def _reduce_slices(
     x: Tensor, window: Sequence[int], operation: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Combine the elements of each window, axis by axis, the contiguous one last."""
+    """Combine the elements of each window, axis by axis; the contiguous axis comes last."""
     for axis, w in enumerate(window, start=2):
         total, *rest = x.unflatten(axis, (-1, w)).unbind(axis + 1)
         for part in rest:
@@ -103,12 +105,15 @@ def _reduce_slices(
 
 
 def _planar(x: Tensor, size: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """One spatial axis as two: PyTorch's one-dimensional pooling has no kernels of its own."""
+    """Add an axis to a map of one spatial axis, for which PyTorch has no pooling kernels.
+
+    Other maps are returned as they are.
+    """
     return (x.unsqueeze(2), [1, *size]) if len(size) == 1 else (x, list(size))
 
 
 def _integer_window(x: Tensor, size: Sequence[int]) -> list[int] | None:
-    """The window of a plain pooling that equals the adaptive one, if the ratios are integers."""
+    """The window of the plain pooling that equals the adaptive one; ``None`` if there is none."""
     if any(full % part for full, part in zip(x.shape[2:], size, strict=True)):
         return None
     return [full // part for full, part in zip(x.shape[2:], size, strict=True)]

@@ -1,10 +1,10 @@
-"""The definition, written down literally: the oracle every test and benchmark is held to.
+"""The definition of matrix and loss, written literally. Tests and benchmarks compare with it.
 
 Source: Yim, Joo, Bae, Kim, "A Gift from Knowledge Distillation: Fast Optimization, Network
 Minimization and Transfer Learning", CVPR 2017, equations 1 and 2.
 
-Nothing here is fast and nothing here is clever. Every function works on any floating dtype (use
-``float64`` for an oracle), on maps of rank 3 to 5, and is differentiable any number of times.
+Nothing here is optimised. Every function takes any floating dtype (use ``float64`` for exact
+references) and maps of rank 3 to 5, and is differentiable any number of times.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def fsp_matrix(first: Tensor, second: Tensor, pool: str = "max") -> Tensor:
 
 
 def residual_norm(residual: Tensor, norm: str) -> Tensor:
-    """The scalar one pair contributes, from its residual ``G^S - G^T`` of shape ``(B, m, n)``."""
+    """The loss of one pair, a scalar, from its residual ``G^S - G^T`` of shape ``(B, m, n)``."""
     if norm == "frobenius":
         return residual.square().sum(dim=(1, 2)).mean()
     if norm == "mse":

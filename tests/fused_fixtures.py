@@ -98,11 +98,11 @@ def forget():
         functional._checked_plan,
         configurations.configuration_of,
         triton_product._prepared,
-        cuda.product._product_program,
+        cuda.product._prepared_product,
     ):
         cached.cache_clear()
     for name in ("triton", "cuda"):
-        registered_backends()[name].programs.clear()
+        registered_backends()[name].prepared.clear()
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def small(backend, limits):
 @pytest.fixture
 def programs(backend):
     """What the loss has prepared so far, none to begin with."""
-    prepared = registered_backends()[backend].programs
+    prepared = registered_backends()[backend].prepared
     prepared.clear()
     return prepared
 

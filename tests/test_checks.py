@@ -195,7 +195,7 @@ def test_there_must_be_a_pair(loss, empty):
 @pytest.mark.parametrize(("students", "teachers"), [(1, 2), (2, 1), (1, 0), (0, 1)])
 def test_student_and_teacher_have_as_many_pairs(loss, students, teachers):
     with refuses(
-        ValueError, f"teacher: got {teachers} entries for {students} student pairs", "expected as"
+        ValueError, f"teacher: got {teachers} entries for {students} student pairs", "expected one"
     ):
         loss([pair()] * students, [pair()] * teachers)
 

@@ -20,7 +20,7 @@ from fsp_kernels.backends.devices import fp32_precision, raw_stream
 from fsp_kernels.backends.triton import configurations
 from fsp_kernels.backends.triton.configurations import Row
 from fsp_kernels.backends.triton.launch import Launch
-from fsp_kernels.backends.triton.loss import Program
+from fsp_kernels.backends.triton.loss import PreparedLoss
 from fsp_kernels.backends.triton.product import prepare
 from fsp_kernels.loss_plan import LossPlan, MapSpec
 from fsp_kernels.plan import plan_loss
@@ -111,7 +111,7 @@ def call_on(maps: list[Tensor], *options: Any) -> Callable[[], list[Tensor]]:
     if len(maps) == 3 and not options:
         return _product_call(*maps)
     plan, tensors = planned(maps, *options)
-    program = Program(plan, tensors)
+    program = PreparedLoss(plan, tensors)
     return lambda: [program(tensors, [1.0] * len(plan.pairs)), *tensors[len(maps) :]]
 
 

@@ -110,12 +110,12 @@ def _gram_steps(e: Any) -> int:
 STEPS = {
     "residual.residual_tile": _residual_steps,
     "tiles.fsp_residual": _residual_steps,  # where no instruction of the loop says more
-    "one_pass._sweep": lambda e: _cdiv(e.student_positions, e.block_k.value),
+    "one_pass._write_gradient": lambda e: _cdiv(e.student_positions, e.block_k.value),
     "gram._write_block": _gram_steps,
-    "gram._total": lambda e: e.parts.value,
-    "gram._total_of_columns": lambda e: e.parts.value,
-    "gram._sweep": _gram_steps,
-    "tiles._total": lambda e: e.parts.value,
+    "gram._sum_of_parts": lambda e: e.parts.value,
+    "gram._sum_of_parts_transposed": lambda e: e.parts.value,
+    "gram._write_gradient": _gram_steps,
+    "tiles._sum_of_parts": lambda e: e.parts.value,
     "tiles._combine_columns": lambda e: _cdiv(e.m.value, e.block_m.value),
     "tiles._gradient_tile": lambda e: _cdiv(e.other_channels.value, e.block_other.value),
     "elementwise.fsp_finish": lambda count: _cdiv(count, BLOCK),
@@ -375,7 +375,7 @@ def cuda_launches(maps: list[Tensor], family: str) -> list[Launched]:
     module.assume_chip(major=architecture // 10, most_shared_bytes=shared)
     with mock.patch.object(cuda_extension, "extension", return_value=module):
         plan, tensors = planned(maps, backend="cuda")
-        facts = cuda_loss.Program(plan, tensors)._launches.launches
+        facts = cuda_loss.PreparedLoss(plan, tensors)._launches.launches
     slots = [tensors_at(x, tensors) for x in slots_of(plan)]
     stored = [torch.empty(p.scratch_bytes, dtype=torch.uint8, device="meta") for p in plan.pairs]
 

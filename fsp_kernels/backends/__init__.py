@@ -1,8 +1,16 @@
-"""Who computes: the protocol every backend follows, the registry, and the choice between them.
+"""The backends: their protocol, the registry, and how one is selected.
 
-Selection, first that says something: the ``backend`` argument, :class:`use_backend`, the variable
-``FSP_KERNELS_BACKEND``, the best that works for the tensors at hand. A backend asked for by name
-that cannot serve is an error that says why.
+    torch_backend.py  PyTorch operators, for any device
+    triton/           Triton kernels
+    cuda/             CUDA C++ kernels
+    fused.py          what the Triton and the CUDA backend share
+    tensors.py        the tensors of a planned loss; pooling before the kernels
+    axes.py           the spatial axes of a map in memory
+    devices.py        streams, precision and availability of devices
+
+The first of these that names a backend selects it: the ``backend`` argument, :class:`use_backend`,
+the environment variable ``FSP_KERNELS_BACKEND``. Otherwise the best one that works for the tensors
+is used. A named backend that cannot serve the tensors is an error that says why.
 """
 
 from __future__ import annotations
@@ -25,21 +33,21 @@ from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan, Scaling
 
 
 class Backend(Protocol):
-    """A handful of functions over checked, planned inputs; none of them records autograd."""
+    """What a backend must have. Its methods take checked, planned inputs and record no autograd."""
 
     name: str
 
-    def __hash__(self) -> int: ...  # plans are cached by the backend they are for
+    def __hash__(self) -> int: ...  # part of the key of cached plans
 
     @property
     def automatic(self) -> bool:
-        """Whether it may be chosen unasked; an interpreter, for one, has to be named."""
+        """Whether it may be selected without being named. An interpreter, e.g., must be named."""
 
     def why_unavailable(self) -> str | None:
-        """``None`` if it works on this machine, else what is missing, as a clause."""
+        """``None`` if it works on this machine, else a clause that says what is missing."""
 
     def why_unsupported(self, device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
-        """``None`` if it can serve tensors of this device and these dtypes, else why not."""
+        """``None`` if it supports tensors of this device and these dtypes, else why not."""
 
     def limits(
         self,
@@ -48,10 +56,10 @@ class Backend(Protocol):
         teacher: Sequence[MapPlan],
         precision: str,
     ) -> Limits:
-        """What it can do for a pair of these maps; the planner decides what it does.
+        """What it can do for a pair of these maps. The planner chooses among that.
 
-        ``teacher`` holds two maps, or one that is a ready matrix. ``precision`` says how fp32 maps
-        are multiplied on tensor cores: ``"tf32x3"`` or ``"tf32"``.
+        ``teacher`` holds two maps, or one ready matrix. ``precision``, ``"tf32x3"`` or ``"tf32"``,
+        says how fp32 maps are multiplied on tensor cores.
         """
 
     def matrix(self, first: Tensor, second: Tensor) -> Tensor:
@@ -60,27 +68,27 @@ class Backend(Protocol):
     def matrix_backward(self, gradient: Tensor, other: Tensor, channels_last: bool) -> Tensor:
         """``(B, m, n), (B, n, K) -> (B, m, K)``, divided by K, in the promoted dtype.
 
-        The result is contiguous, or with ``channels_last`` its transpose ``(B, K, m)`` is.
+        The result is contiguous. With ``channels_last`` its transpose ``(B, K, m)`` is instead.
         """
 
     def loss(
         self, maps: Sequence[Tensor], plan: LossPlan, weights: Sequence[float]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Loss (0-dim, ``plan.compute_dtype``) and the gradients the plan asks for.
+        """The loss (0-dim, ``plan.compute_dtype``) and the gradients that the plan wants.
 
-        ``maps`` are the tensors of ``plan.pairs``, with the strides that these have, flattened:
+        ``maps`` are the tensors of ``plan.pairs``, with the strides in the plan, in one list:
         student first, student second, teacher first, teacher second (or the teacher's ready
-        matrix), next pair. Gradients come in that order, each in its ``gradient_dtype`` and with
-        the strides of ``torch.empty_like``.
+        matrix), next pair. Gradients have the same order, their ``gradient_dtype`` and the strides
+        of ``torch.empty_like``.
         """
 
     def scale(
         self, gradients: list[Tensor], scaling: Scaling, factor: Tensor, in_place: bool
     ) -> list[Tensor]:
-        """``gradients * factor`` in ``scaling.dtypes``; only ``in_place`` may overwrite them."""
+        """``gradients * factor`` in ``scaling.dtypes``; overwrites them only if ``in_place``."""
 
 
-# Best first. Adding a backend is a folder and a line here.
+# Best first. A new backend needs a folder and a line here.
 _REGISTRY: dict[str, Backend] = {
     backend.name: backend for backend in (TritonBackend(), CudaBackend(), TorchBackend())
 }
@@ -103,7 +111,7 @@ def get_backend(name: str) -> Backend:
 
     Raises:
         ValueError: ``name`` is not a backend.
-        RuntimeError: it is one, but it does not work on this machine; the message says why.
+        RuntimeError: the backend does not work on this machine; the message says why.
     """
     check_choice("backend", name, tuple(_REGISTRY))
     backend = _REGISTRY[name]
@@ -114,12 +122,12 @@ def get_backend(name: str) -> Backend:
 
 
 def planned_backend(plan: LossPlan) -> Backend:
-    """The backend that a plan was made for, which therefore works."""
+    """The backend that a plan was made for. It was checked to work when it was planned."""
     return _REGISTRY[plan.backend]
 
 
 class _Choice:
-    """One use of :class:`use_backend`; an empty name is the automatic choice."""
+    """One use of :class:`use_backend`. An empty name means the automatic choice."""
 
     def __init__(self, name: str):
         self.name = name
@@ -128,7 +136,7 @@ class _Choice:
 class _Choices:
     """Choices in the order in which they were made, and the name of the last one, if any.
 
-    The compiler sees a change of ``name``, as it is an attribute of an object.
+    ``name`` is an attribute so that the compiler notices when it changes.
     """
 
     def __init__(self) -> None:
@@ -158,17 +166,18 @@ _LOCK = threading.Lock()
 
 
 class use_backend:  # noqa: N801  (reads as a function, like torch.no_grad)
-    """Make ``name`` the default backend of this process, for good, or of a ``with`` block.
+    """Make ``name`` the default backend of this process or of a ``with`` block.
 
     >>> use_backend("torch")            # from here on, in every thread
-    >>> with use_backend("torch"): ...  # here only, in this thread
+    >>> with use_backend("torch"): ...  # in this block and this thread only
 
-    A block concerns the thread that runs it, like ``torch.no_grad``: it comes before what is set
-    for good, and threads that it starts do not see it. Blocks may end in any order, as those of
-    generators and coroutines do, which share their thread's choice while they are suspended.
-    ``backward`` runs where its forward did, whatever the choice is by then.
+    A block affects only the thread that runs it, like ``torch.no_grad``. In the block its name
+    comes before the default of the process. Threads that the block starts do not see its name.
+    Blocks may end in any order, as in generators and coroutines; while these are suspended, their
+    blocks stay active in the thread. ``backward`` uses the backend of its forward.
 
-    ``None`` restores the automatic choice. Raises as :func:`fsp_kernels.backends.get_backend`.
+    ``None`` restores the automatic choice. It raises what
+    :func:`fsp_kernels.backends.get_backend` raises.
     """
 
     def __init__(self, name: str | None):
@@ -196,18 +205,18 @@ class use_backend:  # noqa: N801  (reads as a function, like torch.no_grad)
 
 
 def _exclusive() -> AbstractContextManager[Any]:
-    # The compiler takes no lock, and traces in one thread at a time.
+    # The compiler cannot trace a lock, and needs none: it traces in one thread at a time.
     return nullcontext() if torch.compiler.is_compiling() else _LOCK
 
 
 def _chosen() -> str | None:
-    """What :class:`use_backend` says in this thread, if anything."""
+    """The name that :class:`use_backend` set for this thread, if any."""
     name = _THREAD.choices.name
     return (_PROCESS.name if name is None else name) or None
 
 
 def requested_backend(argument: str | None) -> str | None:
-    """What the user asked for, if anything: argument, :class:`use_backend`, environment."""
+    """The backend the user named, if any: by argument, :class:`use_backend` or environment."""
     if argument is not None:
         check_choice("backend", argument, tuple(_REGISTRY))
         return argument
@@ -223,11 +232,11 @@ def requested_backend(argument: str | None) -> str | None:
 def select_backend(
     requested: str | None, device: torch.device, dtypes: tuple[torch.dtype, ...]
 ) -> Backend:
-    """The backend that serves these tensors.
+    """The backend for these tensors: the requested one, else the best that works.
 
     Raises:
-        ValueError: an unknown name, or a backend that cannot serve such tensors.
-        RuntimeError: a backend that does not work on this machine.
+        ValueError: the name is unknown, or the backend does not support these tensors.
+        RuntimeError: the backend does not work on this machine.
     """
     if requested is not None:
         backend = get_backend(requested)

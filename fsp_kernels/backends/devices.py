@@ -1,4 +1,4 @@
-"""What backends ask of PyTorch's devices: streams, precision, availability."""
+"""What backends need to know of PyTorch's devices: streams, precision, availability."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def on_device(tensor: Tensor, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call with the tensor's device current: kernels are launched where it is."""
+    """Call ``function`` while the tensor's device is current: kernels are launched there."""
     index = tensor.get_device()
     if index < 0 or index == torch._C._cuda_getDevice():
         return function(*arguments)
@@ -20,9 +20,9 @@ def on_device(tensor: Tensor, function: Callable[..., Any], *arguments: Any) -> 
 
 
 def fp32_precision() -> str:
-    """How fp32 maps are multiplied, after ``torch.get_float32_matmul_precision()``.
+    """How fp32 maps are multiplied: what ``torch.get_float32_matmul_precision()`` says.
 
-    Read where PyTorch keeps it for CUDA: the function itself fails once the newer setting is used.
+    That function fails once PyTorch's newer setting is used, so CUDA's value is read directly.
     """
     return "tf32" if torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32" else "tf32x3"
 
@@ -33,10 +33,13 @@ def raw_stream(device: torch.device) -> int:
 
 
 def check_not_capturing(what: str) -> None:
-    """Refuse ``what``, a clause, while the current stream is captured in a CUDA graph.
+    """Raise if the current stream is being captured in a CUDA graph.
+
+    Args:
+        what: a clause that says what cannot be captured, for the message.
 
     Raises:
-        RuntimeError: it is captured.
+        RuntimeError: the stream is being captured.
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -46,9 +49,9 @@ def check_not_capturing(what: str) -> None:
 
 
 def why_no_gpu(why_not_on: Callable[[int], str | None]) -> str | None:
-    """``None`` if there is an NVIDIA GPU with nothing against it, else what is missing.
+    """``None`` if kernels run on an NVIDIA GPU of this machine, else what is missing.
 
-    Asks about one GPU after another, until there is nothing against one.
+    ``why_not_on`` is called with the index of one GPU after another, until it returns ``None``.
     """
     if not torch.cuda.is_available():
         return "PyTorch sees no NVIDIA GPU"
@@ -61,25 +64,26 @@ def why_no_gpu(why_not_on: Callable[[int], str | None]) -> str | None:
 
 
 def constant(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Evaluated, not traced, where a call is compiled.
+    """A decorator: the compiler calls the function instead of tracing it.
 
-    As ``torch.compiler.assume_constant_result`` has it, which takes seconds to import the compiler.
+    ``torch.compiler.assume_constant_result`` does the same, but it takes seconds to import the
+    compiler.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
-def remembered(function: Callable[..., Any]) -> Any:
-    """Constant, and asked once: every call wants to know.
+def cached_constant(function: Callable[..., Any]) -> Any:
+    """A decorator: :func:`constant`, and cached, since every loss calls the function.
 
-    The compiler looks into a bare ``lru_cache``, and warns of it.
+    A bare ``lru_cache`` would not do: the compiler traces into it, with a warning.
     """
     cached = lru_cache(function)
 
     @constant
     @wraps(function)
-    def ask(*arguments: Any) -> Any:
+    def call(*arguments: Any) -> Any:
         return cached(*arguments)
 
-    ask.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
-    return ask
+    call.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
+    return call

@@ -1,4 +1,4 @@
-"""The part of a backend that the Triton and the CUDA kernels share."""
+"""The part of a backend that the Triton and the CUDA backend share."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from fsp_kernels.backends.tensors import pool_maps
 from fsp_kernels.loss_plan import LossPlan, Scaling
 
 
-class Program(Protocol):
-    """The launches of a plan on a device, prepared once for all that they depend on."""
+class PreparedLoss(Protocol):
+    """The launches of a plan on a device, prepared once and used by every call."""
 
     def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """The loss; ``tensors`` are all maps and, to be filled, all wanted gradients."""
+        """Compute the loss. ``tensors`` are all maps, then all wanted gradients, which it fills."""
 
 
 class FusedBackend:
     """See :class:`fsp_kernels.backends.Backend` for what each method promises."""
 
-    most_programs = 4096  # kept; all are dropped should shapes never settle
+    most_prepared = 4096  # prepared losses that are kept; at the limit all are dropped
 
     def __init__(self) -> None:
-        self.programs: dict[tuple[LossPlan, int], Program] = {}
+        self.prepared: dict[tuple[LossPlan, int], PreparedLoss] = {}
 
-    on_cpu: str  # why no tensors of a GPU, where its kernels run on the CPU instead
+    on_cpu: str  # where kernels run on the CPU: why they do not serve tensors of a GPU
 
     @property
     def automatic(self) -> bool:
-        """Not so where its kernels run on the CPU, for tests and for debugging."""
+        """False where its kernels run on the CPU, which is for tests and debugging."""
         raise NotImplementedError
 
     def why_not_on(self, device: torch.device) -> str | None:
@@ -48,8 +48,8 @@ class FusedBackend:
             return f"its kernels run on NVIDIA GPUs, not on {device.type}"
         return self.why_not_on(device)
 
-    def prepare(self, plan: LossPlan, tensors: Sequence[Tensor]) -> Program:
-        """The launches of a plan for tensors that lie as these do; see :class:`Program`."""
+    def prepare(self, plan: LossPlan, tensors: Sequence[Tensor]) -> PreparedLoss:
+        """Prepare the launches of a plan for tensors with these strides."""
         raise NotImplementedError
 
     def loss(
@@ -65,13 +65,13 @@ class FusedBackend:
         ]
         tensors = [*maps, *gradients]
         pooled = [] if plan.fused_windows else pool_maps(tensors, plan)
-        # The strides of maps are part of a plan, and those of gradients follow from them.
-        program = self.programs.get((plan, device))
-        if program is None:
-            if len(self.programs) >= self.most_programs:
-                self.programs.clear()
-            program = self.programs[plan, device] = self.prepare(plan, tensors)
-        result = program(tensors, weights)
+        # A plan holds the strides of the maps, and those of the gradients follow from them.
+        prepared = self.prepared.get((plan, device))
+        if prepared is None:
+            if len(self.prepared) >= self.most_prepared:
+                self.prepared.clear()
+            prepared = self.prepared[plan, device] = self.prepare(plan, tensors)
+        result = prepared(tensors, weights)
         for x in pooled:
             x.unpool()
         return result, gradients
@@ -96,9 +96,9 @@ class FusedBackend:
         factor: Tensor,
         in_place: bool,
     ) -> None:
-        """``scaled = gradients * factor``, where their device is current.
+        """Write ``gradients * factor`` to ``scaled``. Their device is the current one.
 
-        With ``in_place`` and a factor of 1, tensors that are among both may be left as they are.
+        With ``in_place`` a tensor may be in both lists. If the factor is 1 it may be skipped.
         """
         raise NotImplementedError
 

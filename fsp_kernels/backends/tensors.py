@@ -1,4 +1,4 @@
-"""The tensors of a planned loss: where those of each pair are, and pooling ahead of the kernels."""
+"""The tensors of a planned loss: which belong to each pair, and pooling before the kernels."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from fsp_kernels.loss_plan import LossPlan, MapPlan
 from fsp_kernels.pooling import pool, unpool
 
-# Of one pair: the positions of a, b, c, d and of their gradients; None where there is none.
+# Of one pair: the indices of the tensors a, b, c, d and of their gradients; None if missing.
 Slots = tuple[int | None, ...]
 
 
 class PooledMap:
-    """A map whose windows no kernel takes, pooled by PyTorch before the kernels see it."""
+    """A map that no kernel can pool. PyTorch pools it before the kernels read it."""
 
     def __init__(self, x: Tensor, gradient: Tensor | None, plan: MapPlan):
         assert plan.pooled_size is not None
@@ -29,13 +29,14 @@ class PooledMap:
             self.gradient = torch.empty(plan.read.shape, dtype=dtype, device=x.device)
 
     def unpool(self) -> None:
+        """Write the map's gradient from that of the pooled map."""
         if self._target is not None and self.gradient is not None:
             flat = self.gradient.flatten(2)
             unpool(flat, self._target, self._size, self._mode, self._indices)
 
 
 def pool_maps(tensors: list[Tensor], plan: LossPlan) -> list[PooledMap]:
-    """Let pooled maps and their gradients take the places of those that no kernel can pool."""
+    """Pool the maps that no kernel can pool; replaces them and their gradients in ``tensors``."""
     found = []
     gradients = _gradient_places(plan)
     for i, m in enumerate(plan.maps):
@@ -50,12 +51,12 @@ def pool_maps(tensors: list[Tensor], plan: LossPlan) -> list[PooledMap]:
 
 
 def _gradient_places(plan: LossPlan) -> dict[int, int]:
-    """Among all maps and all wanted gradients, where the gradient of a map is."""
+    """By index of a map: the index of its gradient in the list of all maps and wanted gradients."""
     return {i: len(plan.maps) + k for k, i in enumerate(plan.wanted)}
 
 
 def slots_of(plan: LossPlan) -> list[Slots]:
-    """Where each pair's tensors are among all maps and all wanted gradients."""
+    """For each pair, the indices of its tensors in the list of all maps and wanted gradients."""
     gradients = _gradient_places(plan)
     slots, start = [], 0
     for pair in plan.pairs:
@@ -71,5 +72,5 @@ def tensors_at(slots: Slots, tensors: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 def partner_of(own: int) -> int:
-    """The other map of the same network."""
+    """The number of the other map of the same network; a, b, c, d are 0, 1, 2, 3."""
     return own ^ 1

@@ -1,8 +1,9 @@
-"""The backend for any device PyTorch has: BLAS products over chunks that stay in cache.
+"""The backend for any device that PyTorch supports: BLAS products over chunks that stay in cache.
 
 Per sample, student ``a (m, K)``, ``b (n, K)``, teacher ``c``, ``d``; differences ``p = a - c``,
-``q = b - d``; residual ``D (m, n)``. A chunk of samples is read once for the residual (or the Gram
-blocks) and, still in cache, again for the gradients, which BLAS writes to their final place.
+``q = b - d``; residual ``D (m, n)``. A chunk of samples is read twice: for the residual (or the
+Gram blocks) and, while it is still in cache, for the gradients. BLAS writes these directly to their
+final memory.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from fsp_kernels.plan import (
 )
 from fsp_kernels.pooling import pool, unpool
 
-# What a gradient is a sum of: alpha * x @ y, batched; y = None stands for the identity. The weight
-# is in x or y already, not in alpha: BLAS reads no operand where alpha is 0, and misses a NaN; and
-# a sum that is scaled afterwards may overflow before.
+# A term (alpha, x, y) of a gradient: alpha * x @ y, batched; y = None stands for the identity. The
+# pair's weight is part of x or y. It is not part of alpha: with an alpha of 0 BLAS would not read
+# the operands and miss a NaN. The sum is not weighted at the end: it might overflow before.
 Term = tuple[float, Tensor, Tensor | None]
 
 
@@ -54,8 +55,8 @@ class TorchBackend:
         teacher: Sequence[MapPlan],  # noqa: ARG002
         precision: str,  # noqa: ARG002
     ) -> Limits:
-        # Tensor cores would round the difference of half-precision maps, while their products are
-        # exact. A CPU widens them first, so there the difference is exact and the better choice.
+        # On tensor cores products of half-precision maps are exact, while their differences would
+        # be rounded. On a CPU maps are widened first, so differences are exact, too, and better.
         if device.type == "cpu":
             return Limits(gram_flop_cost=GRAM_FLOP_COST)
         return Limits(
@@ -100,12 +101,12 @@ class TorchBackend:
 def _scaled_product(x: Tensor, y: Tensor, positions: int) -> Tensor:
     """``x @ y / K``, batched; half-precision operands are widened, so accumulation is fp32.
 
-    The loss multiplies in the same way, so that a ready matrix of equal maps leaves no residual.
+    The loss multiplies in the same way, so the residual with a ready matrix of equal maps is zero.
     """
     dtype = torch.promote_types(x.dtype, y.dtype)
     wide = accumulation_dtype(dtype)
     x, y = x.to(wide), y.to(wide)
-    # Not into a tensor that is there, which vmap could not follow.
+    # Not written to an existing tensor (out=), which vmap does not support.
     unread = x.new_empty(1, 1, 1)
     return torch.baddbmm(unread, x, y, beta=0, alpha=1 / positions).to(dtype)
 
@@ -148,8 +149,8 @@ def _chunk_loss(
 class _Chunk:
     """A chunk of one map and of its gradient.
 
-    The map is read as ``flat (s, C, K)``, pooled and widened as the plan says. ``reachable`` is the
-    gradient in the same form, where strides and dtype let BLAS write to it.
+    ``flat (s, C, K)`` is the map, pooled and widened as the plan says. ``writable`` is its gradient
+    in the same form, or ``None`` if its strides or dtype do not let BLAS write to it.
     """
 
     def __init__(self, x: Tensor, gradient: Tensor | None, map_plan: MapPlan, plan: LossPlan):
@@ -160,22 +161,22 @@ class _Chunk:
         if self._size is not None:
             x, self._indices = pool(x, self._size, self._mode, indexed=gradient is not None)
         self.flat = x.flatten(2)
-        self.reachable: Tensor | None = None
+        self.writable: Tensor | None = None
         if gradient is not None and self._size is None and gradient.dtype == x.dtype:
             flat = gradient.flatten(2)
-            self.reachable = flat if flat.data_ptr() == gradient.data_ptr() else None
+            self.writable = flat if flat.data_ptr() == gradient.data_ptr() else None
 
     def minus(self, other: _Chunk) -> Tensor:
-        """The difference of two maps, held where this one's gradient is going to be, if it can."""
-        if self.reachable is None:
+        """The difference of two maps, stored in the memory of this one's gradient if possible."""
+        if self.writable is None:
             return self.flat - other.flat
-        return torch.sub(self.flat, other.flat, out=self.reachable)
+        return torch.sub(self.flat, other.flat, out=self.writable)
 
     def write_gradient(self, terms: Sequence[Term]) -> None:
         if self._gradient is None:
             return
-        if self.reachable is not None:
-            _accumulate(self.reachable, terms)
+        if self.writable is not None:
+            _accumulate(self.writable, terms)
             return
         result = torch.empty_like(self.flat)
         _accumulate(result, terms)
@@ -188,15 +189,18 @@ class _Chunk:
 def _matrix_sweep(
     chunks: Sequence[_Chunk], pair: PairPlan, factor: float
 ) -> tuple[Tensor, list[list[Term]]]:
-    """``factor`` times the loss, summed over the samples, and its gradients, by the residual."""
+    """``factor`` times the loss, summed over the samples, and the terms of its gradients.
+
+    Both come from the residual.
+    """
     residual = _residual(chunks, pair)
     if pair.norm == "column":
         column_norms = torch.linalg.vector_norm(residual, dim=1, keepdim=True)  # (s, 1, n)
         loss = column_norms.sum()
-        # The subgradient of a zero column is zero, as PyTorch has it.
+        # As in PyTorch, the subgradient of a zero column is zero.
         slope = residual.div_(column_norms.masked_fill_(column_norms == 0, math.inf))
     else:
-        # Row by row first: one sum over all of m n would lose two digits in fp32.
+        # First the norm of each row: a single sum over all m n would lose two digits in fp32.
         rows = torch.linalg.vector_norm(residual, dim=2).view(-1)
         loss = torch.dot(rows, rows)
         slope = residual
@@ -217,8 +221,8 @@ def _residual(chunks: Sequence[_Chunk], pair: PairPlan) -> Tensor:
     out = a.new_empty(a.shape[0], *pair.channels)
     scale = 1 / pair.positions
     if pair.residual == "difference":
-        nowhere = chunks[0].reachable is None and chunks[1].reachable is None
-        if nowhere and (block := _difference_block(a, b)) < a.shape[2]:
+        no_place = chunks[0].writable is None and chunks[1].writable is None
+        if no_place and (block := _difference_block(a, b)) < a.shape[2]:
             return _difference_by_blocks(out, (a, b), (teacher[0], teacher[1]), scale, block)
         bmm_into(out, chunks[0].minus(chunks[2]), b.mT, scale)
         return bmm_into(out, teacher[0], chunks[1].minus(chunks[3]).mT, scale, keep=True)
@@ -241,7 +245,10 @@ def _difference_by_blocks(
     scale: float,
     block: int,
 ) -> Tensor:
-    """The same, large differences that have no place of their own being taken in blocks."""
+    """The same, with large differences formed in blocks of positions.
+
+    It is used where the gradients' memory cannot hold the differences.
+    """
     (a, b), (c, d) = student, teacher
     positions = a.shape[2]
     p, q = torch.empty_like(a[..., :block]), torch.empty_like(b[..., :block])
@@ -258,10 +265,11 @@ def _difference_by_blocks(
 def _gram_sweep(
     chunks: Sequence[_Chunk], pair: PairPlan, factor: float
 ) -> tuple[Tensor, list[list[Term]]]:
-    """``factor`` times the loss, summed over the samples, and its gradients, by ``K x K`` blocks.
+    """``factor`` times the loss, summed over the samples, and the terms of its gradients.
 
-    On a CPU the blocks are fp64. The terms of the loss are as large as ``||G||^2`` even where the
-    residual is small, so fp32 would leave an error of ``eps ||G||^2``, of either sign.
+    Both come from ``K x K`` blocks, which are fp64 on a CPU. The terms of the loss are as large as
+    ``||G||^2`` even where the residual is small, so fp32 would leave an error of ``eps ||G||^2``,
+    of either sign.
     """
     a, b, c, d = (chunk.flat for chunk in chunks)
     p, q = a - c, b - d
@@ -290,8 +298,8 @@ def _gram_sweep(
 def _gram_blocks(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``x^T x``, ``y^T x`` and ``y^T y``, each ``(s, K, K)``, of two ``(s, C, K)``.
 
-    Where they are wider than ``x`` and ``y``, these are widened some channels at a time, with the
-    channels next to each other, which is how BLAS multiplies them fastest.
+    If the blocks have a wider dtype, ``x`` and ``y`` are widened some channels at a time. Channels
+    are then next to each other in memory, which is fastest for BLAS.
     """
     samples, channels, positions = x.shape
     dtype = gram_dtype(x.device.type, x.dtype)
@@ -321,9 +329,9 @@ def _accumulate(out: Tensor, terms: Sequence[Term]) -> None:
 
 
 def bmm_into(out: Tensor, x: Tensor, y: Tensor, alpha: float, keep: bool = False) -> Tensor:
-    """``out = alpha * x @ y``, added to what ``out`` holds if ``keep``; one BLAS call per batch.
+    """``out = alpha * x @ y``, or ``out += alpha * x @ y`` if ``keep``, in one batched BLAS call.
 
-    A channels-last ``out`` is a transposed one: BLAS then computes ``y^T x^T`` into ``out^T``.
+    If ``out`` is channels-last, its transpose is contiguous: BLAS writes ``y^T x^T`` to ``out^T``.
     """
     if not out.is_contiguous() and out.mT.is_contiguous():
         out, x, y = out.mT, y.mT, x.mT

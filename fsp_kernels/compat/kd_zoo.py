@@ -14,10 +14,10 @@ class FSP(nn.Module):
         from kd_losses import FSP                  # before
         from fsp_kernels.compat.kd_zoo import FSP  # after
 
-    Average pooling to the smaller size, then the mean of the squared residual over batch and matrix
-    entries. It differs only where the original fails or is ill-defined: whichever map is larger is
-    pooled, axis by axis (the original pools the first alone, by comparing heights alone, and
-    stretches a first map that is higher but narrower).
+    Maps are average pooled to the smaller size. The loss is the mean of the squared residual over
+    batch and matrix entries. It differs only where the original fails or is ill-defined: on each
+    axis the larger map is pooled. The original compares heights alone and pools only the first map,
+    so it stretches a first map that is higher but narrower.
 
     Args:
         channel_dim: the axis of the maps' channels, as in `fsp_kernels.fsp_loss`.

@@ -17,14 +17,15 @@ class FSP(nn.Module):
         from distiller_zoo import FSP                    # before
         from fsp_kernels.compat.repdistiller import FSP  # after
 
-    One loss for each two consecutive maps: average pooling to the smaller size, then the mean of
-    the squared residual over batch and matrix entries. It differs only where the original fails or
-    is ill-defined: sizes are matched axis by axis (the original compares heights alone and pools to
-    a square, so it fails unless the smaller map is square, and stretches a narrow larger one).
+    There is one loss for each two consecutive maps. Maps are average pooled to the smaller size,
+    then the loss is the mean of the squared residual over batch and matrix entries. It differs only
+    where the original fails or is ill-defined: sizes are matched axis by axis. The original
+    compares heights alone and pools to a square, so it fails unless the smaller map is square, and
+    stretches a larger map that is narrow.
 
     Args:
         s_shapes: the shapes of the student's maps, each ``(B, C, H, W)``.
-        t_shapes: those of the teacher's maps, as many and with the same channels.
+        t_shapes: the shapes of the teacher's maps, as many and with the same channels.
         channel_dim: the axis of the maps' channels, as in `fsp_kernels.fsp_loss`.
 
     Raises:
@@ -51,7 +52,7 @@ class FSP(nn.Module):
             )
 
     def forward(self, g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> list[Tensor]:
-        """The losses, scalars, of each two consecutive maps: one fewer than there are maps.
+        """The loss, a scalar, of each two consecutive maps: one fewer than there are maps.
 
         Raises:
             ValueError: the numbers of maps differ (the original drops the extra ones).

@@ -19,12 +19,13 @@ class FSPLoss(nn.Module):
         from torchdistill.losses.mid_level import FSPLoss     # before
         from fsp_kernels.compat.torchdistill import FSPLoss   # after
 
-    or, where configuration files name the loss (``key: 'FSPLoss'``), leave them as they are and
-    call `register` once before the training or distillation box is built.
+    If configuration files name the loss (``key: 'FSPLoss'``), leave them as they are and call
+    `register` once before the training or distillation box is built.
 
-    For each pair: max pooling to the smaller size, axis by axis, then the batch mean of the sum of
-    the L2 norms of the residual's columns, times the pair's weight. The pairs' sum is the loss.
-    All pairs must have one batch size (the original divides by the first pair's).
+    For each pair, maps are max pooled to the smaller size, axis by axis. The pair's loss is the
+    batch mean of the sum of the L2 norms of the residual's columns, times the pair's weight. The
+    result is the sum over the pairs. All pairs must have the same batch size (the original divides
+    by the first pair's).
 
     Args:
         fsp_pairs: for each pair's name, ``student_first``, ``student_second``, ``teacher_first``
@@ -80,7 +81,7 @@ def register() -> None:
         ImportError: torchdistill is missing, or older than 1.0.
     """
     try:
-        # importing this registers torchdistill's own losses first, so ours is the one that stays
+        # This import registers torchdistill's own losses, so ours must come after it.
         from torchdistill.losses.registry import register_mid_level_loss
     except ImportError as error:
         raise ImportError(

@@ -104,7 +104,7 @@ def test_the_machine_is_asked_once(cuda_backend, machine, monkeypatch):
 
 @pytest.mark.usefixtures("missing")
 def test_it_needs_its_extension(cuda_backend):
-    assert cuda_backend.why_unavailable() == f"its extension is not built: {extension.NEVER}"
+    assert cuda_backend.why_unavailable() == f"its extension is not built: {extension.HOW_TO_BUILD}"
 
 
 def test_what_was_noted_when_it_was_not_built_is_told(cuda_backend, missing):
@@ -332,7 +332,7 @@ def test_an_error_of_cuda_names_the_call_and_what_cuda_says(programs, monkeypatc
 def test_an_error_of_a_launch_names_the_kernel():
     module = extension.module()
     nothing = plain_product(module, samples=0)  # so the launch has no blocks
-    program = module.Program(0, "a call of no samples")
+    program = module.LaunchSequence(0, "a call of no samples")
     program.add_residual(module.Scalar.fp32, [nothing])
     with pytest.raises(
         RuntimeError,

@@ -231,7 +231,7 @@ MUTATIONS = [
     no_barrier(
         "a block's sum misses warps",
         "one pass bf16",
-        "product.cuh",
+        "accumulator.cuh",
         "__syncthreads();\n  value = 0;",
     ),
     no_barrier(
@@ -352,7 +352,7 @@ MUTATIONS = [
     Mutation(
         "an address is taken for a multiple of what strides are",
         "misaligned bf16",
-        "program.cpp",
+        "launch_sequence.cpp",
         "while (address % map.unit != 0) map.unit /= 2;",
         "address % map.unit != 0",
         "false",
@@ -362,9 +362,9 @@ MUTATIONS = [
         "registers of b swapped",
         "one pass bf16",
         "product.cuh",
-        "Sixteen<typename X::Element>::mma(result.values[i][j][e], lines[i], columns.r[2 * e],\n"
-        "                                          columns.r[2 * e + 1]);",
-        "Sixteen<typename X::Element>::mma(result.values[i][j][e], lines[i], columns.r[2 * e + 1],"
+        "Mma16<typename X::Element>::mma(result.values[i][j][e], lines[i], columns.r[2 * e],\n"
+        "                                        columns.r[2 * e + 1]);",
+        "Mma16<typename X::Element>::mma(result.values[i][j][e], lines[i], columns.r[2 * e + 1],"
         " columns.r[2 * e]);",
     ),
     instead(
@@ -412,7 +412,7 @@ MUTATIONS = [
     instead(
         "places of results",
         "one pass",
-        "product.cuh",
+        "accumulator.cuh",
         "line + 16 * i + e % 2 * 8",
         "line + 16 * i + e / 2 * 8",
     ),

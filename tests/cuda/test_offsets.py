@@ -106,7 +106,7 @@ def test_workspaces_in_parts(scalar):
         "parts": 2,
         "split": True,
     }
-    residual, combine = of.Program(0, "a residual"), of.Program(0, "its parts")
+    residual, combine = of.LaunchSequence(0, "a residual"), of.LaunchSequence(0, "its parts")
     pair = plain_product(of, maps=[*maps, None, None], **fields)
     residual.add_residual(getattr(of.Scalar, scalar), [pair])
     combined = plain_product(of, maps=[parts, None, None, None], finishes=True, **fields)
@@ -123,7 +123,7 @@ def test_workspaces_in_parts(scalar):
 
 def test_partial_losses_are_counted_in_64_bits():
     of = module()
-    program = of.Program(0, "many partial losses")
+    program = of.LaunchSequence(0, "many partial losses")
     for _ in range(4):
         program.add_residual(of.Scalar.fp32, [plain_product(of, samples=1 << 30, finishes=True)])
     assert program.partials == 1 << 32

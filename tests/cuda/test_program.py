@@ -50,7 +50,7 @@ def product(machine: Machine, device: int, **changes):
     module = machine.module
     first, second, out = (flat_map(module, slot, 1, 1, 1, "fp32") for slot in range(3))
     pair = plain_product(module, maps=[first, second, None, None], out=out, **changes)
-    program = module.Program(device, "a product")
+    program = module.LaunchSequence(device, "a product")
     program.add_residual(module.Scalar.fp32, [pair])
     return program
 

@@ -74,5 +74,5 @@ def _forget() -> None:
     extension.extension.cache_clear()
     extension.why_unavailable.cache_clear()
     extension.why_not_on.cache_clear()
-    product._product_program.cache_clear()
-    registered_backends()["cuda"].programs.clear()
+    product._prepared_product.cache_clear()
+    registered_backends()["cuda"].prepared.clear()

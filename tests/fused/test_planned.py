@@ -59,7 +59,7 @@ class Silent:
 
 
 def prepare_silent(*arguments):
-    program = cuda_loss.Program(*arguments)
+    program = cuda_loss.PreparedLoss(*arguments)
     program._launches = Silent(program._launches)
     return program
 

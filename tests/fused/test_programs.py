@@ -48,7 +48,7 @@ def test_a_change_of_precision_reaches_a_signature_seen_before(regime, programs)
 
 
 def test_what_is_prepared_does_not_grow_without_bound(backend, regime, programs, monkeypatch):
-    monkeypatch.setattr(get_backend(backend), "most_programs", 3)
+    monkeypatch.setattr(get_backend(backend), "most_prepared", 3)
     for batch in range(1, 6):
         run(*four_of(regime, batch=batch, grad=False))
         assert len(programs) <= 3

@@ -123,7 +123,7 @@ def test_flops_of_an_instruction(name, unit, flops):
     assert product_of(name) == (unit, flops)
 
 
-def loop(function="gram._sweep", **counts):
+def loop(function="gram._write_gradient", **counts):
     named = {name.replace("_", " "): n for name, n in counts.items()}
     return Loop(function, 0, 99, Counter(named))
 
@@ -230,7 +230,7 @@ def test_a_loop_in_a_function_without_steps_is_told_by_its_kernel():
     frames = (("tiles.py", inner), ("tiles.py", outer))
     code = [Instruction("FADD", frames, None)] * 3
     assert function_among(["tiles._gradient_tile"])(code) == "tiles._gradient_tile"
-    assert function_among(["gram._sweep"])(code) == "tiles.fsp_gradients"
+    assert function_among(["gram._write_gradient"])(code) == "tiles.fsp_gradients"
 
 
 # --- csrc/, whose kernels have the code of every way through them ---------------------------------
@@ -306,8 +306,8 @@ def test_a_launch_that_misses_nothing():
 @pytest.mark.parametrize(
     ("launch", "said"),
     [
-        (launched(loop(LDG_2=3, STG_2=1)), "gram._sweep copies 2 bytes 4 times a step"),
-        (launched(loop(BAR=5)), "gram._sweep has 5 barriers a step"),
+        (launched(loop(LDG_2=3, STG_2=1)), "gram._write_gradient copies 2 bytes 4 times a step"),
+        (launched(loop(BAR=5)), "gram._write_gradient has 5 barriers a step"),
         (launched(loop(), programs=131), "131 programs for 132 SMs"),
         (launched(loop("new._loop"), unknown=["new._loop"]), "new._loop has a loop whose steps"),
     ],
@@ -352,7 +352,7 @@ def test_only_strict_fails_on_a_miss(monkeypatch, capsys, strict, status):
     arguments = ["wide-late-512", "--dtype", "bf16", "--family", "sm_90", "--backend", "cuda"]
     assert predict.main(arguments + ["--strict"] * strict) == status
     printed = capsys.readouterr().out
-    assert "wide-late-512 bf16 cuda: k: gram._sweep has 5 barriers a step" in printed
+    assert "wide-late-512 bf16 cuda: k: gram._write_gradient has 5 barriers a step" in printed
     assert "not measured" in printed
 
 

@@ -1,13 +1,14 @@
-"""The CUDA C++ backend: NVIDIA GPUs from Turing on, without Triton; kernels and launches in csrc/.
+"""The CUDA C++ backend, for NVIDIA GPUs from Turing on, without Triton. Its kernels are in csrc/.
 
-    extension.py    the compiled module, or why there is none
-    maps.py         what kernels are told of a map
+    extension.py    the compiled module, or why it is missing
+    maps.py         kernel arguments from a map and its strides
+    entries.py      kernel arguments from a planned pair and its strides
+    limits.py       what the kernels allow for a pair, for the planner
+    loss.py         prepare and run the launches of a plan
     product.py      FSP matrices and their derivatives
-    entries.py      what kernels are told of a pair
-    loss.py         what is launched for a plan
 
-The module knows nothing of PyTorch: it is told addresses, sizes, strides and the stream. Launches
-are prepared once for all shapes and strides of a call, which then brings addresses and weights.
+The compiled module does not use PyTorch: it takes addresses, sizes, strides and a stream. Launches
+are prepared once for the shapes and strides of a call. A call then passes addresses and weights.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from fsp_kernels.backends.cuda.extension import (
 from fsp_kernels.backends.cuda.limits import limits_of
 from fsp_kernels.backends.cuda.product import batched_product
 from fsp_kernels.backends.devices import on_device, raw_stream
-from fsp_kernels.backends.fused import FusedBackend, Program
+from fsp_kernels.backends.fused import FusedBackend, PreparedLoss
 from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan, Scaling
 
 
@@ -39,7 +40,7 @@ class CudaBackend(FusedBackend):
     """See :class:`fsp_kernels.backends.Backend` for what each method promises."""
 
     name = "cuda"
-    on_cpu = "it is built for the host: it serves the CPU"
+    on_cpu = "it is built for the host, so its kernels run only on the CPU"
 
     @property
     def automatic(self) -> bool:
@@ -56,15 +57,15 @@ class CudaBackend(FusedBackend):
         device: torch.device,
         student: Sequence[MapPlan],
         teacher: Sequence[MapPlan],
-        precision: str,  # noqa: ARG002  (kernels for one product and for three have the same tiles)
+        precision: str,  # noqa: ARG002  (tiles are the same for one product and for three)
     ) -> Limits:
         return limits_of(student, teacher, device.index or 0)
 
     def product(self, x: Tensor, y: Tensor, out: Tensor, positions: int) -> None:
         on_device(x, batched_product, x, y, out, positions)
 
-    def prepare(self, plan: LossPlan, tensors: Sequence[Tensor]) -> Program:
-        return loss.Program(plan, tensors)
+    def prepare(self, plan: LossPlan, tensors: Sequence[Tensor]) -> PreparedLoss:
+        return loss.PreparedLoss(plan, tensors)
 
     def scale_into(
         self,
@@ -76,15 +77,17 @@ class CudaBackend(FusedBackend):
     ) -> None:
         kernels = module()
         described = [
-            (g.data_ptr(), out.data_ptr(), *facts)
-            for g, out, facts in zip(gradients, scaled, _facts(kernels, scaling), strict=True)
+            (g.data_ptr(), out.data_ptr(), *size_and_dtypes)
+            for g, out, size_and_dtypes in zip(
+                gradients, scaled, _sizes_and_dtypes(kernels, scaling), strict=True
+            )
         ]
         stream = raw_stream(factor.device)
         kernels.scale(index_of(factor), stream, described, factor.data_ptr(), in_place)
 
 
 @lru_cache(maxsize=1024)
-def _facts(kernels: Any, scaling: Scaling) -> list[tuple[int, Any, Any]]:  # noqa: ARG001
-    """What a module's kernels are told of gradients beside their addresses."""
+def _sizes_and_dtypes(kernels: Any, scaling: Scaling) -> list[tuple[int, Any, Any]]:  # noqa: ARG001
+    """For each gradient: its elements, the dtype it is held in and the dtype wanted."""
     held, wanted = (map(scalar_of, dtypes) for dtypes in (scaling.held, scaling.dtypes))
     return list(zip(scaling.sizes, held, wanted, strict=True))

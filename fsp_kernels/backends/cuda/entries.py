@@ -1,4 +1,4 @@
-"""From a planned pair and how its maps lie to what kernels are told of it: types.h, ``Pair``."""
+"""Kernel arguments from a planned pair and its strides; see ``Pair`` in csrc/types.h."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fsp_kernels.backends.tensors import partner_of
 from fsp_kernels.loss_plan import MapPlan, PairPlan, multiplied_dtypes
 from fsp_kernels.plan import FP32_BYTES
 
-# Addresses of a pair: a, b, c, d, their gradients, the parts of its residuals, and its slopes.
+# The addresses of a pair: a, b, c, d, their gradients, the parts of its residuals, its slopes.
 SLOTS = 10
 _PARTS, _SLOPES = 8, 9
 
 
-class Pair:
-    """A pair of a plan and how its maps lie: what entries are made of."""
+class PlannedPair:
+    """A pair of a plan and the strides of its maps. It makes the pair's kernel arguments."""
 
     def __init__(self, index: int, plan: PairPlan, slots: Sequence[Tensor | None], precision: str):
         self._index = index
@@ -29,7 +29,7 @@ class Pair:
         self._ready = plan.residual == "ready"
         dtypes = multiplied_dtypes(plan.student, plan.teacher)
         self._split = splits(dtypes, precision)
-        # What is subtracted before it is multiplied, as in Gram form, is fp32 for that.
+        # The Gram form subtracts maps before it multiplies them, in fp32.
         self.operand = torch.float32 if plan.form == "gram" else operand_of(dtypes)
         planned = (*plan.maps, *(None,) * (4 - len(plan.maps)))
         self._maps = [
@@ -44,19 +44,19 @@ class Pair:
             return None
         if self._ready and i % 4 == 2:
             return matrix_spec(self._slot(i), x)
-        # A gradient is as large as its map.
+        # A gradient has the shape of its map, so it is described in the same way.
         return map_spec(self._slot(i), x, plan.read.pooled_size, plan.read.pool)
 
     @property
     def slopes_offset(self) -> int:
-        """Bytes of the workspace before the slopes: they replace the first part where they can."""
+        """Where the slopes begin in the workspace, in bytes. fp32 slopes replace the first part."""
         if self.plan.finishes or self.plan.slope_dtype != torch.bfloat16:
             return 0
         return FP32_BYTES * self._part_elements * self.plan.parts
 
     @property
     def _part_elements(self) -> int:
-        """Of one part of the residuals of as many samples as a chunk has at most."""
+        """Elements of one part of the residuals of a whole chunk."""
         return self.plan.samples * math.prod(self.plan.channels)
 
     def _has_gradient(self, own: int) -> bool:
@@ -96,7 +96,7 @@ class Pair:
         return found
 
     def matrix_gradient_entries(self, chunk: int) -> list[Any]:
-        """One, if there is a ready matrix that wants its gradient."""
+        """One entry if there is a ready matrix that wants a gradient, else none."""
         if not (self._ready and self._has_gradient(2)):
             return []
         return [
@@ -121,7 +121,7 @@ class Pair:
         }
 
     def _samples_of(self, chunk: int) -> tuple[int, int]:
-        """The first sample of a chunk, and how many it has."""
+        """The first sample of a chunk, and the number of its samples."""
         first = chunk * self.plan.samples
         return first, min(self.plan.samples, self.plan.batch - first)
 
@@ -145,7 +145,7 @@ class Pair:
         out: Any = None,
         maps: list[Any] | None = None,
     ) -> Any:
-        """Of a chunk of samples or of all."""
+        """The entry for a chunk of samples, or for all samples if ``chunk`` is ``None``."""
         first, samples = (0, self.plan.batch) if chunk is None else self._samples_of(chunk)
         m, n = self.plan.channels
         positions = self.plan.positions

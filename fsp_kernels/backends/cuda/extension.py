@@ -1,4 +1,4 @@
-"""The compiled module ``fsp_kernels._cuda``, or why there is none."""
+"""The compiled module ``fsp_kernels._cuda``, or why it is missing."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsp_kernels.backends.devices import constant, raw_stream, remembered, why_no_gpu
+from fsp_kernels.backends.devices import cached_constant, constant, raw_stream, why_no_gpu
 
-NEVER = "nothing has compiled it: `pip install .` does, where it finds nvcc 12.0 or newer"
-# What setup.py leaves where it does not build the extension: why.
+HOW_TO_BUILD = "`pip install .` builds it if it finds nvcc 12.0 or newer"
+# setup.py writes this file if it does not build the extension. It says why.
 NOTE = Path(__file__).parents[2] / "cuda_build.txt"
 
 
 @lru_cache
 def extension() -> ModuleType | str:
-    """The module, or why there is none."""
+    """The module, or why it is missing."""
     try:
         return importlib.import_module("fsp_kernels._cuda")
     except ModuleNotFoundError:
-        why = NOTE.read_text().strip() if NOTE.exists() else NEVER
+        why = NOTE.read_text().strip() if NOTE.exists() else HOW_TO_BUILD
         return f"its extension is not built: {why}"
     except ImportError as error:
         return f"its extension cannot be loaded: {error}"
 
 
-@remembered
+@cached_constant
 def why_unavailable() -> str | None:
-    """``None`` if the extension is there and has kernels for a GPU of this machine.
+    """``None`` if the extension exists and has kernels for a GPU of this machine.
 
-    GPUs are not used for that, only told apart: they may all belong to other processes.
+    This only reads properties of the GPUs, because other processes may be using all of them.
     """
     found = extension()
     if isinstance(found, str):
@@ -45,7 +45,7 @@ def why_unavailable() -> str | None:
 
 @constant
 def on_host() -> bool:
-    """Whether the kernels are compiled for the CPU, as tests do."""
+    """Whether the kernels are compiled for the CPU, as in tests."""
     return getattr(extension(), "architectures", None) == "host"
 
 
@@ -55,17 +55,17 @@ def module() -> Any:
     return found
 
 
-@remembered
+@cached_constant
 def why_not_on(device: int) -> str | None:
-    """``None`` if the kernels run on this GPU, where they are loaded; else why not.
+    """Load the kernels on this GPU. Returns ``None`` if they run there, else why not.
 
     Raises:
-        RuntimeError: a graph is captured, and the kernels are not loaded yet.
+        RuntimeError: a CUDA graph is being captured, and the kernels are not loaded yet.
     """
     reason = _why_no_kernels(device)
     if reason is not None:
         return reason
-    with torch.cuda.device(device):  # by PyTorch, which restores without using the other one
+    with torch.cuda.device(device):  # PyTorch's, which restores the other device without using it
         reason = module().why_not_on(device, raw_stream(torch.device("cuda", device)))
     return f"its extension does not run on cuda:{device}: {reason}" if reason else None
 
@@ -80,16 +80,16 @@ def _why_no_kernels(device: int) -> str | None:
 
 
 def _runs_on(capability: tuple[int, int], code: str) -> bool:
-    """Whether code for one of CMake's architectures, ``80-real`` or ``120-virtual``, can run.
+    """Whether code for one of CMake's architectures, e.g. ``80-real`` or ``120-virtual``, can run.
 
-    Machine code runs on chips of its major number, from its minor one on; PTX on all later chips,
-    if the driver can compile it, which :func:`why_not_on` finds out.
+    Machine code runs on chips with the same major number and at least the same minor number. PTX
+    runs on all later chips if the driver can compile it; :func:`why_not_on` finds that out.
     """
     found = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", code)
-    if found is None:  # "all" and "all-major", which only nvcc spells out
+    if found is None:  # "all" and "all-major": only nvcc knows what they stand for
         return True
     oldest = (int(found[1]), int(found[2]))
-    if found[3] == "a":  # for this chip alone
+    if found[3] == "a":  # for this chip only
         return capability == oldest
     if found[3] == "f" or found[4] == "-real":
         return capability >= oldest and capability[0] == oldest[0]
@@ -97,7 +97,7 @@ def _runs_on(capability: tuple[int, int], code: str) -> bool:
 
 
 def index_of(tensor: Tensor) -> int:
-    """The number of a tensor's device; the host is the only one of a build for it."""
+    """The number of a tensor's device; 0 if the kernels are compiled for the CPU."""
     return max(0, tensor.get_device())
 
 

@@ -1,4 +1,4 @@
-"""What the kernels of csrc/ allow for a pair on a device: which of them fit its shared memory."""
+"""What the kernels of csrc/ allow for a pair: which of them fit the device's shared memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fsp_kernels.plan import GPU_GRAM_POSITIONS
 
 
 def limits_of(student: Sequence[MapPlan], teacher: Sequence[MapPlan], device: int) -> Limits:
-    """See :meth:`fsp_kernels.backends.Backend.limits`; ``device`` is a number."""
+    """See :meth:`fsp_kernels.backends.Backend.limits`; ``device`` is the device's number."""
     kernels, operand = module(), operand_of(multiplied_dtypes(student, teacher))
     scalar = scalar_of(operand)
     fitting = [t for t in (32, 64, 128) if kernels.one_pass_tile(device, scalar, t) == t]
-    # Tiles of 32 and of 64 channels share a kernel, those of 128 have one of their own.
+    # Tiles of 32 and of 64 channels share a kernel; tiles of 128 have their own.
     wide = max(plan.shape[1] for plan in student) > 64
     gram = kernels.gram_fits(device, GPU_GRAM_POSITIONS)
     return Limits(

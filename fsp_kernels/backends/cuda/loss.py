@@ -1,7 +1,7 @@
-"""The loss: what is launched for a plan, prepared once and then only launched.
+"""Prepare and run the launches of a planned loss.
 
-A call is a few launches at most, each over all pairs it serves: one pass in either form, or by
-tiles (residual, gradients); and the sum of what the blocks left.
+A call has a few launches, each for as many pairs as possible: one pass in either form; or tiles
+(residual, gradients). A last launch adds the partial losses.
 """
 
 from __future__ import annotations
@@ -15,28 +15,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsp_kernels.backends.cuda.entries import Pair
+from fsp_kernels.backends.cuda.entries import PlannedPair
 from fsp_kernels.backends.cuda.extension import index_of, module, scalar_of
 from fsp_kernels.backends.devices import raw_stream
 from fsp_kernels.backends.tensors import slots_of, tensors_at
 from fsp_kernels.loss_plan import LossPlan, Step
 from fsp_kernels.plan import FP32_BYTES
 
-_ALIGNMENT = 16  # bytes: where each workspace begins
+_ALIGNMENT = 16  # bytes: each workspace begins at a multiple of it
 
 
-class Program:
+class PreparedLoss:
     """The launches of a plan."""
 
     def __init__(self, plan: LossPlan, tensors: Sequence[Tensor]):
         all_slots = slots_of(plan)
         pairs = [
-            Pair(i, p, tensors_at(slots, tensors), plan.precision)
+            PlannedPair(i, p, tensors_at(slots, tensors), plan.precision)
             for i, (p, slots) in enumerate(zip(plan.pairs, all_slots, strict=True))
         ]
-        self._launches = module().Program(index_of(tensors[0]), _description(plan))
-        # One tensor holds the workspaces, which those of the next step take over, and after them
-        # the partial losses: of each its first byte, and of a workspace that of its slopes.
+        self._launches = module().LaunchSequence(index_of(tensors[0]), _description(plan))
+        # One tensor holds the workspaces of a step and, behind them, the partial losses. The next
+        # step reuses the memory of the workspaces. For each pair: the offsets, in bytes, of its
+        # workspace and of its slopes.
         workspaces = [(0, p.slopes_offset) for p in pairs]
         partials = 0
         for step in plan.steps:
@@ -47,7 +48,8 @@ class Program:
                 stop += math.ceil(plan.pairs[i].scratch_bytes / _ALIGNMENT) * _ALIGNMENT
             partials = max(partials, stop)
         self._scratch = partials // FP32_BYTES + self._launches.partials
-        # What the launches find where: the last of what a call brings is no address.
+        # Arranges the addresses of a call for the launches. The last one, 0, stands for a missing
+        # tensor.
         count = len(tensors)
         places = [
             -1 if x is None else x
@@ -62,13 +64,13 @@ class Program:
         scratch = tensors[0].new_empty(self._scratch, dtype=torch.float32)
         result = tensors[0].new_empty((), dtype=torch.float32)
         start = scratch.data_ptr()
-        brought = list(map(Tensor.data_ptr, tensors))
-        brought += [start + offset for offset in self._offsets]
-        addresses = self._arrange([*brought, result.data_ptr(), 0])
+        unordered = list(map(Tensor.data_ptr, tensors))
+        unordered += [start + offset for offset in self._offsets]
+        addresses = self._arrange([*unordered, result.data_ptr(), 0])
         self._launches(raw_stream(tensors[0].device), addresses, weights)
         return result
 
-    def _add(self, step: Step, pairs: Sequence[Pair]) -> None:
+    def _add(self, step: Step, pairs: Sequence[PlannedPair]) -> None:
         scalar, launches = scalar_of(pairs[0].operand), self._launches
         if step.evaluation == "tiles":
             self._add_tiles(scalar, pairs, step.chunk)
@@ -77,19 +79,19 @@ class Program:
         else:
             launches.add_one_pass(scalar, [p.one_pass_entry() for p in pairs])
 
-    def _add_tiles(self, scalar: Any, pairs: Sequence[Pair], chunk: int) -> None:
+    def _add_tiles(self, scalar: Any, pairs: Sequence[PlannedPair], chunk: int) -> None:
         self._launches.add_residual(scalar, [p.residual_entry(chunk) for p in pairs])
         combined = [p.combine_entry(chunk) for p in pairs if not p.plan.finishes]
         if combined:
             self._launches.add_combine(combined)
-        for some in _products(pairs, chunk, Pair.gradient_entries):
-            self._launches.add_gradients(scalar, some)
-        for some in _products(pairs, chunk, Pair.matrix_gradient_entries):
-            self._launches.add_matrix_gradients(some)
+        for entries in _entries_by_launch(pairs, chunk, PlannedPair.gradient_entries):
+            self._launches.add_gradients(scalar, entries)
+        for entries in _entries_by_launch(pairs, chunk, PlannedPair.matrix_gradient_entries):
+            self._launches.add_matrix_gradients(entries)
 
 
-def _products(
-    pairs: Sequence[Pair], chunk: int, entries_of: Callable[[Pair, int], list[Any]]
+def _entries_by_launch(
+    pairs: Sequence[PlannedPair], chunk: int, entries_of: Callable[[PlannedPair, int], list[Any]]
 ) -> Iterator[Sequence[Any]]:
     entries = [entry for p in pairs for entry in entries_of(p, chunk)]
     return _at_a_time(entries, module().most_products)
@@ -100,6 +102,6 @@ def _at_a_time(entries: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
 
 
 def _description(plan: LossPlan) -> str:
-    """The call, for error messages."""
+    """A description of the call for error messages."""
     pairs = ("(B={}, {} x {}, K={})".format(p.batch, *p.channels, p.positions) for p in plan.pairs)
     return f"fsp_loss of {', '.join(pairs)}"

@@ -1,4 +1,4 @@
-"""What kernels are told of a map: types.h, ``Map``; and how maps are multiplied."""
+"""Kernel arguments from a map and its strides (``Map`` in csrc/types.h); the dtype of products."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ def map_spec(
     size: Sequence[int] | None = None,
     pool: str = "none",
 ) -> Any:
-    """A map or gradient ``(B, C, *spatial)`` that is read, or written, as it lies."""
+    """The description of a map or gradient ``(B, C, *spatial)`` with any strides.
+
+    ``size``: the spatial size that kernels pool the map to, if they do.
+    """
     strides = x.stride()
     axes = axes_of(x.shape, strides, size)
     channel, position = strides[1], axes.strides[2]
@@ -42,15 +45,15 @@ def map_spec(
 
 
 def matrix_spec(slot: int, x: Tensor) -> Any:
-    """A matrix ``(B, m, n)`` as a map of m channels and n positions."""
+    """The description of a matrix ``(B, m, n)``, as a map of m channels and n positions."""
     return map_spec(slot, x)
 
 
 def operand_of(dtypes: Sequence[torch.dtype]) -> torch.dtype:
-    """What maps are multiplied as: their own dtype, or fp32 where they differ."""
+    """The dtype that maps are multiplied in: their own, or fp32 if these differ."""
     return dtypes[0] if len(set(dtypes)) == 1 else torch.float32
 
 
 def splits(dtypes: Sequence[torch.dtype], precision: str) -> bool:
-    """Whether fp32 operands take three products of TF32: one holds half precision exactly."""
+    """Whether fp32 operands take three products of TF32. One is exact for half-precision maps."""
     return precision == "tf32x3" and any(dtype not in HALF for dtype in dtypes)

@@ -1,7 +1,7 @@
-"""FSP matrices and their derivatives: csrc/tiles.cuh, with no teacher.
+"""FSP matrices and their derivatives, by the first launch of csrc/tiles.cuh without a teacher.
 
-``G = F1 F2^T / K`` and ``dF1 = dG F2 / K`` are one kernel with different strides. Where the tiles
-of a result would not fill the device, several blocks share one; their parts are added up after.
+``G = F1 F2^T / K`` and ``dF1 = dG F2 / K`` use one kernel with different strides. If the tiles of
+a result would not fill the device, several blocks share a tile. PyTorch then adds their parts.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from fsp_kernels.plan import parts_of
 def batched_product(x: Tensor, y: Tensor, out: Tensor, positions: int) -> None:
     """``out = x @ y / positions``: ``(B, M, R), (B, R, N) -> (B, M, N)``."""
     key = (x.shape, y.shape[2], x.stride(), y.stride(), out.stride(), x.dtype, y.dtype)
-    program, parts = _product_program(*key, fp32_precision(), index_of(x))
+    launches, parts = _prepared_product(*key, fp32_precision(), index_of(x))
     result = out
     if parts > 1:
         result = out.new_empty((parts, *out.shape), dtype=torch.float32)
     addresses = [x.data_ptr(), y.data_ptr(), result.data_ptr()]
-    program(raw_stream(x.device), addresses, [1 / positions])
+    launches(raw_stream(x.device), addresses, [1 / positions])
     if parts > 1:
         out.copy_(result.sum(0))
 
 
 @lru_cache(maxsize=1024)
-def _product_program(
+def _prepared_product(
     shape: torch.Size,
     columns: int,
     x_strides: tuple[int, ...],
@@ -45,7 +45,7 @@ def _product_program(
     precision: str,
     device: int,
 ) -> tuple[Any, int]:
-    """The launch of a product, and in how many parts it leaves the sum."""
+    """The launch of a product, and into how many parts it splits the sum."""
     batch, m, r = shape
     operand = operand_of([x_dtype, y_dtype])
     tile = module().residual_tile(scalar_of(operand))
@@ -78,6 +78,6 @@ def _product_program(
         weight=0,
         factor=1.0,
     )
-    program = module().Program(device, f"{batch} products ({m}, {r}) x ({r}, {columns})")
-    program.add_residual(scalar_of(operand), [pair])
-    return program, parts
+    launches = module().LaunchSequence(device, f"{batch} products ({m}, {r}) x ({r}, {columns})")
+    launches.add_residual(scalar_of(operand), [pair])
+    return launches, parts

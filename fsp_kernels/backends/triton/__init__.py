@@ -1,20 +1,20 @@
-"""The Triton backend: NVIDIA GPUs from Ampere on; all pairs of a call share few launches.
+"""The Triton backend, for NVIDIA GPUs from Ampere on. All pairs of a call share a few launches.
 
-    maps.py         reading a tile of a map, pooled on the way, and writing its gradient
-    arithmetic.py   products on tensor cores
-    residual.py     the residual and its norms
-    one_pass.py     the loss, one program for each sample
-    tiles.py        the loss with the residual stored by tiles
-    gram.py         the loss in Gram form, its blocks stored
-    product.py      FSP matrices and their derivatives
-    elementwise.py  the sum of the partial losses; backward's scaling
-    loss.py         what is launched for a plan
-    limits.py       what the table allows for a pair, for the planner
-    entries.py      what each kernel is told of a pair
-    launch.py       launching at the cost of a C call
-    configurations  tiles, warps and stages, by kernel, precision and chip
+    maps.py            read a tile of a map and pool it; write its gradient
+    arithmetic.py      products on tensor cores
+    residual.py        the residual and its norms
+    one_pass.py        the loss, one program for each sample
+    tiles.py           the loss with the residual stored in tiles
+    gram.py            the loss in Gram form, with stored blocks
+    product.py         FSP matrices and their derivatives
+    elementwise.py     the sum of the partial losses; the scaling in backward
+    loss.py            prepare and run the launches of a plan
+    limits.py          what the configurations allow for a pair, for the planner
+    entries.py         kernel arguments from a planned pair and its strides
+    launch.py          launch a kernel at the cost of a C call
+    configurations.py  tiles, warps and stages, by kernel, precision and chip
 
-None of it is imported before it is used, so that ``import fsp_kernels`` needs no Triton.
+These modules are imported when they are first used, so ``import fsp_kernels`` needs no Triton.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fsp_kernels.backends.devices import on_device, remembered, why_no_gpu
-from fsp_kernels.backends.fused import FusedBackend, Program
+from fsp_kernels.backends.devices import cached_constant, on_device, why_no_gpu
+from fsp_kernels.backends.fused import FusedBackend, PreparedLoss
 from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan
 
 OLDEST_CAPABILITY = (8, 0)
@@ -42,7 +42,7 @@ class TritonBackend(FusedBackend):
     """See :class:`fsp_kernels.backends.Backend` for what each method promises."""
 
     name = "triton"
-    on_cpu = "TRITON_INTERPRET=1 is set: it serves the CPU"
+    on_cpu = "TRITON_INTERPRET=1 is set, so its kernels run only on the CPU"
 
     @property
     def automatic(self) -> bool:
@@ -71,10 +71,10 @@ class TritonBackend(FusedBackend):
 
         on_device(x, batched_product, x, y, out, float(positions))
 
-    def prepare(self, plan: LossPlan, tensors: Sequence[Tensor]) -> Program:
+    def prepare(self, plan: LossPlan, tensors: Sequence[Tensor]) -> PreparedLoss:
         from fsp_kernels.backends.triton import loss
 
-        return loss.Program(plan, tensors)
+        return loss.PreparedLoss(plan, tensors)
 
     @cached_property
     def scale_into(self) -> Callable[..., None]:
@@ -84,11 +84,11 @@ class TritonBackend(FusedBackend):
 
 
 def _interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU: for tests and for debugging."""
+    """Whether kernels run in Triton's interpreter on the CPU, for tests and debugging."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@remembered
+@cached_constant
 def _why_unavailable(interpreting: bool) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
@@ -99,36 +99,36 @@ def _why_unavailable(interpreting: bool) -> str | None:
 
 
 def _why_it_cannot_compile() -> str | None:
-    """``None`` if Triton can compile and keep what it launches kernels with, else why not."""
+    """``None`` if Triton can compile its launchers and write its cache, else why not."""
     try:
         _compile_as_triton_does()
     except subprocess.CalledProcessError as error:
         return (
-            f"Triton cannot compile its launcher: {error.cmd[0]} failed, perhaps for lack of "
-            "Python's headers (Python.h); what it printed says why"
+            f"Triton cannot compile its launcher: {error.cmd[0]} failed, perhaps because "
+            "Python's headers (Python.h) are missing; its output says why"
         )
-    except Exception as error:  # of whatever kind, it is why
+    except Exception as error:  # an error of any kind is the reason
         return f"Triton cannot compile its launcher: {' '.join(str(error).split())}"
     return None
 
 
 def _compile_as_triton_does() -> None:
-    """Raise what a first launch would raise, wherever Triton needs a compiler and its cache."""
+    """Use a compiler and the cache as Triton's first launch does; raises what that would raise."""
     from triton.backends.nvidia import driver as nvidia
     from triton.runtime import build, driver
     from triton.runtime.cache import get_cache_manager
 
-    driver.active.utils  # noqa: B018  (a C module, compiled when it is first wanted)
+    driver.active.utils  # noqa: B018  (a C module, compiled when it is first used)
     key = hashlib.sha256(b"fsp_kernels").hexdigest()
     get_cache_manager(key).put("", "the cache can be written", binary=False)
-    if hasattr(nvidia, "make_launcher"):  # up to Triton 3.6 each kernel has a launcher in C
+    if hasattr(nvidia, "make_launcher"):  # up to Triton 3.6 a launcher in C is compiled per kernel
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "launcher.c")
             source.write_text("#include <Python.h>\n")
             build._build("launcher", str(source), folder, [], [], [], [])
 
 
-@remembered
+@cached_constant
 def _why_too_old(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability >= OLDEST_CAPABILITY:

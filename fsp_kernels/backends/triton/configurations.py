@@ -1,7 +1,8 @@
-"""Which tiles, warps and stages each kernel runs with: a table, never a search at the first call.
+"""The tiles, warps and stages of each kernel, from a table. Nothing is tuned at the first call.
 
-The table is ``configurations.json``, rewritten by ``tools/tune.py`` on a GPU. Each row says on
-which chip it was measured, or ``null``: chosen by what compiles there without spilling registers.
+The table is ``configurations.json``. ``tools/tune.py`` rewrites it on a GPU. Each row names the
+chip that it was measured on. ``null`` means not measured: it was chosen because the kernel compiles
+for this family without spilling registers.
 """
 
 from __future__ import annotations
@@ -17,22 +18,25 @@ from typing import NamedTuple
 
 TABLE = Path(__file__).with_name("configurations.json")
 
-# Families of chips, by the oldest compute capability of each. What sets them apart is shared memory
-# (163 KB on sm_80, 99 on sm_86, 89 and 120, 227 on sm_90 and 100) and the tensor core instructions.
+# Families of chips and the oldest compute capability of each. They differ in shared memory (163 KB
+# on sm_80, 99 on sm_86, 89 and 120, 227 on sm_90 and 100) and in their tensor core instructions.
 FAMILIES = {"sm_80": 80, "sm_89": 86, "sm_90": 90, "sm_100": 100, "sm_120": 120}
 KERNELS = ("one_pass", "gram", "residual", "gradients", "product")
-# What is multiplied: half-precision maps, fp32 in one TF32 product, fp32 in three.
+# Kinds of products: of half-precision maps; of fp32 as one TF32 product; of fp32 as three.
 KINDS = ("half", "tf32", "tf32x3")
-# How maps are read: in rows of whole 16 bytes; in rows that are not, of 49 elements, say, one by
-# one; pooled on the way or by more than one stride, which takes the most registers.
+# How maps are read, from fastest to slowest. "aligned": rows can be copied in units of 4 bytes or
+# more. "odd": they cannot, e.g. rows of 49 halves, so elements are read one by one. "scattered":
+# pooled while reading, or by more than one stride, which takes the most registers. For "product",
+# "aligned" means that strides are multiples of 16 bytes.
 ACCESSES = ("aligned", "odd", "scattered")
 
 
 class Configuration(NamedTuple):
-    """``block_m``, ``block_n``: channels of first and second map; ``block_k``: positions.
+    """Block sizes, warps and stages of a kernel.
 
+    ``block_m`` and ``block_n`` are channels of the first and the second map, ``block_k`` positions.
     For "gram", ``block_m`` is a block of channels of either map. For "gradients", ``block_m`` are
-    the channels of the gradient's own map and ``block_n`` those of the other. For "product", they
+    channels of the gradient's own map and ``block_n`` of the other map. For "product", the blocks
     are rows, columns and summed elements.
     """
 
@@ -44,9 +48,9 @@ class Configuration(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One configuration; it serves shapes up to ``limit``, or all if that is 0.
+    """One configuration. It is for sizes up to ``limit``, or for all sizes if that is 0.
 
-    The limit is of positions for "gram", and of the larger channel count for the others.
+    The size is the number of positions for "gram" and the larger channel count for other kernels.
     """
 
     family: str
@@ -58,24 +62,24 @@ class Row(NamedTuple):
     measured: str | None
 
 
-_substitute: tuple[Row, ...] | None = None
+_replacement: tuple[Row, ...] | None = None
 
 
 def rows() -> tuple[Row, ...]:
     """The whole table."""
-    return _read() if _substitute is None else _substitute
+    return _read() if _replacement is None else _replacement
 
 
 @contextmanager
 def using(table: Sequence[Row]) -> Iterator[None]:
-    """Put another table in force for a while: of candidates, to compile or to time them."""
-    global _substitute
-    previous, _substitute = _substitute, tuple(table)
+    """Use another table in a ``with`` block, e.g. of candidates to compile or time."""
+    global _replacement
+    previous, _replacement = _replacement, tuple(table)
     configuration_of.cache_clear()
     try:
         yield
     finally:
-        _substitute = previous
+        _replacement = previous
         configuration_of.cache_clear()
 
 
@@ -90,7 +94,7 @@ def _read() -> tuple[Row, ...]:
 
 
 def read(path: Path) -> tuple[Row, ...]:
-    """The table that a file holds."""
+    """Read a table from a file."""
     return tuple(
         Row(
             row["family"],
@@ -106,13 +110,13 @@ def read(path: Path) -> tuple[Row, ...]:
 
 
 def write(table: Sequence[Row], path: Path | None = None) -> None:
-    """Replace the table in a file, the package's own by default: a line for each row.
+    """Write a table to a file, the package's own by default, one line for each row.
 
-    The file is replaced as a whole, so a process that is killed meanwhile leaves the old table.
+    The file is replaced as a whole. If the process is killed meanwhile, the old table stays.
     """
     path = path or TABLE
     lines = []
-    for row in sorted(table, key=_order):
+    for row in sorted(table, key=_sort_key):
         c = row.configuration
         fields = {
             "family": row.family,
@@ -136,7 +140,7 @@ def write(table: Sequence[Row], path: Path | None = None) -> None:
     configuration_of.cache_clear()
 
 
-def _order(row: Row) -> tuple[int, ...]:
+def _sort_key(row: Row) -> tuple[int, ...]:
     return (
         list(FAMILIES).index(row.family),
         KERNELS.index(row.kernel),
@@ -150,9 +154,9 @@ def _order(row: Row) -> tuple[int, ...]:
 def configuration_of(
     kernel: str, kind: str, family: str, access: str, size: int = 0
 ) -> Configuration | None:
-    """Of the first row that serves ``size``; ``None`` if there is none.
+    """The configuration of the first row that is for ``size``; ``None`` if there is none.
 
-    A chip has no row for what would not fit its registers.
+    A family has no row for what does not fit its registers.
     """
     fitting = (r for r in rows_of(kernel, kind, family, access) if not 0 < r.limit < size)
     row = next(fitting, None)
@@ -167,5 +171,5 @@ def rows_of(kernel: str, kind: str, family: str, access: str) -> list[Row]:
 
 
 def family_of(capability: int) -> str:
-    """The table for a chip of this compute capability (89 for 8.9), which is at least 80."""
+    """The family of a chip of this compute capability, at least 80 (89 stands for 8.9)."""
     return [name for name, oldest in FAMILIES.items() if oldest <= capability][-1]

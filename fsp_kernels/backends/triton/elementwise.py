@@ -1,4 +1,4 @@
-"""The last step of forward, a sum, and all of backward, a scaling."""
+"""The sum of the partial losses, which ends forward, and the scaling of gradients in backward."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ BLOCK = 1024  # fp32 elements: 16 bytes for each thread of 8 warps
 
 @triton.jit
 def fsp_finish(partials, out, count, BLOCK: tl.constexpr):
-    """The sum of ``partials (count,)`` in a fixed order, by one program; not below zero.
+    """The sum of ``partials (count,)`` in a fixed order, by one program. It is never negative.
 
-    Those of a Gram form may be, for rounding errors that are larger than the loss. What overflows
-    there becomes NaN, not zero.
+    In Gram form rounding errors may be larger than the loss, so the sum may be below zero: then the
+    result is zero, or NaN if the sum is -Inf after an overflow.
     """
     total = tl.zeros((BLOCK,), tl.float32)
     index = tl.arange(0, BLOCK)
@@ -37,14 +37,15 @@ def fsp_finish(partials, out, count, BLOCK: tl.constexpr):
 def fsp_scale(
     pointers, factor, sizes, IN_PLACE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """``out = gradient * factor`` for each pair of pointers; in place, a factor of 1 is no work.
+    """``out = gradient * factor`` for each pair of pointers. In place, a factor of 1 is skipped.
 
-    The factor is read on the device, so nobody waits for it; every program goes over all tensors.
+    The factor is read on the device, so the host need not wait for it. Each program works on all
+    tensors.
     """
     value = tl.load(factor).to(tl.float32)
     for i in tl.static_range(COUNT):
         gradient, out = pointers[i]
-        # Where a gradient waits in another dtype it has to be written whatever the factor.
+        # A gradient that was held in another dtype must be written even if the factor is 1.
         if (not IN_PLACE) | (gradient.dtype != out.dtype) | (value != 1):
             first = tl.program_id(0).to(tl.int64) * BLOCK  # so that the loop counts in 64 bits
             for start in range(first, sizes[i], tl.num_programs(0) * BLOCK):
@@ -54,10 +55,10 @@ def fsp_scale(
                 tl.store(out + index, cast(x * value, out.dtype.element_ty), mask)
 
 
-# Enough programs to saturate memory; few enough that to start them all for nothing takes no time.
+# Enough programs to saturate memory, but so few that starting them for a factor of 1 costs nothing.
 _PROGRAMS = 1024
 _WARPS = 8
-_MOST_TENSORS = 32  # of one launch, whose parameters must fit 4 KB
+_MOST_TENSORS = 32  # for each launch: its parameters must fit 4 KB
 
 
 def scale_into(
@@ -77,9 +78,9 @@ def scale_into(
 def _scale_launches(
     scaling: Scaling,
     in_place: bool,
-    device: torch.device,  # noqa: ARG001  (a compiled kernel belongs to one)
+    device: torch.device,  # noqa: ARG001  (a compiled kernel belongs to one device)
 ) -> list[Launch]:
-    """Each is for some of the gradients, and finds them among all."""
+    """Launches that together scale all gradients. Each takes the list of all tensors."""
     count = len(scaling.sizes)
     launches = []
     for start in range(0, count, _MOST_TENSORS):

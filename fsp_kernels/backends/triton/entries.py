@@ -1,4 +1,4 @@
-"""From a planned pair and how its maps lie to what each kernel is told of it."""
+"""Kernel arguments from a planned pair and its strides."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fsp_kernels.backends.triton.tiles import GradientEntry
 from fsp_kernels.loss_plan import MapPlan, PairPlan
 from fsp_kernels.plan import GPU_PROGRAMS, gram_block, gram_operands
 
-COMBINED = 32  # rows and columns of the tile that a program of fsp_combine takes at a time
+COMBINED = 32  # rows and columns of a tile of fsp_combine
 
 
-class Pair:
-    """A pair of a plan and the strides of its maps, from which entries are made."""
+class PlannedPair:
+    """A pair of a plan and the strides of its maps. It makes the pair's kernel arguments."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Pair:
         self._layouts: tuple[Any, ...] = tuple(
             self._layout(x, m) for x, m in zip(slots[:4], planned, strict=True)
         )
-        # A gradient of a map that the kernels pool is as large as the map.
+        # If kernels pool a map, its gradient still has the map's full size.
         self._gradients: tuple[Any, ...] = tuple(
             self._layout(g, m) for g, m in zip(slots[4:], planned, strict=True)
         )
@@ -62,17 +62,20 @@ class Pair:
     def one_pass_entry(self) -> tuple[Entry, int]:
         m, n = self.plan.channels
         c = self._configuration("one_pass", max(m, n))
-        return self._entry(c._replace(block_m=_power(m), block_n=_power(n))), c.warps
+        return self._entry(
+            c._replace(block_m=_block_holding(m), block_n=_block_holding(n))
+        ), c.warps
 
     def gram_entry(self, chunk: int) -> tuple[Entry, int]:
         c = self._configuration("gram", self.plan.positions)
         c = c._replace(block_k=gram_block(self.plan.positions))
         samples, start = self._samples_of(chunk)
-        kept = gram_operands(self.plan.maps)
-        return self._entry(c, samples, start, self.plan.parts, kept=kept), c.warps
+        operands = gram_operands(self.plan.maps)
+        entry = self._entry(c, samples, start, self.plan.parts, operand_count=operands)
+        return entry, c.warps
 
     def _samples_of(self, chunk: int) -> tuple[int, int]:
-        """How many a chunk has, and the first."""
+        """The number of samples of a chunk, and the first one."""
         start = chunk * self.plan.samples
         return min(self.plan.samples, self.plan.batch - start), start
 
@@ -86,12 +89,12 @@ class Pair:
         return self._entry(c, samples, start, self.plan.parts, self.plan.finishes), c.warps
 
     def combine_entry(self, residual: Entry) -> Entry:
-        """Tiles of its own: small ones, since nothing is multiplied and many fill a device."""
+        """The entry with smaller tiles: nothing is multiplied, and many tiles fill a device."""
         block = tl.constexpr(COMBINED)
         return residual._replace(block_m=block, block_n=block)
 
     def gradient_entries(self, residual: Entry) -> list[tuple[int, GradientEntry, int]]:
-        """Of each map that wants one: its number, the entry, warps."""
+        """For each map that wants a gradient: the map's number, the entry, the warps."""
         m, n = self.plan.channels
         c = self._configuration("gradients", max(m, n))
         found = []
@@ -132,7 +135,7 @@ class Pair:
         first_sample: int = 0,
         parts: int = 1,
         finishes: bool = True,
-        kept: int = 0,
+        operand_count: int = 0,
     ) -> Entry:
         plan = self.plan
         teacher_positions = plan.teacher[0].positions if not self._ready else 1
@@ -154,10 +157,10 @@ class Pair:
             stages=tl.constexpr(c.stages),
             parts=tl.constexpr(parts),
             finishes=tl.constexpr(finishes),
-            kept=tl.constexpr(kept),
+            operand_count=tl.constexpr(operand_count),
         )
 
 
-def _power(size: int) -> int:
-    """The smallest block a tensor core takes that holds ``size``."""
+def _block_holding(size: int) -> int:
+    """The smallest block for tensor cores that holds ``size`` elements."""
     return max(16, triton.next_power_of_2(size))

@@ -1,4 +1,4 @@
-"""The loss in Gram form: few positions, many channels.
+"""The loss in Gram form, for few positions and many channels.
 
 With the differences ``p = a - c`` and ``q = b - d`` of residual.py, and ``pp`` for ``p^T p``,
 
@@ -8,11 +8,11 @@ With the differences ``p = a - c`` and ``q = b - d`` of residual.py, and ``pp`` 
     D d   = p (bb - qb^T) + c (qb - qq)     D^T c = b cp^T + q cc
 
 so only six ``K x K`` blocks are accumulated, and no ``m x n`` object exists. Below, ``x, y`` stand
-for ``p, c`` on the side of the first maps and for ``b, q`` on that of the second.
+for ``p, c`` on the side of the first maps and for ``b, q`` on the side of the second maps.
 
-The first launch writes the blocks of parts of the channels, since the samples alone would not fill
-the device. The second adds the parts; it writes the loss, and what the gradients are products with.
-The third writes the gradients.
+There are three launches. The first writes blocks, each summed over a part of the channels: a
+program for each sample would not fill the device. The second adds the parts; it writes the loss and
+the blocks that the gradients are products with (operands). The third writes the gradients.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from fsp_kernels.backends.triton.residual import (
 from fsp_kernels.plan import GRAM_BLOCKS
 
 BLOCKS = tl.constexpr(GRAM_BLOCKS)  # in this order: pp, cp, cc, bb, qb, qq
-# Rows of all blocks that a program of the second launch adds: several programs serve a sample.
+# Rows that a program of the second launch adds, of all blocks; several programs share a sample.
 COMBINED_ROWS = tl.constexpr(8)
 
 
 @triton.jit
 def fsp_gram(pointers, workspaces, entries, COUNT: tl.constexpr):
-    """Write the blocks of parts of the channels, ``(parts, samples, BLOCKS, block_k, block_k)``.
+    """Write the parts of all blocks, ``(parts, samples, BLOCKS, block_k, block_k)``.
 
-    A program has one part of one block: all of a side would need more registers than it has.
+    A program computes one part of one block: all blocks of a side would need too many registers.
     """
     program = tl.program_id(0)
     start = 0
     for i in tl.static_range(COUNT):
         stop = start + BLOCKS * entries[i].parts * entries[i].samples
         if (program >= start) & (program < stop):
-            # The blocks of a part are neighbours, so that they find its maps in cache.
+            # Programs for the blocks of a part are neighbours, so they find its maps in cache.
             index = (program - start) // BLOCKS
             part = index % entries[i].parts
             sample = index // entries[i].parts
@@ -58,7 +58,7 @@ def fsp_gram(pointers, workspaces, entries, COUNT: tl.constexpr):
 
 @triton.jit
 def _write_block(pointers, workspace, entry, INDEX: tl.constexpr, sample, part):
-    """A part of ``x^T x``, ``y^T x`` or ``y^T y`` of one side."""
+    """Write a part of ``x^T x``, ``y^T x`` or ``y^T y`` of one side."""
     SIDE: tl.constexpr = INDEX // 3
     C: tl.constexpr = entry.m if SIDE == 0 else entry.n
     block = tl.zeros((entry.block_k, entry.block_k), tl.float32)
@@ -70,15 +70,15 @@ def _write_block(pointers, workspace, entry, INDEX: tl.constexpr, sample, part):
         block = multiply(tl.trans(left), right, block, entry.precision)
     slot = part * entry.samples + sample
     rows = tl.arange(0, entry.block_k)
-    tl.store(_rows(workspace, entry, BLOCKS, slot, INDEX, rows), block)
+    tl.store(_row_addresses(workspace, entry, BLOCKS, slot, INDEX, rows), block)
 
 
 @triton.jit
 def fsp_gram_combine(workspaces, partials, entries, first, COUNT: tl.constexpr, factors):
     """Add the parts of some rows of a sample's blocks; write their loss and the operands.
 
-    ``workspaces``: of each pair that of the blocks and that of the operands, which are ``kept``
-    blocks ``(block_k, block_k)`` for each sample: two for each gradient.
+    ``workspaces`` holds for each pair that of the blocks and that of the operands. The operands of
+    a sample are ``operand_count`` blocks ``(block_k, block_k)``, two for each gradient.
     """
     program = tl.program_id(0)
     start = 0
@@ -89,50 +89,50 @@ def fsp_gram_combine(workspaces, partials, entries, first, COUNT: tl.constexpr, 
             index = program - start
             sample = index // groups
             rows = index % groups * COMBINED_ROWS + tl.arange(0, COMBINED_ROWS)
-            loss = _combine(workspaces[i], entries[i], factors[i], sample, rows)
+            loss = _combine_rows(workspaces[i], entries[i], factors[i], sample, rows)
             tl.store(partials + first + program, loss * factors[i])
         start = stop
 
 
 @triton.jit
-def _combine(workspaces, entry, factor, sample, rows):
-    """The loss of some rows, without its factor, which may be negative for rounding errors."""
+def _combine_rows(workspaces, entry, factor, sample, rows):
+    """The loss of some rows, without its factor. Rounding errors may make it negative."""
     blocks, operands = workspaces
-    pp = _total(blocks, entry, 0, sample, rows)
-    cp = _total(blocks, entry, 1, sample, rows)
-    cc = _total(blocks, entry, 2, sample, rows)
-    bb = _total(blocks, entry, 3, sample, rows)
-    qb = _total(blocks, entry, 4, sample, rows)
-    qq = _total(blocks, entry, 5, sample, rows)
-    # Scaled before products, which may overflow without.
+    pp = _sum_of_parts(blocks, entry, 0, sample, rows)
+    cp = _sum_of_parts(blocks, entry, 1, sample, rows)
+    cc = _sum_of_parts(blocks, entry, 2, sample, rows)
+    bb = _sum_of_parts(blocks, entry, 3, sample, rows)
+    qb = _sum_of_parts(blocks, entry, 4, sample, rows)
+    qq = _sum_of_parts(blocks, entry, 5, sample, rows)
+    # Scaled before they are multiplied, because the products might overflow.
     inverse = 1.0 / entry.student_positions
     inverse *= inverse
     products = pp * inverse * bb + 2 * (cp * inverse) * qb + cc * inverse * qq
     if operands is not None:
-        pc = _total_of_columns(blocks, entry, 1, sample, rows)
-        bq = _total_of_columns(blocks, entry, 4, sample, rows)
+        pc = _sum_of_parts_transposed(blocks, entry, 1, sample, rows)
+        bq = _sum_of_parts_transposed(blocks, entry, 4, sample, rows)
         scale = 2 * factor * inverse
-        _keep(scale, bb, bq, operands, entry, 0, sample, rows)
-        _keep(scale, pp + cp, pc + cc, operands, entry, 1, sample, rows)
-        if entry.kept > 4:
-            _keep(-scale, bb - qb, bq - qq, operands, entry, 2, sample, rows)
-            _keep(-scale, cp, cc, operands, entry, 3, sample, rows)
+        _write_operands(scale, bb, bq, operands, entry, 0, sample, rows)
+        _write_operands(scale, pp + cp, pc + cc, operands, entry, 1, sample, rows)
+        if entry.operand_count > 4:
+            _write_operands(-scale, bb - qb, bq - qq, operands, entry, 2, sample, rows)
+            _write_operands(-scale, cp, cc, operands, entry, 3, sample, rows)
     return tl.sum(tl.sum(products, axis=1))
 
 
 @triton.jit
-def _total(blocks, entry, INDEX: tl.constexpr, sample, rows):
+def _sum_of_parts(blocks, entry, INDEX: tl.constexpr, sample, rows):
     """The sum of the parts of some rows of a block."""
     total = tl.zeros((COMBINED_ROWS, entry.block_k), tl.float32)
     for part in range(entry.parts):
         slot = part * entry.samples + sample
-        total += tl.load(_rows(blocks, entry, BLOCKS, slot, INDEX, rows))
+        total += tl.load(_row_addresses(blocks, entry, BLOCKS, slot, INDEX, rows))
     return total
 
 
 @triton.jit
-def _total_of_columns(blocks, entry, INDEX: tl.constexpr, sample, columns):
-    """The same of columns, as rows."""
+def _sum_of_parts_transposed(blocks, entry, INDEX: tl.constexpr, sample, columns):
+    """The sum of the parts of some columns of a block, transposed."""
     K: tl.constexpr = entry.block_k
     total = tl.zeros((COMBINED_ROWS, entry.block_k), tl.float32)
     for part in range(entry.parts):
@@ -143,20 +143,22 @@ def _total_of_columns(blocks, entry, INDEX: tl.constexpr, sample, columns):
 
 
 @triton.jit
-def _keep(scale, x_rows, y_rows, operands, entry, OWN: tl.constexpr, sample, rows):
-    """Write rows of the transposed operands of the gradient of the map number OWN."""
+def _write_operands(scale, x_rows, y_rows, operands, entry, OWN: tl.constexpr, sample, rows):
+    """Write rows of both operands, transposed, for the gradient of the map number OWN."""
     x_rows *= scale
     y_rows *= scale
     if entry.precision == "tf32":
         x_rows = round_to_tf32(x_rows)
         y_rows = round_to_tf32(y_rows)
-    tl.store(_rows(operands, entry, entry.kept, sample, 2 * OWN, rows), x_rows)
-    tl.store(_rows(operands, entry, entry.kept, sample, 2 * OWN + 1, rows), y_rows)
+    tl.store(_row_addresses(operands, entry, entry.operand_count, sample, 2 * OWN, rows), x_rows)
+    tl.store(
+        _row_addresses(operands, entry, entry.operand_count, sample, 2 * OWN + 1, rows), y_rows
+    )
 
 
 @triton.jit
 def fsp_gram_gradients(pointers, workspaces, entries, COUNT: tl.constexpr):
-    """Write ``x @ x_block + y @ y_block`` for every gradient; a part of its channels each."""
+    """Write ``x @ x_block + y @ y_block`` for every gradient. A program has a part of channels."""
     program = tl.program_id(0)
     start = 0
     for i in tl.static_range(COUNT):
@@ -166,17 +168,19 @@ def fsp_gram_gradients(pointers, workspaces, entries, COUNT: tl.constexpr):
                 if (program >= start) & (program < stop):
                     part = (program - start) % entries[i].parts
                     sample = (program - start) // entries[i].parts
-                    _sweep(pointers[i], workspaces[i], entries[i], own, sample, part)
+                    _write_gradient(pointers[i], workspaces[i], entries[i], own, sample, part)
                 start = stop
 
 
 @triton.jit
-def _sweep(pointers, operands, entry, OWN: tl.constexpr, sample, part):
+def _write_gradient(pointers, operands, entry, OWN: tl.constexpr, sample, part):
     """Write a part of the gradient of the map number OWN."""
-    # Transposed, so that the blocks are left operands: of these a warp holds its own rows only.
+    # Stored transposed, so that they are left operands, of which a warp holds only its own rows.
     rows = tl.arange(0, entry.block_k)
-    x_block = tl.load(_rows(operands, entry, entry.kept, sample, 2 * OWN, rows))
-    y_block = tl.load(_rows(operands, entry, entry.kept, sample, 2 * OWN + 1, rows))
+    x_block = tl.load(_row_addresses(operands, entry, entry.operand_count, sample, 2 * OWN, rows))
+    y_block = tl.load(
+        _row_addresses(operands, entry, entry.operand_count, sample, 2 * OWN + 1, rows)
+    )
     C: tl.constexpr = entry.m if OWN % 2 == 0 else entry.n
     map_sample = sample + entry.first_sample
     begin, end = range_of(part, entry.parts, C, entry.block_m)
@@ -189,8 +193,8 @@ def _sweep(pointers, operands, entry, OWN: tl.constexpr, sample, part):
 
 
 @triton.jit
-def _rows(workspace, entry, PER_SAMPLE: tl.constexpr, slot, index, rows):
-    """Pointers to rows of the block number ``index`` of ``PER_SAMPLE`` in a slot."""
+def _row_addresses(workspace, entry, PER_SAMPLE: tl.constexpr, slot, index, rows):
+    """Pointers to rows of the block number ``index`` of a slot, which has ``PER_SAMPLE`` blocks."""
     K: tl.constexpr = entry.block_k
     start = workspace + (slot.to(tl.int64) * PER_SAMPLE + index) * (K * K)
     return start + rows[:, None] * K + tl.arange(0, K)[None, :]
@@ -202,9 +206,9 @@ def _load_sides(pointers, entry, SIDE: tl.constexpr, sample, channel):
     BLOCK_C: tl.constexpr = entry.block_m
     student = load_map(pointers, entry, SIDE, sample, channel, 0, BLOCK_C, entry.block_k)
     teacher = load_map(pointers, entry, SIDE + 2, sample, channel, 0, BLOCK_C, entry.block_k)
-    apart = difference(student, teacher, tl.float32, entry.precision)
+    differences = difference(student, teacher, tl.float32, entry.precision)
     if SIDE == 0:
-        x, y = apart, teacher
+        x, y = differences, teacher
     else:
-        x, y = student, apart
+        x, y = student, differences
     return x, y

@@ -1,8 +1,8 @@
-"""Launching kernels at the cost of a C call.
+"""Launch kernels at the cost of a C call.
 
-Triton's own launch path inspects every argument on every call. Here a kernel is bound once to its
-grid and to all that depends on shapes and strides; a call brings addresses and scalars. The
-compiled kernel is looked up by what is left to inspect: which addresses are multiples of 16 bytes.
+Triton's own launch inspects every argument at every call. Here a kernel is bound once to its grid
+and to all arguments that depend on shapes and strides. A call passes only addresses and scalars.
+The compiled kernel is looked up by which of the addresses are multiples of 16 bytes.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from fsp_kernels.backends.devices import check_not_capturing
 from fsp_kernels.backends.triton.arithmetic import INTERPRETED
 from fsp_kernels.backends.triton.configurations import family_of
 
-# Where a kernel takes its tensors from a list: numbers, alone or in nested tuples, with None where
-# it takes none.
+# Which tensors of a list a kernel takes, and in what structure: indices in nested tuples, with None
+# for an argument without a tensor.
 Places = Any
 
 
 class Launch:
     """A kernel bound to its grid and constant arguments, callable with tensors and floats.
 
-    ``places`` say where it takes which tensor; without them it takes all, one after the other.
+    ``places`` says which of the tensors it takes; without ``places`` it takes all, in order.
     """
 
     def __init__(
@@ -42,10 +42,10 @@ class Launch:
         self._compiled: dict[tuple[bool, ...], Any] = {}
 
     def __call__(self, stream: int, tensors: Sequence[Tensor], *scalars: Any) -> None:
-        """Launch on ``stream``, a raw handle, of the current device."""
+        """Launch on ``stream``, a raw handle of a stream of the current device."""
         addresses = list(map(Tensor.data_ptr, tensors))
-        every = reduce(or_, addresses)
-        alignment = () if every % 16 == 0 else tuple([x % 16 == 0 for x in addresses])
+        combined = reduce(or_, addresses)
+        alignment = () if combined % 16 == 0 else tuple([x % 16 == 0 for x in addresses])
         compiled = self._compiled.get(alignment)
         if compiled is not None:
             arguments = self.arrange(addresses)
@@ -58,27 +58,27 @@ class Launch:
         self._compiled[alignment] = self.start(self.arrange(tensors), *scalars)
 
     def start(self, tensors: tuple[Any, ...], *scalars: Any) -> Any:
-        """Launch by Triton's own path, on the current stream; the compiled kernel."""
+        """Launch as Triton does, on the current stream. Returns the compiled kernel."""
         return self.kernel[self.grid](*tensors, *self.constants, *scalars, num_warps=self.warps)
 
 
 def _arranger(places: Places) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """A function that arranges a list as ``places`` say; compiled, since every launch calls it."""
+    """Compile a function that arranges a list as ``places`` says, since every launch calls it."""
 
-    def written(places: Places) -> str:
+    def code_of(places: Places) -> str:
         if isinstance(places, tuple):
-            return f"({''.join(f'{written(x)}, ' for x in places)})"
+            return f"({''.join(f'{code_of(x)}, ' for x in places)})"
         return "None" if places is None else f"x[{places}]"
 
-    arrange: Callable[[Sequence[Any]], tuple[Any, ...]] = eval(f"lambda x: {written(places)}")
+    arrange: Callable[[Sequence[Any]], tuple[Any, ...]] = eval(f"lambda x: {code_of(places)}")
     return arrange
 
 
 def device_family(device: torch.device | None = None) -> str:
-    """The configuration table for a device, the current one if none is named.
+    """The family of a device, by default the current one.
 
-    The interpreter follows the one with most rows; without a GPU it is that of the chip to compile
-    for.
+    In the interpreter it is the family whose table has most rows. Without a GPU it is that of the
+    chip that Triton compiles for.
     """
     if INTERPRETED:
         return "sm_100"

@@ -1,4 +1,4 @@
-"""What the table of configurations allows for a pair: which rows there are for its maps."""
+"""What the configurations allow for a pair: which rows the table has for its maps."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from fsp_kernels.backends.triton.maps import unit_of
 from fsp_kernels.loss_plan import Evaluation, Limits, MapPlan, multiplied_dtypes
 from fsp_kernels.plan import HALF
 
-SMALLEST_COPY = 4  # bytes that a GPU copies to shared memory while it computes
-# Parts of the positions from which tiles in parts are faster than one pass, which takes longer for
-# each position in fp32. Predicted from the machine code, not measured; for "tf32" not even that.
+SMALLEST_COPY = 4  # bytes: the smallest copy to shared memory that runs while a GPU computes
+# From this many parts of the positions on, tiles in parts are faster than one pass. It is less for
+# fp32, where one pass takes longer for each position. The values for "half" and "tf32x3" were
+# predicted from the machine code, not measured. The value for "tf32" was not even predicted.
 ONE_PASS_PARTS = {"half": 16, "tf32": 3, "tf32x3": 3}
-# Of one launch: a kernel has code for each of its pairs, and takes as long to compile.
+# The most pairs of a launch. A kernel has code for each pair, so more take longer to compile.
 MOST_PAIRS = 8
 
 
@@ -43,7 +44,7 @@ def limits_of(
         gram_positions=max((r.limit for r in rows_of("gram", *row)), default=0),
         bf16_slopes=True,
         blas_gradients=_suits_blas(student, teacher),
-        # A launch takes as many warps as the pair that takes most.
+        # All pairs of a launch get as many warps as the pair that needs most.
         kernels={name: c and c.warps for name, c in configured.items()},
         launch_pairs=MOST_PAIRS,
         launch_products=4 * MOST_PAIRS,
@@ -51,13 +52,13 @@ def limits_of(
 
 
 def kind_of(student: Sequence[MapPlan], teacher: Sequence[MapPlan], precision: str) -> str:
-    """Which of ``configurations.KINDS`` the products of a pair are."""
+    """The kind of a pair's products, one of ``configurations.KINDS``."""
     halves = all(dtype in HALF for dtype in multiplied_dtypes(student, teacher))
     return "half" if halves else precision
 
 
 def access_of(student: Sequence[MapPlan], teacher: Sequence[MapPlan]) -> str:
-    """Which of ``configurations.ACCESSES`` reading a pair is: the slowest of its maps'."""
+    """How a pair is read, one of ``configurations.ACCESSES``: the slowest among its maps."""
     maps = [*student, *teacher] if len(teacher) == 2 else student
     return max((_access_of_map(x.read) for x in maps), key=ACCESSES.index)
 
@@ -71,9 +72,9 @@ def _access_of_map(plan: MapPlan) -> str:
 
 
 def _suits_blas(student: Sequence[MapPlan], teacher: Sequence[MapPlan]) -> bool:
-    """Whether maps, as they lie, and tiles of bf16 beside them have rows of whole 16 bytes.
+    """Whether the rows of the maps, and of bf16 tiles of the residual, are multiples of 16 bytes.
 
-    BLAS has its fast kernels for such operands alone.
+    BLAS has fast kernels only for such operands.
     """
     slope_row = student[1].shape[1] * torch.bfloat16.itemsize
     return slope_row % 16 == 0 and all(
@@ -82,6 +83,6 @@ def _suits_blas(student: Sequence[MapPlan], teacher: Sequence[MapPlan]) -> bool:
 
 
 def _row_bytes(plan: MapPlan) -> int:
-    """Of which all rows of a map are multiples."""
+    """A number of bytes that divides the starts and lengths of all rows of a map."""
     axes = axes_of(plan.shape, plan.strides, plan.pooled_size)
     return unit_of(plan.strides, axes) * plan.dtype.itemsize

@@ -1,7 +1,7 @@
-"""The loss by fused kernels: what is launched for a plan, prepared once and then only launched.
+"""Prepare and run the launches of a planned loss.
 
-A call is a few launches at most, each over all pairs it serves: one pass; by tiles (residual,
-gradients); in Gram form (blocks, their sum, gradients); and the sum of what the programs left.
+A call has a few launches, each for as many pairs as possible: one pass; tiles (residual,
+gradients); Gram form (blocks, their sum, gradients). A last launch adds the partial losses.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fsp_kernels.backends.devices import raw_stream
 from fsp_kernels.backends.tensors import Slots, partner_of, slots_of, tensors_at
 from fsp_kernels.backends.torch_backend import bmm_into
 from fsp_kernels.backends.triton.elementwise import BLOCK, fsp_finish
-from fsp_kernels.backends.triton.entries import Pair
+from fsp_kernels.backends.triton.entries import PlannedPair
 from fsp_kernels.backends.triton.gram import (
     COMBINED_ROWS,
     fsp_gram,
@@ -41,10 +41,10 @@ from fsp_kernels.plan import GRAM_BLOCKS
 Run = Callable[[int, Sequence[Tensor], Sequence[float]], None]
 
 
-class Program:
+class PreparedLoss:
     """The launches of a plan, step by step.
 
-    A step is called with all maps, the wanted gradients and, last, the partial losses.
+    A step is called with a list of all maps, the wanted gradients and, last, the partial losses.
     """
 
     def __init__(self, plan: LossPlan, tensors: Sequence[Tensor]):
@@ -52,10 +52,10 @@ class Program:
         self._slots = slots_of(plan)
         family = device_family(tensors[0].device)
         pairs = [
-            Pair(i, pair, tensors_at(slots, tensors), family, plan.precision)
+            PlannedPair(i, pair, tensors_at(slots, tensors), family, plan.precision)
             for i, (pair, slots) in enumerate(zip(plan.pairs, self._slots, strict=True))
         ]
-        self._place = len(tensors)  # of the partial losses
+        self._partials_place = len(tensors)
         self._partials = 0
         self._steps = [self._prepare(step, [pairs[i] for i in step.pairs]) for step in plan.steps]
         self._finish = Launch(fsp_finish, 1, 8, self._partials, BLOCK)
@@ -72,16 +72,16 @@ class Program:
         return result
 
     def _take_partials(self, count: int) -> int:
-        """The first of as many places for partial losses."""
+        """Reserve places for ``count`` partial losses. Returns the first."""
         self._partials += count
         return self._partials - count
 
-    def _prepare(self, step: Step, pairs: Sequence[Pair]) -> Run:
+    def _prepare(self, step: Step, pairs: Sequence[PlannedPair]) -> Run:
         slots = tuple(self._slots[p.index] for p in pairs)
         if step.evaluation == "one pass":
-            return _OnePass(pairs, slots, self._place, self._take_partials)
-        stored = _Tiles if step.evaluation == "tiles" else _Blocks
-        return stored(pairs, slots, self._place, step.chunk, self._take_partials)
+            return _OnePass(pairs, slots, self._partials_place, self._take_partials)
+        stored = _Tiles if step.evaluation == "tiles" else _GramBlocks
+        return stored(pairs, slots, self._partials_place, step.chunk, self._take_partials)
 
 
 class _OnePass:
@@ -89,13 +89,13 @@ class _OnePass:
 
     def __init__(
         self,
-        pairs: Sequence[Pair],
+        pairs: Sequence[PlannedPair],
         slots: tuple[Slots, ...],
         partials: int,
         take_partials: Callable[[int], int],
     ):
         self._indices = [p.index for p in pairs]
-        entries, warps = _configured([p.one_pass_entry() for p in pairs])
+        entries, warps = _entries_and_warps([p.one_pass_entry() for p in pairs])
         grid = sum(e.samples for e in entries)
         constants = entries, take_partials(grid), len(entries)
         self._launch = Launch(fsp_one_pass, grid, warps, *constants, places=(slots, partials))
@@ -104,19 +104,19 @@ class _OnePass:
         self._launch(stream, tensors, tuple([factors[i] for i in self._indices]))
 
 
-class _Blocks:
+class _GramBlocks:
     """The launches of gram.py over one chunk of samples of some pairs."""
 
     def __init__(
         self,
-        pairs: Sequence[Pair],
+        pairs: Sequence[PlannedPair],
         slots: tuple[Slots, ...],
         partials: int,
         chunk: int,
         take_partials: Callable[[int], int],
     ):
         self._indices = [p.index for p in pairs]
-        entries, warps = _configured([p.gram_entry(chunk) for p in pairs])
+        entries, warps = _entries_and_warps([p.gram_entry(chunk) for p in pairs])
         programs = [e.samples * e.parts.value for e in entries]
         sides = [e.block_k.value for e in entries]
         self._stored = [
@@ -124,11 +124,11 @@ class _Blocks:
         ]
         place = count(partials + 1)
         blocks = tuple(next(place) for _ in pairs)
-        operands = tuple(next(place) if e.kept.value else None for e in entries)
+        operands = tuple(next(place) if e.operand_count.value else None for e in entries)
         self._stored += [
-            (e.samples, e.kept.value, k, k)
+            (e.samples, e.operand_count.value, k, k)
             for e, k in zip(entries, sides, strict=True)
-            if e.kept.value
+            if e.operand_count.value
         ]
 
         grid = GRAM_BLOCKS * sum(programs)
@@ -160,15 +160,15 @@ class _Tiles:
 
     def __init__(
         self,
-        pairs: Sequence[Pair],
+        pairs: Sequence[PlannedPair],
         slots: tuple[Slots, ...],
         partials: int,
         chunk: int,
         take_partials: Callable[[int], int],
     ):
-        # Those whose loss the first launch tells come first, and with them their partial losses.
+        # Pairs whose loss the first launch computes come first, so their partial losses do too.
         self._indices = [p.index for p in pairs]
-        entries, warps = _configured([p.residual_entry(chunk) for p in pairs])
+        entries, warps = _entries_and_warps([p.residual_entry(chunk) for p in pairs])
         self._slopes = [
             ((e.samples, e.m.value, e.n.value), p.plan.slope_dtype)
             for p, e in zip(pairs, entries, strict=True)
@@ -183,8 +183,8 @@ class _Tiles:
 
         programs = [e.samples * e.parts.value * _tiles(e) for e in entries]
         grid = sum(programs)
-        told = [number for p, number in zip(pairs, programs, strict=True) if p.plan.finishes]
-        first = take_partials(sum(told))
+        with_loss = [number for p, number in zip(pairs, programs, strict=True) if p.plan.finishes]
+        first = take_partials(sum(with_loss))
         written = tuple(s if p is None else p for s, p in zip(slopes, parts, strict=True))
         places: Places = (slots, written, partials)
         self._residual = Launch(
@@ -200,8 +200,14 @@ class _Tiles:
             self._combine = Launch(fsp_combine, grid, 4, chosen, first, len(chosen), places=places)
 
         found = [
-            ((mine[own], mine[4 + own], mine[partner_of(own)], slope), entry, warps, p.plan, own)
-            for p, e, mine, slope in zip(pairs, entries, slots, slopes, strict=True)
+            (
+                (own_slots[own], own_slots[4 + own], own_slots[partner_of(own)], slope),
+                entry,
+                warps,
+                p.plan,
+                own,
+            )
+            for p, e, own_slots, slope in zip(pairs, entries, slots, slopes, strict=True)
             for own, entry, warps in p.gradient_entries(e)
         ]
         self._by_blas = [
@@ -245,7 +251,7 @@ class _Tiles:
             self._matrix_gradients(stream, tensors)
 
     def _slope(self, index: int, parts: Tensor | None, partials: Tensor) -> Tensor | None:
-        """Where slopes go: over the first part, if that has their dtype."""
+        """The tensor for a pair's slopes: the memory of the first part, if the dtypes are equal."""
         shape, dtype = self._slopes[index]
         if dtype is None:
             return None
@@ -257,14 +263,14 @@ class _Tiles:
 def _multiply_by_blas(
     gradient: Tensor, other: Tensor, slope: Tensor, own: int, entry: GradientEntry
 ) -> None:
-    """Write the gradient of the map number ``own``, as fsp_gradients does."""
+    """Write the gradient of the map number ``own`` by PyTorch, instead of fsp_gradients."""
     samples = slice(entry.first_sample, entry.first_sample + entry.samples)
     x = slope if own % 2 == 0 else slope.mT
     bmm_into(gradient.flatten(2)[samples], x, other.flatten(2)[samples], entry.ratio)
 
 
-def _configured(found: Sequence[tuple[Entry, int]]) -> tuple[tuple[Entry, ...], int]:
-    """The entries of a launch, and the most warps that any of them wants."""
+def _entries_and_warps(found: Sequence[tuple[Entry, int]]) -> tuple[tuple[Entry, ...], int]:
+    """The entries of a launch, and the largest number of warps among them."""
     return tuple(entry for entry, _ in found), max(warps for _, warps in found)
 
 
@@ -274,7 +280,7 @@ def _tiles(entry: Entry) -> int:
 
 
 def _combined_tiles(entry: Entry) -> int:
-    """What programs of fsp_combine take: tiles, or blocks of columns."""
+    """How many programs of fsp_combine an entry needs: one for each tile, or block of columns."""
     columns = triton.cdiv(entry.n.value, entry.block_n.value)
     return entry.samples * (columns if entry.norm.value == "column" else _tiles(entry))
 

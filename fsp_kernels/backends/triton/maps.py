@@ -1,9 +1,9 @@
-"""Feature maps inside a kernel: read a tile, pooled on the way, and write its gradient.
+"""Feature maps inside a kernel: read a tile and pool it, and write its gradient.
 
 A map is read by its strides, one ``(channels, positions)`` tile at a time. If it is pooled to its
-partner's size, each position of the tile stands for a window. Nothing pooled is stored: the maximum
-is found again when its gradient is written. Windows of two neighbours are read and written by whole
-rows, others element by element.
+partner's size, each position of the tile stands for a window. The pooled map is not stored: the
+maximum is found again when its gradient is written. If windows have two neighbours in a row, whole
+rows are read and written. Other windows are read and written element by element.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ INT32_LIMIT = 2**31 - 1
 
 
 class MapLayout(NamedTuple):
-    """Where the elements of a map ``(B, C, *spatial)`` lie; strides in elements.
+    """Strides and sizes of a map ``(B, C, *spatial)``; strides in elements.
 
-    Three spatial axes always, leading ones of size 1 where there are fewer. The kernel's code
-    depends on the fields marked constant.
+    There are always three spatial axes. If the map has fewer, the leading ones have size 1. The
+    kernel is compiled for each value of the fields marked constant.
     """
 
     sample: int
@@ -37,21 +37,21 @@ class MapLayout(NamedTuple):
     columns: int
     window: Any  # constant (d, h, w): elements pooled along each axis
     pool: Any  # constant: "none", "max" or "avg"
-    flat: Any  # constant: positions lie `width` apart, whatever their axis
+    flat: Any  # constant: the stride `width` leads from each position to the next across all axes
     wide: Any  # constant: offsets within a sample need 64 bits
-    span: Any  # constant: elements of a window that lie together; see `span_of`
+    span: Any  # constant: neighbours of a window that are read at once; see `span_of`
     unit: Any  # constant: elements that are read and written at once; see `unit_of`
-    inner: Any  # constant: whether channels, rather than positions, are neighbours in memory
+    inner: Any  # constant: whether channels, not positions, are neighbours in memory
 
 
 def layout_of(
     shape: Sequence[int], strides: Sequence[int], size: Sequence[int] | None, pool: str
 ) -> MapLayout:
-    """The layout of a map that is pooled to ``size``, a divisor of its own axis by axis."""
+    """The layout of a map that is pooled to ``size``, which divides the map's size axis by axis."""
     axes = axes_of(shape, strides, size)
     span = span_of(axes)
     reach = sum((s - 1) * abs(t) for s, t in zip(shape[1:], strides[1:], strict=True))
-    reach = max(reach, span * math.prod(axes.sizes))  # to where positions are counted
+    reach = max(reach, span * math.prod(axes.sizes))  # positions are counted up to there
     constant = tl.constexpr
     return MapLayout(
         sample=strides[0],
@@ -74,18 +74,18 @@ def layout_of(
 def span_of(axes: Axes) -> int:
     """How many elements of a window are read at once: 2 if it has two neighbours in a row, else 1.
 
-    A row of the map is then read without gaps, and a thread has both neighbours.
+    With 2, a row of the map is read without gaps, and a thread has both neighbours.
     """
     return 2 if axes.strides[2] == 1 and axes.windows[2] == 2 else 1
 
 
 def unit_of(strides: Sequence[int], axes: Axes) -> int:
-    """The largest power of two, at most 16, of elements that always lie together in a row.
+    """The largest power of two, at most 16, of elements into which all rows can be cut.
 
-    Rows begin at multiples of it, and end there: all strides but that of a row are divisible by it,
-    and the length of a row if it is positions that are neighbours. A compiler that knows it reads
-    14 x 14 maps of bf16 by 8 bytes; Triton by itself looks for multiples of 16 elements, and reads
-    them by 2. Rows of windows that are not read whole have gaps, and no units.
+    It divides all strides other than that within a row. If positions are neighbours, it divides the
+    length of a row, too. If the compiler knows it, it reads 14 x 14 maps of bf16 in units of 8
+    bytes. Triton by itself only looks for multiples of 16 elements, and would read units of 2
+    bytes. If windows are not read in whole rows, rows have gaps and the unit is 1.
     """
     sample, channel, position = *strides[:2], axes.strides[2]
     if position == 1 and axes.windows[2] == span_of(axes):
@@ -95,7 +95,7 @@ def unit_of(strides: Sequence[int], axes: Axes) -> int:
 
 
 class MapRef(NamedTuple):
-    """A feature map or its gradient, as the functions below take it."""
+    """A feature map or its gradient, as an argument of the functions below."""
 
     pointer: Any
     layout: Any
@@ -105,9 +105,9 @@ class MapRef(NamedTuple):
 
 @triton.jit
 def load_tile(x, sample, channel, position, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
-    """``(BLOCK_C, BLOCK_K)`` from ``channel`` and ``position`` on, zero beyond the map's end.
+    """A tile ``(BLOCK_C, BLOCK_K)`` that begins at ``channel`` and ``position``.
 
-    In the map's dtype, except that averages stay in fp32.
+    It is zero beyond the map's end. It has the map's dtype, but averages are fp32.
     """
     tile, _ = _load(x, sample, channel, position, BLOCK_C, BLOCK_K)
     return tile
@@ -117,8 +117,8 @@ def load_tile(x, sample, channel, position, BLOCK_C: tl.constexpr, BLOCK_K: tl.c
 def write_gradient(value, x, gradient, sample, channel, position):
     """Write the gradient ``value (BLOCK_C, BLOCK_K)`` of a tile of ``x`` to ``gradient``.
 
-    An average passes it to each element of a window in equal parts, a maximum to the element that
-    it was. Windows of an integer ratio do not overlap, so each element is written once.
+    For averages each element of a window gets an equal share. For maxima the element that was the
+    maximum gets the whole. Windows do not overlap, so each element is written once.
     """
     BLOCK_C: tl.constexpr = value.shape[0]
     BLOCK_K: tl.constexpr = value.shape[1]
@@ -133,7 +133,7 @@ def write_gradient(value, x, gradient, sample, channel, position):
         else:
             value *= 1.0 / window
         span: tl.constexpr = gradient.layout.span
-        # A third axis from here on: Triton then converts the product's layout once, before it.
+        # With a third axis, Triton converts the product's layout once, before this line.
         shared = tl.broadcast_to(cast(value, dtype)[:, :, None], (BLOCK_C, BLOCK_K, span))
         neighbours = tl.arange(0, span)[None, None, :]
         for i in tl.static_range(0, window, span):
@@ -146,14 +146,14 @@ def write_gradient(value, x, gradient, sample, channel, position):
 
 @triton.jit
 def _load(x, sample, channel, position, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The tile and, for maximum pooling, which element of each window it is."""
+    """The tile and, for max pooling, the number of the maximum within each window."""
     window: tl.constexpr = x.layout.window[0] * x.layout.window[1] * x.layout.window[2]
     first, mask = _addresses(x, sample, channel, position, BLOCK_C, BLOCK_K)
     choice = tl.zeros((BLOCK_C, BLOCK_K), tl.int32)
     if x.layout.pool == "none":
         tile = tl.load(first, mask, other=0.0)
     else:
-        # In fp32, in which averages stay; a maximum is one of its elements.
+        # In fp32: averages stay in fp32, and a maximum, being one of the elements, is exact.
         start = 0.0 if x.layout.pool == "avg" else -float("inf")
         tile = tl.full((BLOCK_C, BLOCK_K), start, tl.float32)
         for i in tl.static_range(0, window, x.layout.span):
@@ -164,7 +164,7 @@ def _load(x, sample, channel, position, BLOCK_C: tl.constexpr, BLOCK_K: tl.const
                 if x.layout.pool == "avg":
                     tile += value
                 else:
-                    # As PyTorch: the first among ties, the last among NaN.
+                    # As in PyTorch: the first of equal maxima, the last NaN.
                     take = (value > tile) | (value != value)
                     tile = tl.maximum(tile, value, propagate_nan=tl.PropagateNan.ALL)
                     choice = tl.where(take, i + j, choice)
@@ -177,13 +177,13 @@ def _load(x, sample, channel, position, BLOCK_C: tl.constexpr, BLOCK_K: tl.const
 
 @triton.jit
 def _neighbours_of(row, layout, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The ``span`` neighbours of each window that lie in a row, a tile of each."""
+    """The ``span`` neighbours that were read of each window, one tile for each."""
     return tl.split(tl.reshape(row, (BLOCK_C, BLOCK_K, 2))) if layout.span == 2 else (row,)
 
 
 @triton.jit
 def _offset_in_window(layout, INDEX: tl.constexpr):
-    """Offset of an element of a window from its first; elements are counted row by row."""
+    """Offset of an element of a window from its first element; elements are numbered row by row."""
     line = INDEX // layout.window[2]
     d = line // layout.window[1]
     h = line - d * layout.window[1]
@@ -198,7 +198,7 @@ def _offset_in_window(layout, INDEX: tl.constexpr):
 
 @triton.jit
 def _addresses(x, sample, channel, position, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
-    """``(BLOCK_C, BLOCK_K * span)`` pointers and their mask: the first ``span`` of each window."""
+    """Pointers ``(BLOCK_C, BLOCK_K * span)`` to the first ``span`` elements of windows; a mask."""
     span = x.layout.span
     if x.layout.wide:
         span = tl.full((), span, tl.int64)
@@ -232,5 +232,5 @@ def _addresses(x, sample, channel, position, BLOCK_C: tl.constexpr, BLOCK_K: tl.
 
 @triton.jit
 def _in_units(value, layout):
-    """``value``, a multiple of the layout's unit, in a form that tells the compiler so."""
+    """``value``, written so that the compiler knows that it is a multiple of the layout's unit."""
     return value // layout.unit * layout.unit

@@ -1,8 +1,8 @@
 """The loss in one pass, matrix form: one program for each sample of each pair.
 
-For pairs whose residual fits one program's registers (m, n <= 128). The first sweep over the
-positions accumulates it. The second writes the gradients. It begins at the end, at what was read
-last: where the maps of all programs at work exceed the cache, the rest of them is read again.
+It is for pairs whose residual fits one program's registers (m, n <= 128). The first sweep over the
+positions accumulates the residual. The second writes the gradients, from the last position to the
+first: what was read last is still in cache, even if the maps of all running programs do not fit it.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from fsp_kernels.backends.triton.residual import (
 
 @triton.jit
 def fsp_one_pass(pointers, partials, entries, first, COUNT: tl.constexpr, factors):
-    """Weighted losses, one for each program, into ``partials``, and all gradients asked for."""
+    """Write weighted losses, one for each program, to ``partials``, and all wanted gradients."""
     program = tl.program_id(0)
     start = 0
     for i in tl.static_range(COUNT):
         stop = start + entries[i].samples
         if (program >= start) & (program < stop):
-            loss = _sample(pointers[i], entries[i], factors[i], program - start)
+            loss = _sample_loss(pointers[i], entries[i], factors[i], program - start)
             tl.store(partials + first + program, loss)
         start = stop
 
 
 @triton.jit
-def _sample(pointers, entry, factor, sample):
+def _sample_loss(pointers, entry, factor, sample):
     residual = residual_tile(pointers, entry, sample, 0, 0, 0)
     loss, slope = loss_and_slope(residual, entry.norm)
     scale = factor
@@ -50,28 +50,30 @@ def _sample(pointers, entry, factor, sample):
         scale = factor * 2
     slope = scaled_slope(slope, scale, entry)
     if pointers[GRADIENT + STUDENT_FIRST] is not None:
-        _sweep(slope, 1.0, pointers, entry, STUDENT_FIRST, sample)
+        _write_gradient(slope, 1.0, pointers, entry, STUDENT_FIRST, sample)
     if pointers[GRADIENT + STUDENT_SECOND] is not None:
-        _sweep(tl.trans(slope), 1.0, pointers, entry, STUDENT_SECOND, sample)
+        _write_gradient(tl.trans(slope), 1.0, pointers, entry, STUDENT_SECOND, sample)
     if pointers[GRADIENT + TEACHER_FIRST] is not None:
         if entry.residual == "ready":
             write_matrix_gradient(slope, pointers, entry, sample, 0, 0)
         else:
-            _sweep(slope, teacher_ratio(entry), pointers, entry, TEACHER_FIRST, sample)
+            _write_gradient(slope, teacher_ratio(entry), pointers, entry, TEACHER_FIRST, sample)
     if pointers[GRADIENT + TEACHER_SECOND] is not None:
-        _sweep(tl.trans(slope), teacher_ratio(entry), pointers, entry, TEACHER_SECOND, sample)
+        _write_gradient(
+            tl.trans(slope), teacher_ratio(entry), pointers, entry, TEACHER_SECOND, sample
+        )
     return loss * factor
 
 
 @triton.jit
-def _sweep(slope, ratio, pointers, entry, OWN: tl.constexpr, sample):
+def _write_gradient(slope, ratio, pointers, entry, OWN: tl.constexpr, sample):
     """Write ``ratio * slope @ other``, the gradient of the map number OWN."""
     K = positions_of(entry, OWN)
     BLOCK_K: tl.constexpr = entry.block_k
     dtype: tl.constexpr = pointers[OWN].dtype.element_ty
     last = tl.cdiv(K, BLOCK_K) * BLOCK_K - BLOCK_K
-    for swept in tl.range(0, K, BLOCK_K, num_stages=entry.stages):
-        k = last - swept
+    for done in tl.range(0, K, BLOCK_K, num_stages=entry.stages):
+        k = last - done
         other = load_map(pointers, entry, OWN ^ 1, sample, 0, k, slope.shape[1], BLOCK_K)
         gradient = tl.zeros((slope.shape[0], BLOCK_K), tl.float32)
         gradient = multiply_computed(slope, other, gradient, dtype, entry.precision)

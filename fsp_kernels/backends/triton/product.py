@@ -1,7 +1,7 @@
-"""A batched matrix product by strides: FSP matrices and their derivatives on their own.
+"""FSP matrices and their derivatives: a batched matrix product of operands of any strides.
 
-``G = F1 F2^T / K`` and ``dF1 = dG F2 / K`` are one kernel with different strides. Where the tiles
-of a result would not fill the device, several programs share one; their parts are added up after.
+``G = F1 F2^T / K`` and ``dF1 = dG F2 / K`` use one kernel with different strides. If the tiles of
+a result would not fill the device, several programs share a tile. PyTorch then adds their parts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ class Operand(NamedTuple):
 
 
 class Product(NamedTuple):
-    """``out (B, M, N) = x (B, M, R) @ y (B, R, N) / divisor``; constant fields shape the code."""
+    """``out (B, M, N) = x (B, M, R) @ y (B, R, N) / divisor``.
+
+    The kernel is compiled for each value of the fields marked constant.
+    """
 
     x: Operand
     y: Operand
@@ -51,7 +54,7 @@ class Product(NamedTuple):
 
 @triton.jit
 def fsp_product(x, y, out, product, divisor):
-    """One tile of one sample, over one part of the sum; parts lie one after another in ``out``."""
+    """Write one tile of one sample, summed over one part; parts follow one another in ``out``."""
     tiles_n = tl.cdiv(product.N, product.block_n)
     tiles = tl.cdiv(product.M, product.block_m) * tiles_n
     program = tl.program_id(0)
@@ -83,7 +86,7 @@ def fsp_product(x, y, out, product, divisor):
             other=0.0,
         )
         result = multiply(x_tile, y_tile, result, product.precision)
-    # As the loss rounds it, so that a ready matrix of equal maps leaves no residual.
+    # Rounded as in the loss, so that the residual with a ready matrix of equal maps is zero.
     result = result * (1.0 / divisor)
     out += batch * product.out.batch + part.to(tl.int64) * product.part
     tl.store(
@@ -115,9 +118,9 @@ def prepare(
     y_dtype: torch.dtype,
     divisor: float,
     precision: str,
-    device: torch.device,  # noqa: ARG001  (what is compiled belongs to the current device)
+    device: torch.device,  # noqa: ARG001  (a compiled kernel belongs to the current device)
 ) -> tuple[Launch, int]:
-    """The launch of a product, and in how many parts it leaves the sum."""
+    """The launch of a product, and into how many parts it splits the sum."""
     batch, m, r = shape
     halves = x_dtype in HALF and y_dtype in HALF
     operands = zip(strides[:2], (x_dtype, y_dtype), strict=True)

@@ -1,4 +1,4 @@
-"""The residual ``D / K = G^S - G^T``, a tile at a time, and what the norms make of it.
+"""Tiles of the residual ``D / K = G^S - G^T``, their loss and its derivative.
 
 Student ``a (m, K)``, ``b (n, K)``, teacher ``c``, ``d``; differences ``p = a - c``, ``q = b - d``.
 """
@@ -13,7 +13,7 @@ import triton.language as tl
 from fsp_kernels.backends.triton.arithmetic import cast, multiply, round_to_tf32
 from fsp_kernels.backends.triton.maps import MapLayout, MapRef, load_tile, write_gradient
 
-# Of one pair, where a kernel takes a, b, c, d; their gradients follow in the same order.
+# The numbers of a, b, c, d among the pointers of a pair. Their gradients follow in the same order.
 STUDENT_FIRST = tl.constexpr(0)
 STUDENT_SECOND = tl.constexpr(1)
 TEACHER_FIRST = tl.constexpr(2)
@@ -22,7 +22,7 @@ GRADIENT = tl.constexpr(4)
 
 
 class MatrixLayout(NamedTuple):
-    """Where the entries of a ready FSP matrix ``(B, m, n)``, or its gradient's, lie."""
+    """Strides of a ready FSP matrix ``(B, m, n)`` or of its gradient."""
 
     sample: int
     row: int
@@ -30,16 +30,17 @@ class MatrixLayout(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What a kernel needs to know of one pair, besides addresses and weights.
+    """A kernel's arguments for one pair, without addresses and weights.
 
-    ``layouts`` and ``gradients`` are in the order a, b, c, d, with ``None`` where there is none; a
-    teacher's ready matrix is its c. Fields marked constant shape the code.
+    ``layouts`` and ``gradients`` are in the order a, b, c, d; a missing one is ``None``. A ready
+    matrix of the teacher takes the place of c. The kernel is compiled for each value of the fields
+    marked constant.
     """
 
     layouts: tuple[Any, ...]
     gradients: tuple[MapLayout | MatrixLayout | None, ...]
     samples: int
-    first_sample: int  # in the maps; workspaces begin at it
+    first_sample: int  # of the maps; it is the first sample of workspaces
     m: Any  # constant, channels
     n: Any  # constant
     student_positions: int
@@ -51,14 +52,14 @@ class Entry(NamedTuple):
     block_n: Any
     block_k: Any
     stages: Any
-    parts: Any  # into how many the positions are split
-    finishes: Any  # whether the kernel that sees a tile may tell its loss
-    kept: Any  # gram.py: operands of each sample
+    parts: Any  # into how many parts the positions are split
+    finishes: Any  # whether the kernel that computes a tile also computes its loss
+    operand_count: Any  # gram.py: operands of each sample
 
 
 @triton.jit
 def residual_tile(pointers, entry, sample, row, column, part):
-    """``(block_m, block_n)`` of ``D / K``, summed over one part of the positions."""
+    """A tile ``(block_m, block_n)`` of ``D / K``, summed over one part of the positions."""
     BLOCK_M: tl.constexpr = entry.block_m
     BLOCK_N: tl.constexpr = entry.block_n
     BLOCK_K: tl.constexpr = entry.block_k
@@ -103,8 +104,8 @@ def residual_tile(pointers, entry, sample, row, column, part):
 def difference(x, y, OTHER: tl.constexpr, PRECISION: tl.constexpr):
     """``x - y`` as an operand of a product with a tile of dtype ``OTHER``.
 
-    Where all are of one half-precision dtype it is rounded to that, once; of two maps that are
-    near each other it is exact.
+    If all three have the same half-precision dtype, the difference is rounded once to that dtype.
+    For two maps that are close to each other it is exact.
     """
     result = x.to(tl.float32) - y.to(tl.float32)
     if x.dtype == y.dtype and x.dtype == OTHER and tl.float32 != OTHER:
@@ -116,15 +117,16 @@ def difference(x, y, OTHER: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def loss_and_slope(residual, NORM: tl.constexpr):
-    """A tile with all its rows: its contribution to the norm, and the derivative by ``D / K``.
+    """The loss of a tile of the residual, and its derivative by ``D / K`` (the slope).
 
-    The latter without the factor 2 of a sum of squares.
+    For the column norm the tile must have all rows. For sums of squares the slope lacks the
+    factor 2.
     """
     squares = residual * residual
     if NORM == "column":
         lengths = tl.sqrt_rn(tl.sum(squares, axis=0))
         loss = tl.sum(lengths)
-        # The subgradient of a zero column is zero, as PyTorch has it.
+        # As in PyTorch, the subgradient of a zero column is zero.
         residual = residual * tl.where(lengths == 0, 0.0, 1.0 / lengths)[None, :]
     else:
         loss = tl.sum(tl.sum(squares, axis=1))
@@ -133,16 +135,16 @@ def loss_and_slope(residual, NORM: tl.constexpr):
 
 @triton.jit
 def scaled_slope(slope, scale, entry):
-    """``scale * slope / K`` of the student: what its gradients are a product of.
+    """``scale * slope / K``, which the student's gradients are products with.
 
-    Scaled before it is multiplied: the product of what is not may overflow.
+    It is scaled before it is multiplied, because the product might overflow.
     """
     return slope * (scale / entry.student_positions)
 
 
 @triton.jit
 def teacher_ratio(entry):
-    """What a teacher's gradients are multiplied with, for a slope of the student's scale."""
+    """The factor of the teacher's gradients, since the slope is scaled for the student's."""
     ratio = -1.0
     if entry.residual == "apart":
         ratio = ratio * entry.student_positions / entry.teacher_positions
@@ -151,7 +153,7 @@ def teacher_ratio(entry):
 
 @triton.jit
 def write_matrix_gradient(slope, pointers, entry, sample, row, column):
-    """Write the gradient of a ready matrix, ``(block_m, block_n)`` of it, from a scaled slope."""
+    """Write a tile ``(block_m, block_n)`` of a ready matrix's gradient, from a scaled slope."""
     pointer = pointers[GRADIENT + TEACHER_FIRST]
     layout = entry.gradients[TEACHER_FIRST]
     addresses, mask = matrix_addresses(pointer, layout, entry, sample, row, column)
@@ -171,7 +173,7 @@ def matrix_addresses(pointer, layout, entry, sample, row, column):
 
 @triton.jit
 def _tile(pointers, entry, INDEX: tl.constexpr, sample, channel, position):
-    """``(block_m, block_k)`` of a first map, ``(block_n, block_k)`` of a second."""
+    """A tile ``(block_m, block_k)`` of a first map or ``(block_n, block_k)`` of a second map."""
     BLOCK_C: tl.constexpr = entry.block_m if INDEX % 2 == 0 else entry.block_n
     return load_map(pointers, entry, INDEX, sample, channel, position, BLOCK_C, entry.block_k)
 
@@ -188,7 +190,7 @@ def load_map(
     BLOCK_K: tl.constexpr,
 ):
     """A tile ``(BLOCK_C, BLOCK_K)`` of the map number INDEX of a pair."""
-    # Not given a name: a name would make variables of the layout's constants.
+    # The MapRef gets no name: a name would turn the layout's constants into variables.
     return load_tile(
         MapRef(
             pointers[INDEX],
@@ -230,7 +232,7 @@ def positions_of(entry, INDEX: tl.constexpr):
 
 @triton.jit
 def range_of(part, PARTS: tl.constexpr, size, BLOCK: tl.constexpr):
-    """Of ``size`` positions or channels those of a part: whole blocks, to the end at most."""
+    """The range of positions or channels of a part: whole blocks, but not beyond ``size``."""
     begin = 0
     end = size
     if PARTS > 1:

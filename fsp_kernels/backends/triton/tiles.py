@@ -1,9 +1,10 @@
-"""The loss for maps whose residual no single program can hold: tile by tile, then the gradients.
+"""The loss for maps whose residual is too large for one program: it is computed in tiles.
 
-The first launch writes slopes to a workspace, the loss's derivatives by ``a b^T``: beside maps of
-bf16 in bf16, else in fp32. Where the tiles would not fill the device, several programs share one,
-each with a part of the positions. Then, or where the norm needs whole columns, it writes residuals,
-and a second launch adds the parts and takes the norm. The last launch writes the gradients.
+The first launch writes slopes, the loss's derivatives by ``a b^T``, to a workspace: in bf16 if the
+maps are bf16, else in fp32. If the tiles would not fill the device, several programs share a tile,
+each with a part of the positions. In this case, or if the norm needs whole columns, the first
+launch writes residuals, and a second launch adds the parts and computes loss and slopes. The last
+launch writes the gradients.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ class GradientEntry(NamedTuple):
     other: MapLayout
     slope: MatrixLayout
     samples: int
-    first_sample: int  # in the maps; the workspace begins at it
+    first_sample: int  # of the maps; it is the first sample of the workspace
     own_channels: Any  # constant, as all below but the positions
     other_channels: Any
     positions: int
-    ratio: float  # of the gradient to the product
+    ratio: float  # the factor of the product
     precision: Any
     block_own: Any
     block_other: Any
@@ -54,10 +55,10 @@ class GradientEntry(NamedTuple):
 
 @triton.jit
 def fsp_residual(pointers, workspaces, partials, entries, first, COUNT: tl.constexpr, factors):
-    """The losses of tiles, and slopes to the workspaces, ``(samples, m, n)``.
+    """Write the losses of tiles, and their slopes to the workspaces ``(samples, m, n)``.
 
-    Without a workspace, the loss alone. Without ``finishes``, no loss, and ``D / K`` in place of
-    the slopes, ``(parts, samples, m, n)``.
+    A pair without a workspace has no slopes. A pair without ``finishes`` has no losses here, and
+    its workspace ``(parts, samples, m, n)`` gets ``D / K`` instead of the slopes.
     """
     program = tl.program_id(0)
     start = 0
@@ -66,7 +67,7 @@ def fsp_residual(pointers, workspaces, partials, entries, first, COUNT: tl.const
         columns = tl.cdiv(entries[i].n, entries[i].block_n)
         stop = start + entries[i].samples * (rows * columns * entries[i].parts)
         if (program >= start) & (program < stop):
-            # The tiles of a sample are neighbours, so that they find its maps in cache.
+            # Programs for the tiles of a sample are neighbours, so they find its maps in cache.
             index = program - start
             row = index // columns % rows * entries[i].block_m
             column = index % columns * entries[i].block_n
@@ -86,9 +87,10 @@ def fsp_residual(pointers, workspaces, partials, entries, first, COUNT: tl.const
 
 @triton.jit
 def fsp_combine(workspaces, partials, entries, first, COUNT: tl.constexpr, factors):
-    """Add the parts of a tile, or of a block of columns, and take its norm; write its slopes.
+    """Add the parts of a tile, or of a block of columns; write its loss and slopes.
 
-    ``workspaces``: of each pair that of the parts and that of the slopes, which may be one.
+    ``workspaces`` holds for each pair that of the parts and that of the slopes. The slopes may be
+    written over the first part.
     """
     program = tl.program_id(0)
     start = 0
@@ -112,7 +114,7 @@ def fsp_combine(workspaces, partials, entries, first, COUNT: tl.constexpr, facto
 @triton.jit
 def _combine_tile(workspace, entry, factor, sample, row, column):
     parts, slopes = workspace
-    loss, slope = loss_and_slope(_total(parts, entry, sample, row, column), entry.norm)
+    loss, slope = loss_and_slope(_sum_of_parts(parts, entry, sample, row, column), entry.norm)
     if slopes is not None:
         slope = scaled_slope(slope, 2 * factor, entry)
         _store_tile(slope, slopes, entry, sample, row, column)
@@ -124,15 +126,15 @@ def _combine_columns(workspace, entry, factor, sample, column):
     parts, slopes = workspace
     squares = tl.zeros((entry.block_n,), tl.float32)
     for row in range(0, entry.m, entry.block_m):
-        total = _total(parts, entry, sample, row, column)
+        total = _sum_of_parts(parts, entry, sample, row, column)
         squares += tl.sum(total * total, axis=0)
         if slopes is not None:
             _store_tile(total, parts, entry, sample, row, column)
     lengths = tl.sqrt_rn(squares)
     if slopes is not None:
-        # The subgradient of a zero column is zero, as PyTorch has it.
+        # As in PyTorch, the subgradient of a zero column is zero.
         inverse = tl.where(lengths == 0, 0.0, 1.0 / lengths)
-        tl.debug_barrier()  # the tiles are read again, perhaps by other threads
+        tl.debug_barrier()  # the tiles are read again, maybe by other threads
         for row in range(0, entry.m, entry.block_m):
             addresses, mask = _workspace_tile(parts, entry, sample, row, column)
             slope = tl.load(addresses, mask, other=0.0) * inverse[None, :]
@@ -141,7 +143,7 @@ def _combine_columns(workspace, entry, factor, sample, column):
 
 
 @triton.jit
-def _total(parts, entry, sample, row, column):
+def _sum_of_parts(parts, entry, sample, row, column):
     """The sum of the parts of a tile."""
     total = tl.zeros((entry.block_m, entry.block_n), tl.float32)
     for part in range(entry.parts):
@@ -153,7 +155,7 @@ def _total(parts, entry, sample, row, column):
 
 @triton.jit
 def fsp_gradients(pointers, entries, COUNT: tl.constexpr):
-    """``ratio * slope @ other`` for every gradient; a tile of channels and positions each."""
+    """Write ``ratio * slope @ other`` for every gradient. A program has one tile of a gradient."""
     program = tl.program_id(0)
     start = 0
     for i in tl.static_range(COUNT):
@@ -207,7 +209,7 @@ def _gradient_tile(pointers, entry, sample, row, column):
 
 @triton.jit
 def fsp_matrix_gradients(pointers, entries, COUNT: tl.constexpr):
-    """The gradient of every ready matrix, from its slope; a tile each."""
+    """Write the gradient of every ready matrix, from its slope. A program has one tile."""
     program = tl.program_id(0)
     start = 0
     for i in tl.static_range(COUNT):

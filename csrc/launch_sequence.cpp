@@ -1,4 +1,4 @@
-#include "program.h"
+#include "launch_sequence.h"
 
 #include <algorithm>
 #include <limits>
@@ -18,7 +18,7 @@ const Kernels& kernels_of(Scalar operand) {
 
 int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-std::map<cudaDeviceAttr, int> assumed;  // of every device
+std::map<cudaDeviceAttr, int> assumed;  // see assume_chip
 
 int attribute(int device, cudaDeviceAttr which,
               const std::string& what = "asking for an attribute of the device") {
@@ -36,14 +36,15 @@ bool fits(int device, const Kernel& kernel, int tile) {
   return kernel.launch != nullptr && kernel.shared_bytes(tile, 1) <= most_shared_bytes(device);
 }
 
-// Two, so that a tile comes while another is multiplied, where the chip copies on its own and has
-// the memory.
+// Two if the chip has asynchronous copies and enough shared memory: a tile is then copied while
+// another is multiplied.
 int stages_of(int device, const Kernel& kernel, int tile) {
   const bool copies = attribute(device, cudaDevAttrComputeCapabilityMajor) >= 8;
   return copies && kernel.shared_bytes(tile, 2) <= most_shared_bytes(device) ? 2 : 1;
 }
 
-// visit(kernel, operand, tile) of each: "" where there is one for all operands, 0 for all tiles.
+// Call visit(kernel, operand, tile) for each kernel. `operand` is "" if the kernel is for all
+// operands, `tile` 0 if it has one size.
 template <class Visit>
 void for_every_kernel(Visit visit) {
   const std::pair<Scalar, const char*> operands[] = {
@@ -65,7 +66,8 @@ void for_every_kernel(Visit visit) {
   }
 }
 
-// Makes a device current. PyTorch has done so before a launch, as a rule.
+// Makes a device current, and restores the previous one. Usually PyTorch has made it current
+// already.
 class OnDevice {
  public:
   explicit OnDevice(int device) : status(cudaGetDevice(&before_)), device_(device) {
@@ -83,10 +85,10 @@ class OnDevice {
   int before_ = 0, device_;
 };
 
-// Loads every kernel on the current device, the first time that there is something to launch on it.
+// Loads all kernels on the current device when it is first used.
 //
-// All at once, so that nothing is left to be loaded when a graph is captured, whatever is called
-// then; and no launch changes what another one relies on.
+// They are loaded together, so that none has to be loaded while a graph is captured, and so that no
+// launch changes attributes of kernels that another launch relies on.
 cudaError_t load_kernels(int device, cudaStream_t stream) {
   static std::mutex mutex;
   static std::set<int> loaded;
@@ -157,7 +159,7 @@ Product entry_of(const ProductSpec& spec) {
 template <class Group, class Spec>
 class Launch : public Step {
  public:
-  // `programs_of` tells how many blocks an entry needs.
+  // programs_of(entry) is the number of blocks that an entry needs.
   template <class ProgramsOf>
   Launch(int device, const std::string& what, const Kernel& kernel, int tile,
          std::vector<Spec> specs, ProgramsOf programs_of)
@@ -184,7 +186,7 @@ class Launch : public Step {
     shared_bytes_ = kernel.shared_bytes(tile, group_.stages);
   }
 
-  // As each entry's first partial loss the next of `count`.
+  // Give each entry its places for partial losses: the next ones after `count`, which it updates.
   void take_partials(int64_t& count) {
     for (int i = 0; i < group_.count; ++i) {
       if (!group_.entries[i].finishes) continue;
@@ -193,12 +195,12 @@ class Launch : public Step {
     }
   }
 
-  LaunchFacts facts() const override {
-    LaunchFacts facts{kernel_.name, "", 0, THREADS, group_.stages, shared_bytes_, {}};
+  LaunchDescription describe() const override {
+    LaunchDescription facts{kernel_.name, "", 0, THREADS, group_.stages, shared_bytes_, {}};
     for (int i = 0; i < group_.count; ++i) facts.blocks.push_back(group_.entries[i].programs);
     for_every_kernel([&](const Kernel& kernel, const char* operand, int tile) {
-      // Each instance of a template has a `load` of its own; of the tiles that share one, the last
-      // is named.
+      // Each instance of a kernel template has its own `load`. If several tiles share an instance,
+      // the last one is reported.
       if (kernel.load != kernel_.load) return;
       facts.operand = operand;
       facts.tile = tile;
@@ -233,7 +235,7 @@ int64_t samples_of(const Pair& pair) { return pair.samples; }
 
 void check(cudaError_t status, const std::string& what) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // it is told here, so that the next call does not stumble over it
+  cudaGetLastError();  // clear the error, which the next call would report again
   throw std::runtime_error("fsp_kernels: " + what + ": CUDA error: " + cudaGetErrorString(status) +
                            " (" + cudaGetErrorName(status) + ")");
 }
@@ -278,13 +280,14 @@ bool gram_fits(int device, int positions) {
   return positions <= GRAM_POSITIONS && fits(device, gram_kernel_64(), 0);
 }
 
-
-Program::Program(int device, std::string what) : device_(device), what_(std::move(what)) {
-  attribute(device_, cudaDevAttrComputeCapabilityMajor, what_);  // there is such a device
+LaunchSequence::LaunchSequence(int device, std::string what)
+    : device_(device), what_(std::move(what)) {
+  // Throws if there is no such device.
+  attribute(device_, cudaDevAttrComputeCapabilityMajor, what_);
 }
 
 template <class ProgramsOf>
-void Program::add(const Kernel& kernel, int tile, std::vector<PairSpec> pairs,
+void LaunchSequence::add(const Kernel& kernel, int tile, std::vector<PairSpec> pairs,
                   ProgramsOf programs_of) {
   auto launch = std::make_unique<PairLaunch>(device_, what_, kernel, tile, std::move(pairs),
                                              programs_of);
@@ -292,8 +295,8 @@ void Program::add(const Kernel& kernel, int tile, std::vector<PairSpec> pairs,
   steps_.push_back(std::move(launch));
 }
 
-void Program::add_one_pass(Scalar operand, std::vector<PairSpec> pairs) {
-  // Tiles of 32 and 64 run in one launch, with the memory that the larger wants.
+void LaunchSequence::add_one_pass(Scalar operand, std::vector<PairSpec> pairs) {
+  // Tiles of 32 and 64 channels share a launch, with the shared memory that the larger needs.
   std::vector<PairSpec> narrow, wide;
   int largest = 0;
   for (PairSpec& spec : pairs) {
@@ -308,26 +311,26 @@ void Program::add_one_pass(Scalar operand, std::vector<PairSpec> pairs) {
   if (!narrow.empty()) add(kernels.one_pass, largest, std::move(narrow), samples_of);
 }
 
-void Program::add_gram(std::vector<PairSpec> pairs) {
+void LaunchSequence::add_gram(std::vector<PairSpec> pairs) {
   const bool small = std::all_of(pairs.begin(), pairs.end(),
                                  [](const PairSpec& x) { return x.pair.positions[0] <= 32; });
   add(small ? gram_kernel_32() : gram_kernel_64(), 0, std::move(pairs), samples_of);
 }
 
-void Program::add_residual(Scalar operand, std::vector<PairSpec> pairs) {
+void LaunchSequence::add_residual(Scalar operand, std::vector<PairSpec> pairs) {
   const Kernels& kernels = kernels_of(operand);
   add(kernels.residual, 0, std::move(pairs), [tile = kernels.residual_channels](const Pair& pair) {
     return int64_t{pair.samples} * pair.parts * divide_up(pair.m, tile) * divide_up(pair.n, tile);
   });
 }
 
-void Program::add_combine(std::vector<PairSpec> pairs) {
+void LaunchSequence::add_combine(std::vector<PairSpec> pairs) {
   add(combine_kernel(), 0, std::move(pairs), [](const Pair& pair) {
     return pair.samples * divide_up(pair.n, COMBINED_COLUMNS);
   });
 }
 
-void Program::add_gradients(Scalar operand, std::vector<ProductSpec> products) {
+void LaunchSequence::add_gradients(Scalar operand, std::vector<ProductSpec> products) {
   steps_.push_back(std::make_unique<ProductLaunch>(
       device_, what_, kernels_of(operand).gradients, 0, std::move(products), [](const Product& x) {
         return x.samples * divide_up(x.own_channels, GRADIENT_CHANNELS) *
@@ -335,15 +338,15 @@ void Program::add_gradients(Scalar operand, std::vector<ProductSpec> products) {
       }));
 }
 
-void Program::add_matrix_gradients(std::vector<ProductSpec> products) {
+void LaunchSequence::add_matrix_gradients(std::vector<ProductSpec> products) {
   steps_.push_back(std::make_unique<ProductLaunch>(
       device_, what_, matrix_gradients_kernel(), 0, std::move(products),
       [](const Product& x) { return int64_t{x.samples} * x.own_channels; }));
 }
 
-std::vector<LaunchFacts> Program::launches() const {
-  std::vector<LaunchFacts> facts;
-  for (const auto& step : steps_) facts.push_back(step->facts());
+std::vector<LaunchDescription> LaunchSequence::launches() const {
+  std::vector<LaunchDescription> facts;
+  for (const auto& step : steps_) facts.push_back(step->describe());
   const Kernel last = finish_kernel();
   if (partials_ > 0) {
     facts.push_back({last.name, "", 0, THREADS, 1, last.shared_bytes(0, 1), {1}});
@@ -351,7 +354,7 @@ std::vector<LaunchFacts> Program::launches() const {
   return facts;
 }
 
-void Program::run(uintptr_t stream, const std::vector<uintptr_t>& addresses,
+void LaunchSequence::run(uintptr_t stream, const std::vector<uintptr_t>& addresses,
                   const std::vector<float>& weights) const {
   const OnDevice on(device_);
   check(on.status, what_);
@@ -374,7 +377,8 @@ void Program::run(uintptr_t stream, const std::vector<uintptr_t>& addresses,
 
 void scale(int device, uintptr_t stream, const std::vector<Scaled>& tensors, uintptr_t factor,
            bool in_place) {
-  // Enough blocks to saturate memory; few enough that to start them all for nothing takes no time.
+  // Enough blocks to saturate memory, but so few that starting them for a factor of 1 costs
+  // nothing.
   constexpr int64_t most_blocks = 1024;
   const Kernel kernel = scale_kernel();
   const std::string what =
