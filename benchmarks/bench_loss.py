@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import workloads
+from benchmarks import contenders, workloads
 from benchmarks.cases import measure_case, memory_jobs
 from benchmarks.checks import Row
-from benchmarks.contenders import Contender
 from benchmarks.memory import add_peaks
 from benchmarks.options import chosen_contenders, chosen_dtypes, chosen_rounds, in_order
 from benchmarks.workloads import Case
@@ -51,9 +50,20 @@ def measure_part(options: Namespace) -> list[Row]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     options = metafunc.config.option
-    metafunc.parametrize("case", cases(options), ids=str, scope="module")
-    metafunc.parametrize("contender", chosen_contenders(options), ids=lambda c: c.name)
+    found = [tuple(case.identity.values()) for case in cases(options)]
+    metafunc.parametrize(("workload", "dtype", "layout", "direction"), found, scope="module")
+    metafunc.parametrize("contender", [c.name for c in chosen_contenders(options)])
 
 
-def test_loss(case: Case, contender: Contender, time_case: Any) -> None:
-    time_case(case, contender)
+def test_loss(
+    workload: str,
+    dtype: str,
+    layout: str,
+    direction: str,
+    contender: str,
+    device: str,
+    time_case: Any,
+) -> None:
+    measured = workloads.BY_NAME[workload]
+    case = Case(measured, measured.batch_on(device), dtype, layout, direction)
+    time_case(case, contenders.BY_NAME[contender])

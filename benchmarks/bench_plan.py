@@ -7,7 +7,6 @@ reverse, and what one program of a GPU can hold.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -108,16 +107,18 @@ def measure_part(options: Namespace) -> list[Row]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     options = metafunc.config.option
     found = [
-        (case, backend, contender)
+        (case, backend, contender.name)
         for case in cases(options)
         for backend in contenders.backends_on(options.device)
         for contender in contenders_of(case, options.device, backend)
     ]
-    ids = [f"{case.workload.name}, {case.dtype}, {backend}, {c.name}" for case, backend, c in found]
-    metafunc.parametrize(("case", "backend", "contender"), found, ids=ids)
+    metafunc.parametrize(
+        ("case", "backend", "contender"),
+        found,
+        ids=lambda x: f"{x.workload.name}-{x.dtype}" if isinstance(x, Case) else x,
+    )
 
 
-def test_plan(
-    case: Case, backend: str, contender: Contender, time_case: Callable[..., Any]
-) -> None:
-    time_case(case, contender, group=f"{case}, {backend}")
+def test_plan(case: Case, backend: str, contender: str, device: str, time_case: Any) -> None:
+    by_name = {c.name: c for c in contenders_of(case, device, backend)}
+    time_case(case, by_name[contender], group=f"{case}, {backend}")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from benchmarks import contenders
 from benchmarks.cases import measure_case, memory_jobs
 from benchmarks.checks import Row
 from benchmarks.contenders import Contender
@@ -83,11 +84,13 @@ def measure_part(options: Namespace) -> list[Row]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     options = metafunc.config.option
-    found = points(options)
-    ids = [f"{axis.name} {value}, {case.dtype}" for axis, value, case in found]
-    metafunc.parametrize(("axis", "value", "case"), found, ids=ids, scope="module")
-    metafunc.parametrize("contender", contenders_of(options), ids=lambda c: c.name)
+    found = [(axis.name, value, case.dtype) for axis, value, case in points(options)]
+    metafunc.parametrize(("axis", "value", "dtype"), found, scope="module")
+    metafunc.parametrize("contender", [c.name for c in contenders_of(options)])
 
 
-def test_scaling(axis: Axis, value: int, case: Case, contender: Contender, time_case: Any) -> None:
-    time_case(case, contender, group=f"{axis.name} {value}, {case}")
+def test_scaling(
+    axis: str, value: int, dtype: str, contender: str, device: str, time_case: Any
+) -> None:
+    case = next(x for x in AXES[device] if x.name == axis).case(value, dtype)
+    time_case(case, contenders.BY_NAME[contender], group=f"{axis} {value}, {case}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import networks
+from benchmarks import contenders, networks
 from benchmarks.cases import show
 from benchmarks.checks import Row
 from benchmarks.contenders import Contender
@@ -50,10 +50,10 @@ problem_of = lru_cache(maxsize=1)(StepProblem)
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     options = metafunc.config.option
-    metafunc.parametrize(("name", "dtype"), settings(options), scope="module")
-    metafunc.parametrize("contender", contenders_of(options), ids=lambda c: c.name)
+    metafunc.parametrize(("network", "dtype"), settings(options), scope="module")
+    metafunc.parametrize("contender", [c.name for c in contenders_of(options)])
 
 
-def test_step(name: str, dtype: str, contender: Contender, device: str, time_steps: Any) -> None:
-    problem = problem_of(networks.BY_NAME[name], device, dtype)
-    time_steps(f"{name}, {dtype}", partial(problem.prepare, contender))
+def test_step(network: str, dtype: str, contender: str, device: str, time_steps: Any) -> None:
+    problem = problem_of(networks.BY_NAME[network], device, dtype)
+    time_steps(f"{network}, {dtype}", partial(problem.prepare, contenders.BY_NAME[contender]))

@@ -28,7 +28,9 @@ COLUMNS = (
     *("teacher_forward", "student_forward", "fsp_loss", "student_backward", "optimiser"),
     *("loss_error", "gradient_error", "reason", "fault"),
 )
-FLAGS = dict.fromkeys(("ours", "planned", "full_queue", "fault"), "boolean")  # true, false, empty
+TEXT = ("part", "backend", "axis", "workload", "dtype", "layout", "pass", "contender", "reason")
+FLAGS = ("ours", "planned", "full_queue", "fault")  # true, false or empty
+TYPES = dict.fromkeys((*TEXT, "no_replay"), "str") | dict.fromkeys(FLAGS, "boolean")
 EIGHT_DIGITS = "%.8g"
 # The order of tables, where it is not that of the run.
 ORDER = {
@@ -81,7 +83,7 @@ def read(folder: Path) -> Results:
         if not path.is_file():
             raise Unreadable(f"{folder} holds no results: it has no {path.name}")
     try:
-        rows = pd.read_csv(paths[0], dtype=FLAGS)
+        rows = pd.read_csv(paths[0], dtype=TYPES)
         environment = json.loads(paths[1].read_text())
     except (ValueError, pd.errors.ParserError) as error:
         raise Unreadable(f"{folder} holds no results: {error}") from error

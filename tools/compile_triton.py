@@ -31,7 +31,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from benchmarks import workloads
-from benchmarks.measure import float32_products
+from benchmarks.checks import float32_products
 from benchmarks.workloads import Layer, Workload
 from fsp_kernels.backends import registered_backends
 from fsp_kernels.backends.fused import fp32_precision, raw_stream

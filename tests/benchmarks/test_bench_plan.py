@@ -1,4 +1,4 @@
-"""The evaluations that are timed against each other."""
+"""The evaluations that are timed beside each other, and the bare Function."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import fsp_kernels as fsp
-from benchmarks import bench_plan
+from benchmarks import bench_host_time
 from benchmarks.bench_plan import contenders_of, plans_of
-from benchmarks.cases import CaseRace
+from benchmarks.cases import Problem
 from benchmarks.workloads import Case, Workload
 
 
@@ -18,8 +18,12 @@ def case(channels: int, side: int, dtype: str = "fp32", batch: int = 8) -> Case:
     return Case(Workload("x", batch, (((channels, side), (channels, side)),)), batch, dtype)
 
 
+def names(of: Case, device: str, backend: str) -> list[str]:
+    return [contender.name for contender in contenders_of(of, device, backend)]
+
+
 def test_on_a_cpu_they_are_forms_and_chunks_the_planned_one_first() -> None:
-    assert list(contenders_of(case(64, 8), "cpu", "torch")) == [
+    assert names(case(64, 8), "cpu", "torch") == [
         "matrix form, chunks of 8",
         "matrix form, chunks of 4",
         "gram form, chunks of 8",
@@ -28,18 +32,14 @@ def test_on_a_cpu_they_are_forms_and_chunks_the_planned_one_first() -> None:
 
 
 def test_on_a_gpu_they_are_what_kernels_can_do() -> None:
-    found = contenders_of(case(512, 7, "bf16"), "cuda", "triton")
-    assert list(found) == [
-        "Gram form",
-        "tiles",
-    ]
+    assert names(case(512, 7, "bf16"), "cuda", "triton") == ["Gram form", "tiles"]
 
 
 def test_none_is_timed_that_takes_many_times_the_flops() -> None:
     wide = case(512, 4)
     plans = plans_of(wide, "cpu", "torch")
     assert {plan.pairs[0].form for plan in plans} == {"matrix", "gram"}
-    assert {name.split()[0] for name in contenders_of(wide, "cpu", "torch")} == {"gram"}
+    assert {name.split()[0] for name in names(wide, "cpu", "torch")} == {"gram"}
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
@@ -47,10 +47,10 @@ def test_each_is_right(dtype: str) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     small = case(12, 3, dtype)
-    entrants = CaseRace(small, "cpu").entrants(list(contenders_of(small, "cpu", "torch").values()))
-    assert len(entrants) == 4
-    for entrant in entrants:
-        assert entrant.prepare().facts["gradient_error"] < 1e-2  # raises where it is wrong
+    found, problem = contenders_of(small, "cpu", "torch"), Problem(small, "cpu")
+    assert len(found) == 4
+    for contender in found:
+        assert problem.prepare(contender).facts["gradient_error"] < 1e-2  # raises where wrong
     torch.set_num_threads(threads)
 
 
@@ -66,7 +66,7 @@ def test_a_bare_function_launches_and_allocates_as_much_as_ours(monkeypatch):
 
         return record
 
-    monkeypatch.setattr(bench_plan, "_no_launch", lambda *_, **__: launches.append(1))
+    monkeypatch.setattr(bench_host_time, "_no_launch", lambda *_, **__: launches.append(1))
     monkeypatch.setattr(torch, "empty_like", allocate(empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", allocate(new_empty))
     student, teacher = (
@@ -74,9 +74,9 @@ def test_a_bare_function_launches_and_allocates_as_much_as_ours(monkeypatch):
         for grad in (True, False)
     )
     seen = []
-    with bench_plan.without_launches():
+    with bench_host_time.without_launches():
         torch.autograd.grad(fsp.fsp_loss(student, teacher, backend="triton"), student[0])
-        for loss in (bench_plan.bare_loss, partial(fsp.fsp_loss, backend="triton")):
+        for loss in (bench_host_time.bare_loss, partial(fsp.fsp_loss, backend="triton")):
             launches.clear()
             shapes.clear()
             torch.autograd.grad(loss(student, teacher), student[0])

@@ -22,7 +22,7 @@ def _measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def rates(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Every repetition of what is timed takes as long as it says, in turn."""
+    """Set the seconds of each repetition of what is timed."""
 
     def take(*seconds: float) -> None:
         monkeypatch.setattr(floor, "_seconds_of_each", lambda *_: list(seconds))
@@ -59,12 +59,12 @@ def test_a_copy_counts_reads_and_writes_and_the_fastest_counts(rates: Callable[.
 
 
 def test_a_busy_moment_does_not_lower_a_floor(rates: Callable[..., None]) -> None:
-    facts = {"device": "cpu", "dtype": "fp32", "floor_bytes": 1000}
+    row = {"dtype": "fp32", "floor_bytes": 1000}
     for seconds in (2e-3, 1e-3, 4e-3):
         rates(seconds)
         floor.copy_rate("cpu", 1000)
         floor.matrix_rate("cpu", "fp32")
-    assert floor.settled(facts) == {
+    assert floor.with_final_rates(row, "cpu") == row | {
         "copy_bytes_per_second": pytest.approx(1000 / 1e-3),
         "matrix_flops_per_second": pytest.approx(2 * floor.MATRIX_SIZE["cpu"] ** 3 / 1e-3),
     }
@@ -77,14 +77,14 @@ def test_a_gpu_is_measured_once(
     for seconds in (2e-3, 1e-3):
         rates(seconds)
         found = floor.copy_rate("cuda", 1000), floor.matrix_rate("cuda", "bf16")
-    facts = {"device": "cuda", "dtype": "bf16", "floor_bytes": 1000}
+    row = floor.with_final_rates({"dtype": "bf16", "floor_bytes": 1000}, "cuda")
     size = floor.MATRIX_SIZE["cuda"]
     assert found == (fake_gpu.PROPERTIES.total_memory / 4 / 2e-3, 2 * size**3 / 2e-3)
-    assert tuple(floor.settled(facts).values()) == found
+    assert (row["copy_bytes_per_second"], row["matrix_flops_per_second"]) == found
 
 
-def test_what_has_no_floor_is_left_alone() -> None:
-    assert floor.settled({"device": "cpu", "dtype": "fp32"}) == {}
+def test_a_row_without_a_floor_stays_as_it_is() -> None:
+    assert floor.with_final_rates({"dtype": "fp32"}, "cpu") == {"dtype": "fp32"}
 
 
 def test_a_product_counts_multiplications_and_additions(rates: Callable[..., None]) -> None:

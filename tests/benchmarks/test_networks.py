@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import contenders, networks, peers, training_step
+from benchmarks.bench_step import contenders_of
 from benchmarks.contenders import Contender
-from benchmarks.networks import Networks, Start
-from benchmarks.race import NotRun, Rounds, on_cpu
+from benchmarks.measure import NotRun, Rounds, measure
+from benchmarks.networks import Networks, StepProblem
+from benchmarks.results import COLUMNS
 from benchmarks.training_step import Distillation
 from fsp_kernels.distill.models import CifarResNet
 
@@ -31,7 +34,7 @@ TINY = replace(
 
 
 def distillation(dtype: str = "fp32", contender: Contender = EINSUM) -> Distillation:
-    return Start(TINY, "cpu", dtype).with_loss(contender.build())
+    return StepProblem(TINY, "cpu", dtype).distillation(contender.build())
 
 
 def gradients(found: Distillation) -> dict[str, Tensor]:
@@ -42,7 +45,7 @@ def gradients(found: Distillation) -> dict[str, Tensor]:
 
 def sizes(where: Networks, dtype: str = "fp32") -> list[list[tuple[int, int]]]:
     """Channels and side of the student's maps, after checking that the teacher's are alike."""
-    found = Start(where, "cpu", dtype).with_loss(EINSUM.build())
+    found = StepProblem(where, "cpu", dtype).distillation(EINSUM.build())
     shapes = [[x.shape for x in pair] for pair in found.student_maps()]
     assert shapes == [[x.shape for x in pair] for pair in found.teacher_maps()]
     return [[(channels, side) for _, channels, side, _ in pair] for pair in shapes]
@@ -64,8 +67,8 @@ def test_the_pairs_of_the_imagenet_networks() -> None:
 def test_a_step_in_pieces_gives_the_gradients_of_a_whole_one(
     dtype: str, contender: Contender
 ) -> None:
-    start = Start(TINY, "cpu", dtype)
-    whole, split = (start.with_loss(contender.build()) for _ in range(2))
+    problem = StepProblem(TINY, "cpu", dtype)
+    whole, split = (problem.distillation(contender.build()) for _ in range(2))
     whole.step()
     split.split_step(lambda: None)
     expected = gradients(whole)
@@ -98,9 +101,9 @@ def test_a_step_leaves_no_gradients() -> None:
     assert all(p.grad is None for p in found.student.parameters())
 
 
-def test_all_start_from_equal_networks_of_their_own() -> None:
-    start = Start(TINY, "cpu", "fp32")
-    one, other = (start.with_loss(EINSUM.build()) for _ in range(2))
+def test_contenders_have_equal_networks_of_their_own() -> None:
+    problem = StepProblem(TINY, "cpu", "fp32")
+    one, other = (problem.distillation(EINSUM.build()) for _ in range(2))
     for mine, theirs in ((one.student, other.student), (one.teacher, other.teacher)):
         for x, y in zip(mine.state_dict().values(), theirs.state_dict().values(), strict=True):
             assert x.equal(y)
@@ -138,9 +141,8 @@ def test_bf16_is_autocast_in_channels_last() -> None:
 
 def test_a_wrong_contender_is_not_timed() -> None:
     wrong = Contender("wrong", lambda: peers.loss_over(lambda f, s: peers.bmm_matrix(f, s) * 1.001))
-    (entrant,) = networks.entrants(TINY, [wrong], "cpu", "fp32")
     with pytest.raises(AssertionError, match="wrong is wrong on tiny"):
-        entrant.prepare()
+        StepProblem(TINY, "cpu", "fp32").prepare(wrong)
 
 
 @pytest.mark.parametrize(
@@ -151,25 +153,27 @@ def test_a_wrong_contender_is_not_timed() -> None:
     ],
     ids=["package", "dtype"],
 )
-def test_who_cannot_be_measured_says_why(where: Networks, dtype: str, reason: str) -> None:
-    (entrant,) = networks.entrants(where, [EINSUM], "cpu", dtype)
+def test_networks_that_cannot_be_measured_say_why(where: Networks, dtype: str, reason: str) -> None:
     with pytest.raises(NotRun, match=reason):
-        entrant.prepare()
+        StepProblem(where, "cpu", dtype).prepare(EINSUM)
 
 
-def test_ours_the_naive_op_and_its_compilation_race() -> None:
-    names = [c.name for c in networks.competing(contenders.on("cpu"))]
-    assert names == ["ours (torch)", "einsum", "torch.compile"]
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [([], ["ours (torch)", "einsum", "torch.compile"]), (["bmm"], ["bmm"])],
+)
+def test_only_some_peers_take_steps_unless_asked_for(asked: list[str], names: list[str]) -> None:
+    found = contenders_of(Namespace(device="cpu", contender=asked))
+    assert [c.name for c in found] == names
 
 
-def test_a_race_of_steps() -> None:
-    outcomes = on_cpu(networks.entrants(TINY, [OURS, EINSUM], "cpu", "fp32"), Rounds(3, 3, 0.0))
-    for name, outcome in outcomes.items():
-        assert outcome.reason is None
-        assert len(outcome.durations) == 3
-        assert tuple(outcome.facts["seconds_of"]) == training_step.SEGMENTS
-        assert 0 < outcome.facts["fsp_share"] < 1
-        assert (outcome.facts["batch"], outcome.facts["ours"]) == (3, name == OURS.name)
+def test_steps_are_timed_whole_and_in_pieces() -> None:
+    prepare = StepProblem(TINY, "cpu", "fp32").prepare
+    for row in measure([OURS, EINSUM], prepare, "cpu", Rounds(3, 3, 0.0)):
+        assert (row["rounds"], row["batch"]) == (3, 3)
+        assert row["ours"] == (row["contender"] == OURS.name)
+        assert all(row[piece] > 0 for piece in training_step.SEGMENTS)
+        assert set(row) <= set(COLUMNS)
 
 
 def test_a_segment_is_timed_from_mark_to_mark(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,5 +191,5 @@ def test_a_step_for_its_memory_can_be_sent_to_another_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(networks.BY_NAME, "tiny", TINY)
-    job = pickle.loads(pickle.dumps(partial(networks.peak_step, "tiny", "einsum")))
+    job = pickle.loads(pickle.dumps(partial(networks.lone_step, "tiny", "einsum")))
     assert job()() > 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import contenders, peers
-from benchmarks.measure import evaluate
+from benchmarks.checks import evaluate
 from benchmarks.workloads import Workload, feature_maps
 from fsp_kernels import reference
 

@@ -1,0 +1,359 @@
+"""The tables of the report, and comparisons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import made_up
+import pandas as pd
+import pytest
+
+from benchmarks import report, results
+from benchmarks.checks import Row
+from benchmarks.report import compare, draw, render
+
+MIB = made_up.MIB
+LOSS = [
+    made_up.loss("wide-late-512", "ours (torch)", 1, spread=0.05),
+    made_up.loss("wide-late-512", "einsum", 3),
+    made_up.loss("wide-late-512", "bmm", 2),
+    made_up.loss("segmentation", "ours (torch)", 100),
+    made_up.loss("segmentation", "einsum", 400, peak_bytes=8 * MIB),
+]
+NO_BROADCAST = made_up.absent(
+    made_up.loss("segmentation", "broadcast", 1), "not run: holds 9.0 GiB"
+)
+
+
+@pytest.fixture
+def rows_of(tmp_path: Path) -> Any:
+    """Rows as they are read, with ratios."""
+
+    def written(rows: list[Row], machine: Row = made_up.CPU) -> pd.DataFrame:
+        return results.with_ratios(made_up.write(tmp_path, "loss", rows, machine).rows)
+
+    return written
+
+
+def titles(tables: report.Tables) -> list[str]:
+    return [title for title, _ in tables]
+
+
+def cells(table: str) -> list[list[str]]:
+    """The cells of a Markdown table, header first."""
+    lines = table.splitlines()
+    return [[x.strip() for x in line[1:-1].split("|")] for line in (lines[0], *lines[2:])]
+
+
+# -- loss -----------------------------------------------------------------------------------------
+
+
+def test_the_summary_shows_ours_and_ratios_of_the_peers_by_workload(rows_of: Any) -> None:
+    lines = report.loss_summary(rows_of(LOSS))
+    assert [line["workload"] for line in lines] == [
+        "wide-late-512",
+        "segmentation",
+        "geometric mean",
+    ]
+    assert {name: text for name, text in lines[0].items() if text} == {
+        "workload": "wide-late-512",
+        "B": "32",
+        "ours ms": "1.00 ±0.05",
+        "of floor": "50%",
+        "bound by": "bytes",
+        "einsum": "3.00x",
+        "bmm": "2.00x",
+        "fastest": "2.00x",
+        "ours MiB": "3.00",
+        "einsum MiB": "3.00",
+    }
+
+
+def test_means_are_over_the_workloads_that_a_peer_ran_on(rows_of: Any) -> None:
+    assert report.loss_summary(rows_of(LOSS))[-1] == {
+        "workload": "geometric mean",
+        "einsum": "3.46x",  # sqrt(3 * 4)
+        "bmm": "2.00x",
+        "fastest": "2.83x",  # sqrt(2 * 4)
+    }
+
+
+def test_tables_are_apart_by_dtype_layout_and_pass(rows_of: Any) -> None:
+    kinds = [{"pass": "forward"}, {"dtype": "bf16"}, {"layout": "channels_last"}, {}]
+    rows = rows_of([made_up.loss("segmentation", "ours (torch)", 1) | kind for kind in kinds])
+    assert titles(report.loss_tables(rows)["summary"]) == [
+        "fp32, nchw, forward + backward",
+        "fp32, nchw, forward",
+        "fp32, channels_last, forward + backward",
+        "bf16, nchw, forward + backward",
+    ]
+
+
+def test_tokens_stand_with_nchw(rows_of: Any) -> None:
+    tokens = made_up.loss("tokens-vit-b", "ours (torch)", 1, layout="tokens")
+    ((_, table),) = report.loss_tables(rows_of([*LOSS, tokens]))["summary"]
+    assert "tokens-vit-b" in table
+
+
+def test_the_summary_names_ours_where_it_is_not_the_default(rows_of: Any) -> None:
+    lines = report.loss_summary(
+        rows_of(
+            [
+                made_up.loss("wide-late-512", "ours (triton)", 1),
+                made_up.loss("segmentation", "ours (cuda)", 1),
+            ]
+        )
+    )
+    assert [line.get("ours") for line in lines] == ["", "ours (cuda)", None]
+
+
+@pytest.mark.parametrize(("fault", "start"), [(False, ""), (True, "FAULT: ")])
+def test_a_sentence_tells_who_was_not_measured_and_why(
+    rows_of: Any, fault: bool, start: str
+) -> None:
+    rows = rows_of([*LOSS, NO_BROADCAST | {"fault": fault}])
+    assert report.loss_tables(rows)["notes"] == [
+        f"{start}No result of broadcast: segmentation (not run: holds 9.0 GiB)"
+    ]
+
+
+def test_the_details_have_all_there_is_on_a_cpu(rows_of: Any) -> None:
+    line = report.loss_details(rows_of(LOSS))[1]
+    assert {name: text for name, text in line.items() if text} == {
+        "workload": "wide-late-512",
+        "B": "32",
+        "gradients MiB": "2.00",
+        "contender": "einsum",
+        "ms": "3.00",
+        "spread": "±2.0%",
+        "of floor": "17%",
+        "bound by": "bytes",
+        "extra MiB": "3.00",
+        "ratio": "3.00x",
+        "loss error": "1.0e-07",
+        "gradient error": "2.0e-07",
+    }
+
+
+def test_on_a_gpu_there_are_more_clocks_and_launches(rows_of: Any) -> None:
+    ours = made_up.on_gpu(made_up.loss("segmentation", "ours (triton)", 1), replay=0.9)
+    (line,) = report.loss_details(rows_of([ours], made_up.GPU))
+    assert (line["device ms"], line["eager ms"], line["launches"]) == ("1.00", "4.00 ±0.05", "4")
+    assert line["replay ms"] == "0.900 ±0.010"
+
+
+def test_a_missing_replay_and_gaps_in_the_queue_are_told(rows_of: Any) -> None:
+    row = made_up.on_gpu(LOSS[3], replay=None, full_queue=False)
+    (line,) = report.loss_details(rows_of([row], made_up.GPU))
+    assert line["replay ms"] == "not captured: it synchronises"
+    assert line["device ms"] == "100 (with gaps)"
+
+
+def test_a_reason_stands_in_place_of_the_numbers(rows_of: Any) -> None:
+    line = report.loss_details(rows_of([*LOSS, NO_BROADCAST]))[-1]
+    assert (line["contender"], line["ms"]) == ("broadcast", "not run: holds 9.0 GiB")
+    assert line["ratio"] == line["spread"] == line["extra MiB"] == ""
+
+
+def test_a_long_reason_is_one_short_cell() -> None:
+    cell = report.short("a | b\n" * 100)
+    assert len(cell) <= 70
+    assert not {"|", "\n"} & set(cell)
+
+
+def test_means_are_by_every_clock(rows_of: Any) -> None:
+    rows = [
+        made_up.on_gpu(made_up.loss("segmentation", "ours (triton)", 1), eager=4),
+        made_up.on_gpu(made_up.loss("segmentation", "einsum", 3), eager=2, replay=None),
+    ]
+    assert report.loss_means(rows_of(rows, made_up.GPU))[1] == {
+        "geometric means": "einsum",
+        "time": "3.00x",
+        "eager time": "1.50x",
+        "replay time": "",
+        "memory": "1.00x",
+    }
+
+
+def test_the_rates_of_the_floor_are_told(rows_of: Any) -> None:
+    rows = [*LOSS, made_up.loss("segmentation", "bmm", 1, copy_bytes_per_second=4e9)]
+    assert report.device_rates(rows_of(rows)) == [
+        "fp32: copy 2 to 4 GB/s, by size; matrix product 100 Gflop/s"
+    ]
+
+
+# -- the other parts ------------------------------------------------------------------------------
+
+STEPS = [
+    made_up.step("cifar-resnet26-8", "ours (torch)", 100),
+    made_up.step("cifar-resnet26-8", "einsum", 120),
+]
+
+
+def test_a_step_shows_its_time_ratio_memory_and_share(rows_of: Any) -> None:
+    ((_, table),) = report.step_tables(rows_of(STEPS))["steps"]
+    names = ["networks", "B", "FSP loss", "step ms", "ratio", "peak MiB", "FSP share"]
+    einsum = ["cifar-resnet26-8", "32", "einsum", "120 ±2", "1.20x", "3.00", "25.0%"]
+    assert [cells(table)[i] for i in (0, 2)] == [names, einsum]
+
+
+def test_a_step_without_a_time_says_why(rows_of: Any) -> None:
+    rows = rows_of([STEPS[0], made_up.absent(STEPS[1], "out of memory")])
+    assert "out of memory" in report.step_tables(rows)["steps"][0][1]
+
+
+def test_the_pieces_of_a_step_have_a_column_each(rows_of: Any) -> None:
+    ((_, table),) = report.step_tables(rows_of(STEPS))["pieces"]
+    assert dict(zip(*cells(table)[:2], strict=True))["student forward"] == "3.00"
+
+
+def test_scaling_has_times_and_memory_for_each_axis_with_growth_last(rows_of: Any) -> None:
+    rows = [
+        made_up.scaled("size", 14, "ours (torch)", 4.0),
+        made_up.scaled("channels", 64, "ours (torch)", 9.0),
+        made_up.scaled("channels", 16, "ours (torch)", 1.0, peak_bytes=MIB),
+        made_up.scaled("channels", 32, "ours (torch)", 3.0, peak_bytes=None),
+        made_up.scaled("channels", 64, "einsum", 27.0, peak_bytes=None),
+    ]
+    tables = report.scaling_tables(rows_of(rows))["tables"]
+    assert titles(tables) == [
+        "time in ms over channels, fp32, nchw, forward + backward",
+        "peak extra memory in MiB over channels, fp32, nchw, forward + backward",
+        "time in ms over size, fp32, nchw, forward + backward",
+        "peak extra memory in MiB over size, fp32, nchw, forward + backward",
+    ]
+    assert cells(tables[0][1]) == [
+        ["channels", "16", "32", "64", "growth"],
+        ["ours (torch)", "1.00", "3.00", "9.00", "1.58"],
+        ["einsum", "-", "-", "27.0", "-"],
+    ]
+    assert cells(tables[1][1])[1] == ["ours (torch)", "1.00", "-", "3.00", "0.79"]
+
+
+@pytest.mark.parametrize(
+    ("planned", "other", "spread", "loses"),
+    [
+        (1.2, 1.0, 0.01, True),
+        (1.09, 1.0, 0.01, False),  # less than a tenth
+        (1.2, 1.0, 0.15, False),  # within the spread
+        (1.0, 2.0, 0.01, False),
+    ],
+)
+def test_the_plan_loses_to_what_is_clearly_faster(
+    planned: float, other: float, spread: float, loses: bool
+) -> None:
+    rows = [
+        made_up.evaluated("8-8@7", "matrix form", planned, planned=True, spread=spread),
+        made_up.evaluated("8-8@7", "gram form", other, spread=spread),
+    ]
+    excess, found = report.verdict(rows)
+    assert (excess, found) == (pytest.approx(max(1, planned / other)), loses)
+
+
+def test_without_the_planned_evaluation_there_is_no_verdict() -> None:
+    assert report.verdict([made_up.evaluated("8-8@7", "gram form", 1.0)]) == (None, False)
+
+
+def test_the_table_of_plans_marks_the_planned_and_tells_where_it_loses(rows_of: Any) -> None:
+    rows = [
+        made_up.evaluated("8-8@7", "matrix form", 1.5, planned=True),
+        made_up.evaluated("8-8@7", "gram form", 1.0),
+        made_up.evaluated("9-9@7", "gram form", 1.0, planned=True),
+        made_up.evaluated("9-9@7", "gram form", 9.0, planned=True, backend="triton"),
+    ]
+    found = report.plan_tables(rows_of(rows))
+    assert titles(found["tables"]) == [
+        "torch, fp32, nchw, forward + backward",
+        "triton, fp32, nchw, forward + backward",
+    ]
+    assert cells(found["tables"][0][1]) == [
+        ["shape", "matrix form", "gram form", "planned is", ""],
+        ["8-8@7", "1.50 ±0.03*", "1.00 ±0.02", "50% slower", "PLAN LOSES"],
+        ["9-9@7", "-", "1.00 ±0.02*", "", ""],
+    ]
+    assert found["notes"] == ["The plan loses on 1 of 3 shapes: 8-8@7"]
+
+
+def test_accuracy_has_a_table_of_gradients_and_one_of_losses_for_each_dtype(rows_of: Any) -> None:
+    rows = [
+        made_up.erring(1e-3, "einsum", 2e-4),
+        made_up.erring(1e-1, "einsum", 2e-6),
+        made_up.erring(1e-1, "ours (torch)", 2e-7),
+        made_up.erring(1e-1, "ours (torch), gram form", 3e-7),
+        made_up.erring(1e-1, "einsum", 2e-2, "bf16"),
+    ]
+    tables = report.accuracy_tables(rows_of(rows))["tables"]
+    assert titles(tables) == [
+        f"{dtype}, 8 @ 7 x 7, error of the {kind}"
+        for dtype in ("fp32", "bf16")
+        for kind in ("gradient", "loss")
+    ]
+    assert cells(tables[0][1]) == [
+        ["gradient", "noise 0.1", "noise 0.001"],
+        ["ours (torch)", "2.0e-07", "-"],
+        ["ours (torch), gram form", "3.0e-07", "-"],
+        ["einsum", "2.0e-06", "2.0e-04"],
+    ]
+    assert cells(tables[1][1])[3] == ["einsum", "2.0e-07", "2.0e-05"]
+
+
+# -- the report -----------------------------------------------------------------------------------
+
+
+def test_the_report_and_its_figures_are_written_beside_the_results(tmp_path: Path) -> None:
+    made_up.write(tmp_path, "loss", LOSS)
+    assert [path.name for path in draw(tmp_path)] == ["report.md", "speedup.png"]
+    text = (tmp_path / "report.md").read_text()
+    assert "](speedup.png)" in text
+    assert "](scaling.png)" not in text
+    assert "\n\n\n" not in text
+
+
+def test_the_report_tells_shared_facts_once_and_the_others_by_part(tmp_path: Path) -> None:
+    made_up.write(tmp_path, "loss", LOSS)
+    errors = [made_up.erring(0.1, "einsum", 1e-6)]
+    text = render(made_up.write(tmp_path, "accuracy", errors, commit="def"))
+    assert text.count("- cpu: some cpu") == 1
+    assert "Part *loss*:\n\n- commit: abc\n" in text
+    assert "Part *accuracy*:\n\n- commit: def\n" in text
+
+
+def test_only_a_gpu_s_report_explains_launches(tmp_path: Path) -> None:
+    assert "- *launches*" not in render(made_up.write(tmp_path, "loss", LOSS))
+    rows = [made_up.on_gpu(LOSS[0])]
+    assert "- *launches*" in render(made_up.write(tmp_path, "loss", rows, made_up.GPU))
+
+
+def test_a_brief_report_has_the_main_tables_of_some_parts(tmp_path: Path) -> None:
+    made_up.write(tmp_path, "loss", LOSS)
+    found = made_up.write(tmp_path, "step", STEPS)
+    text = render(found, ["step"], brief=True)
+    assert text.startswith("## A training step on some cpu, 2 cores")
+    assert "step ms" in text
+    assert "student forward |" not in text
+
+
+def test_a_comparison_sets_times_side_by_side(tmp_path: Path) -> None:
+    slower = [row | {"median": 2 * row["median"]} for row in LOSS if row["ours"]]
+    before = made_up.write(tmp_path / "before", "loss", [*LOSS, NO_BROADCAST])
+    after = made_up.write(tmp_path / "after", "loss", [*slower, LOSS[1], NO_BROADCAST])
+    table, means = compare(before, after).split("\n\n")
+    assert cells(table)[:2] == [
+        ["case", "contender", "before ms", "after ms", "after/before"],
+        [
+            "loss, wide-late-512, fp32, nchw, forward+backward",
+            "ours (torch)",
+            "1.00 ±0.05",
+            "2.00 ±0.05",
+            "2.000",
+        ],
+    ]
+    assert len(cells(table)) == 1 + 3
+    assert means == "Geometric means of after/before: loss, ours: 2.000; loss, peers: 1.000"
+
+
+def test_runs_without_a_common_time_are_not_compared(tmp_path: Path) -> None:
+    before = made_up.write(tmp_path / "before", "loss", LOSS)
+    after = made_up.write(tmp_path / "after", "step", STEPS)
+    assert compare(before, after) == "The two runs have no time in common."
