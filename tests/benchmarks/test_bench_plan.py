@@ -42,16 +42,14 @@ def test_none_is_timed_that_takes_many_times_the_flops() -> None:
     assert {name.split()[0] for name in names(wide, "cpu", "torch")} == {"gram"}
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_each_is_right(dtype: str) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     small = case(12, 3, dtype)
     found, problem = contenders_of(small, "cpu", "torch"), Problem(small, "cpu")
     assert len(found) == 4
     for contender in found:
         assert problem.prepare(contender).facts["gradient_error"] < 1e-2  # raises where wrong
-    torch.set_num_threads(threads)
 
 
 def test_a_bare_function_launches_and_allocates_as_much_as_ours(monkeypatch):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -17,14 +15,7 @@ from benchmarks.workloads import BY_NAME, FORWARD, TRAINING, Case, Workload
 TINY = Workload("tiny", 8, (((4, 6), (3, 6)), ((3, 6), (5, 3))))
 EAGER = [c for c in contenders.on("cpu") if c.name != "torch.compile"]
 EINSUM, BROADCAST = contenders.BY_NAME["einsum"], contenders.BY_NAME["broadcast"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # maps this small gain nothing from more
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rows_of(case: Case) -> list[Row]:

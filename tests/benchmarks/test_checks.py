@@ -14,15 +14,13 @@ from torch import Tensor
 from benchmarks import accuracy, bench_plan, cases, contenders, measure, networks, peers
 from benchmarks.checks import (
     Truth,
-    gradients_of,
     maps_of,
     relative_error,
     require_small,
-    step_of,
 )
 from benchmarks.contenders import Contender
 from benchmarks.measure import Rounds
-from benchmarks.workloads import FORWARD, TRAINING, Case, Pairs, Workload, feature_maps
+from benchmarks.workloads import FORWARD, TRAINING, Case, Pairs, Workload
 from fsp_kernels.distill.models import CifarResNet
 
 TINY = Workload("tiny", 8, (((4, 6), (3, 6)), ((3, 6), (5, 3))))
@@ -109,36 +107,6 @@ def test_maps_are_results_of_layers_and_no_gradient_of_theirs_is_accumulated(
     assert watch.leaves
     assert not any(watch.leaves)
     assert watch.accumulated == []
-
-
-class HandsOverRows(torch.autograd.Function):
-    """A sum whose gradient is a transposed buffer, as that of a batched product is."""
-
-    written: Tensor
-
-    @staticmethod
-    def forward(_ctx: object, first: Tensor, second: Tensor) -> Tensor:
-        return first.sum() + second.sum()
-
-    @staticmethod
-    def backward(_ctx: object, _incoming: Tensor) -> tuple[Tensor, Tensor]:
-        HandsOverRows.written = torch.ones(2, 3, 4)
-        return HandsOverRows.written.mT, HandsOverRows.written.mT
-
-
-def test_a_gradient_is_handed_over_as_it_was_written() -> None:
-    maps = [tuple(torch.ones(2, 4, 3, requires_grad=True).view(2, 4, 3) for _ in range(2))]
-    gradients = gradients_of(HandsOverRows.apply(*maps[0]), maps)
-    addresses = {x.data_ptr() for x in gradients}
-    assert addresses == {HandsOverRows.written.data_ptr()}
-
-
-@pytest.mark.parametrize("direction", [TRAINING, FORWARD])
-def test_a_step_leaves_no_gradients(direction: str) -> None:
-    case = Case(TINY, 3, direction=direction)
-    student, teacher = feature_maps(TINY, 3)
-    step_of(EINSUM, student, teacher, case.training)()
-    assert all(x.grad is None for x in maps_of(student) + maps_of(teacher))
 
 
 def test_errors_of_loss_and_gradients_are_recorded() -> None:

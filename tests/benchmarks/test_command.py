@@ -21,7 +21,7 @@ from benchmarks.__main__ import main, parse
 from benchmarks.bench_loss import cases
 from benchmarks.environment import device_slug
 from benchmarks.options import QUICK_ROUNDS, ROUNDS, chosen_dtypes, chosen_rounds
-from benchmarks.parts import PARTS, in_fresh_process, measure_part
+from benchmarks.parts import PARTS, measure_part
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,13 +126,6 @@ def test_without_results_the_command_says_so_and_fails(
     monkeypatch.setattr(command, "in_fresh_process", measure_part)
     assert main(["loss", "--output", str(tmp_path)]) == 1
     assert "holds no results" in capsys.readouterr().err
-
-
-def test_each_part_has_a_process_of_its_own() -> None:
-    arguments = ["accuracy", "--quick", "--dtype=fp16", "--contender=einsum"]
-    rows, machine = in_fresh_process("accuracy", parse(arguments))
-    assert {row["contender"] for row in rows} == {"einsum"}
-    assert machine["threads"] == torch.get_num_threads()
 
 
 def test_results_can_be_drawn_again_and_compared(

@@ -31,23 +31,18 @@ def block() -> torch.Tensor:
     return torch.ones(BLOCK, dtype=torch.uint8)
 
 
-@methods
-def test_an_allocation_is_found(peak: Peak) -> None:
-    assert peak(block) == pytest.approx(BLOCK, abs=TOLERANCE)
+STEPS = {
+    "one": (block, 1),
+    "together": (lambda: (block(), block()), 2),
+    "one after the other": (lambda: [None for _ in range(2) if block().numel()], 1),
+}
 
 
 @methods
-def test_blocks_held_together_add_up(peak: Peak) -> None:
-    assert peak(lambda: (block(), block())) == pytest.approx(2 * BLOCK, abs=TOLERANCE)
-
-
-@methods
-def test_blocks_held_one_after_the_other_do_not(peak: Peak) -> None:
-    def step() -> None:
-        block()
-        block()
-
-    assert peak(step) == pytest.approx(BLOCK, abs=TOLERANCE)
+@pytest.mark.parametrize("name", STEPS)
+def test_blocks_that_are_held_together_add_up(peak: Peak, name: str) -> None:
+    step, blocks = STEPS[name]
+    assert peak(step) == pytest.approx(blocks * BLOCK, abs=TOLERANCE)
 
 
 @methods

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from benchmarks import report, results
 from benchmarks.checks import Row
 from benchmarks.report import compare, draw, render
+from benchmarks.tables import markdown_table
 
 MIB = made_up.MIB
 LOSS = [
@@ -40,43 +42,24 @@ def titles(tables: report.Tables) -> list[str]:
     return [title for title, _ in tables]
 
 
-def cells(table: str) -> list[list[str]]:
-    """The cells of a Markdown table, header first."""
-    lines = table.splitlines()
-    return [[x.strip() for x in line[1:-1].split("|")] for line in (lines[0], *lines[2:])]
+def lines(table: str | list[report.Line]) -> list[str]:
+    """The lines of a Markdown table without its rule, and without the padding of its cells."""
+    text = table if isinstance(table, str) else markdown_table(table)
+    found = [re.sub(" +", " ", line)[2:-2] for line in text.splitlines()]
+    return [found[0], *found[2:]]
 
 
 # -- loss -----------------------------------------------------------------------------------------
 
 
-def test_the_summary_shows_ours_and_ratios_of_the_peers_by_workload(rows_of: Any) -> None:
-    lines = report.loss_summary(rows_of(LOSS))
-    assert [line["workload"] for line in lines] == [
-        "wide-late-512",
-        "segmentation",
-        "geometric mean",
+def test_the_summary_shows_ours_and_ratios_of_the_peers_with_means_last(rows_of: Any) -> None:
+    header = "workload | B | ours ms | of floor | bound by | einsum | bmm | fastest | ours MiB"
+    assert lines(report.loss_summary(rows_of(LOSS))) == [
+        f"{header} | einsum MiB",
+        "wide-late-512 | 32 | 1.00 ±0.05 | 50% | bytes | 3.00x | 2.00x | 2.00x | 3.00 | 3.00",
+        "segmentation | 32 | 100 ±2 | 0% | bytes | 4.00x | - | 4.00x | 3.00 | 8.00",
+        "geometric mean | | | | | 3.46x | 2.00x | 2.83x | |",  # sqrt(3 * 4), sqrt(2 * 4)
     ]
-    assert {name: text for name, text in lines[0].items() if text} == {
-        "workload": "wide-late-512",
-        "B": "32",
-        "ours ms": "1.00 ±0.05",
-        "of floor": "50%",
-        "bound by": "bytes",
-        "einsum": "3.00x",
-        "bmm": "2.00x",
-        "fastest": "2.00x",
-        "ours MiB": "3.00",
-        "einsum MiB": "3.00",
-    }
-
-
-def test_means_are_over_the_workloads_that_a_peer_ran_on(rows_of: Any) -> None:
-    assert report.loss_summary(rows_of(LOSS))[-1] == {
-        "workload": "geometric mean",
-        "einsum": "3.46x",  # sqrt(3 * 4)
-        "bmm": "2.00x",
-        "fastest": "2.83x",  # sqrt(2 * 4)
-    }
 
 
 def test_tables_are_apart_by_dtype_layout_and_pass(rows_of: Any) -> None:
@@ -97,15 +80,10 @@ def test_tokens_stand_with_nchw(rows_of: Any) -> None:
 
 
 def test_the_summary_names_ours_where_it_is_not_the_default(rows_of: Any) -> None:
-    lines = report.loss_summary(
-        rows_of(
-            [
-                made_up.loss("wide-late-512", "ours (triton)", 1),
-                made_up.loss("segmentation", "ours (cuda)", 1),
-            ]
-        )
-    )
-    assert [line.get("ours") for line in lines] == ["", "ours (cuda)", None]
+    ours = {"wide-late-512": "ours (triton)", "segmentation": "ours (cuda)"}
+    rows = rows_of([made_up.loss(*item, 1) for item in ours.items()])
+    found = [line.get("ours") for line in report.loss_summary(rows)]
+    assert found == ["", "ours (cuda)", None]
 
 
 @pytest.mark.parametrize(("fault", "start"), [(False, ""), (True, "FAULT: ")])
@@ -119,21 +97,15 @@ def test_a_sentence_tells_who_was_not_measured_and_why(
 
 
 def test_the_details_have_all_there_is_on_a_cpu(rows_of: Any) -> None:
-    line = report.loss_details(rows_of(LOSS))[1]
-    assert {name: text for name, text in line.items() if text} == {
-        "workload": "wide-late-512",
-        "B": "32",
-        "gradients MiB": "2.00",
-        "contender": "einsum",
-        "ms": "3.00",
-        "spread": "±2.0%",
-        "of floor": "17%",
-        "bound by": "bytes",
-        "extra MiB": "3.00",
-        "ratio": "3.00x",
-        "loss error": "1.0e-07",
-        "gradient error": "2.0e-07",
-    }
+    header, _, einsum, *_ = lines(report.loss_details(rows_of(LOSS)))
+    assert header == (
+        "workload | B | gradients MiB | contender | ms | spread | of floor | bound by | extra MiB"
+        " | ratio | loss error | gradient error"
+    )
+    assert einsum == (
+        "wide-late-512 | 32 | 2.00 | einsum | 3.00 | ±2.0% | 17% | bytes | 3.00"
+        " | 3.00x | 1.0e-07 | 2.0e-07"
+    )
 
 
 def test_on_a_gpu_there_are_more_clocks_and_launches(rows_of: Any) -> None:
@@ -167,13 +139,9 @@ def test_means_are_by_every_clock(rows_of: Any) -> None:
         made_up.on_gpu(made_up.loss("segmentation", "ours (triton)", 1), eager=4),
         made_up.on_gpu(made_up.loss("segmentation", "einsum", 3), eager=2, replay=None),
     ]
-    assert report.loss_means(rows_of(rows, made_up.GPU))[1] == {
-        "geometric means": "einsum",
-        "time": "3.00x",
-        "eager time": "1.50x",
-        "replay time": "",
-        "memory": "1.00x",
-    }
+    header, _, einsum = lines(report.loss_means(rows_of(rows, made_up.GPU)))
+    assert header == "geometric means | time | eager time | memory"
+    assert einsum == "einsum | 3.00x | 1.50x | 1.00x"
 
 
 def test_the_rates_of_the_floor_are_told(rows_of: Any) -> None:
@@ -191,21 +159,21 @@ STEPS = [
 ]
 
 
-def test_a_step_shows_its_time_ratio_memory_and_share(rows_of: Any) -> None:
-    ((_, table),) = report.step_tables(rows_of(STEPS))["steps"]
-    names = ["networks", "B", "FSP loss", "step ms", "ratio", "peak MiB", "FSP share"]
-    einsum = ["cifar-resnet26-8", "32", "einsum", "120 ±2", "1.20x", "3.00", "25.0%"]
-    assert [cells(table)[i] for i in (0, 2)] == [names, einsum]
-
-
-def test_a_step_without_a_time_says_why(rows_of: Any) -> None:
-    rows = rows_of([STEPS[0], made_up.absent(STEPS[1], "out of memory")])
-    assert "out of memory" in report.step_tables(rows)["steps"][0][1]
+def test_a_step_shows_its_time_ratio_memory_and_share_or_why_not(rows_of: Any) -> None:
+    bmm = made_up.absent(made_up.step("cifar-resnet26-8", "bmm", 1), "out of memory")
+    ((_, table),) = report.step_tables(rows_of([*STEPS, bmm]))["steps"]
+    header, _, *others = lines(table)
+    assert header == "networks | B | FSP loss | step ms | ratio | peak MiB | FSP share"
+    assert others == [
+        "cifar-resnet26-8 | 32 | einsum | 120 ±2 | 1.20x | 3.00 | 25.0%",
+        "cifar-resnet26-8 | 32 | bmm | out of memory | | |",
+    ]
 
 
 def test_the_pieces_of_a_step_have_a_column_each(rows_of: Any) -> None:
     ((_, table),) = report.step_tables(rows_of(STEPS))["pieces"]
-    assert dict(zip(*cells(table)[:2], strict=True))["student forward"] == "3.00"
+    found = dict(zip(*(line.split(" | ") for line in lines(table)[:2]), strict=True))
+    assert found["student forward"] == "3.00"
 
 
 def test_scaling_has_times_and_memory_for_each_axis_with_growth_last(rows_of: Any) -> None:
@@ -218,17 +186,16 @@ def test_scaling_has_times_and_memory_for_each_axis_with_growth_last(rows_of: An
     ]
     tables = report.scaling_tables(rows_of(rows))["tables"]
     assert titles(tables) == [
-        "time in ms over channels, fp32, nchw, forward + backward",
-        "peak extra memory in MiB over channels, fp32, nchw, forward + backward",
-        "time in ms over size, fp32, nchw, forward + backward",
-        "peak extra memory in MiB over size, fp32, nchw, forward + backward",
+        f"{what} over {axis}, fp32, nchw, forward + backward"
+        for axis in ("channels", "size")
+        for what in ("time in ms", "peak extra memory in MiB")
     ]
-    assert cells(tables[0][1]) == [
-        ["channels", "16", "32", "64", "growth"],
-        ["ours (torch)", "1.00", "3.00", "9.00", "1.58"],
-        ["einsum", "-", "-", "27.0", "-"],
+    assert lines(tables[0][1]) == [
+        "channels | 16 | 32 | 64 | growth",
+        "ours (torch) | 1.00 | 3.00 | 9.00 | 1.58",
+        "einsum | - | - | 27.0 | -",
     ]
-    assert cells(tables[1][1])[1] == ["ours (torch)", "1.00", "-", "3.00", "0.79"]
+    assert lines(tables[1][1])[1] == "ours (torch) | 1.00 | - | 3.00 | 0.79"
 
 
 @pytest.mark.parametrize(
@@ -267,10 +234,10 @@ def test_the_table_of_plans_marks_the_planned_and_tells_where_it_loses(rows_of: 
         "torch, fp32, nchw, forward + backward",
         "triton, fp32, nchw, forward + backward",
     ]
-    assert cells(found["tables"][0][1]) == [
-        ["shape", "matrix form", "gram form", "planned is", ""],
-        ["8-8@7", "1.50 ±0.03*", "1.00 ±0.02", "50% slower", "PLAN LOSES"],
-        ["9-9@7", "-", "1.00 ±0.02*", "", ""],
+    assert lines(found["tables"][0][1]) == [
+        "shape | matrix form | gram form | planned is |",
+        "8-8@7 | 1.50 ±0.03* | 1.00 ±0.02 | 50% slower | PLAN LOSES",
+        "9-9@7 | - | 1.00 ±0.02* | |",
     ]
     assert found["notes"] == ["The plan loses on 1 of 3 shapes: 8-8@7"]
 
@@ -289,13 +256,13 @@ def test_accuracy_has_a_table_of_gradients_and_one_of_losses_for_each_dtype(rows
         for dtype in ("fp32", "bf16")
         for kind in ("gradient", "loss")
     ]
-    assert cells(tables[0][1]) == [
-        ["gradient", "noise 0.1", "noise 0.001"],
-        ["ours (torch)", "2.0e-07", "-"],
-        ["ours (torch), gram form", "3.0e-07", "-"],
-        ["einsum", "2.0e-06", "2.0e-04"],
+    assert lines(tables[0][1]) == [
+        "gradient | noise 0.1 | noise 0.001",
+        "ours (torch) | 2.0e-07 | -",
+        "ours (torch), gram form | 3.0e-07 | -",
+        "einsum | 2.0e-06 | 2.0e-04",
     ]
-    assert cells(tables[1][1])[3] == ["einsum", "2.0e-07", "2.0e-05"]
+    assert lines(tables[1][1])[3] == "einsum | 2.0e-07 | 2.0e-05"
 
 
 # -- the report -----------------------------------------------------------------------------------
@@ -339,17 +306,11 @@ def test_a_comparison_sets_times_side_by_side(tmp_path: Path) -> None:
     before = made_up.write(tmp_path / "before", "loss", [*LOSS, NO_BROADCAST])
     after = made_up.write(tmp_path / "after", "loss", [*slower, LOSS[1], NO_BROADCAST])
     table, means = compare(before, after).split("\n\n")
-    assert cells(table)[:2] == [
-        ["case", "contender", "before ms", "after ms", "after/before"],
-        [
-            "loss, wide-late-512, fp32, nchw, forward+backward",
-            "ours (torch)",
-            "1.00 ±0.05",
-            "2.00 ±0.05",
-            "2.000",
-        ],
-    ]
-    assert len(cells(table)) == 1 + 3
+    header, ours, *others = lines(table)
+    assert header == "case | contender | before ms | after ms | after/before"
+    case = "loss, wide-late-512, fp32, nchw, forward+backward"
+    assert ours == f"{case} | ours (torch) | 1.00 ±0.05 | 2.00 ±0.05 | 2.000"
+    assert len(others) == 2
     assert means == "Geometric means of after/before: loss, ours: 2.000; loss, peers: 1.000"
 
 

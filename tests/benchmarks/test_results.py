@@ -8,8 +8,8 @@ import made_up
 import pandas as pd
 import pytest
 
-from benchmarks import results, training_step
-from benchmarks.results import Unreadable, growth, names, read, with_ratios
+from benchmarks import results
+from benchmarks.results import Unreadable, growth, read, with_ratios
 
 ONE = [made_up.loss("segmentation", "ours (torch)", 2.0)]
 
@@ -41,10 +41,6 @@ def test_a_part_replaces_its_former_rows_and_keeps_the_other_parts(tmp_path: Pat
     found = made_up.write(tmp_path, "loss", ONE, commit="def")
     assert list(found.rows["part"]) == ["loss", "accuracy"]
     assert [facts["commit"] for facts in found.environment.values()] == ["def", "abc"]
-
-
-def test_the_pieces_of_a_step_are_columns() -> None:
-    assert set(training_step.SEGMENTS) < set(results.COLUMNS)
 
 
 @pytest.mark.parametrize("name", ["results.csv", "environment.json"])
@@ -113,11 +109,6 @@ def test_the_floor_is_the_longer_of_moving_and_multiplying(
     rows = rows_of(tmp_path, made_up.loss("segmentation", "ours (torch)", 1, floor_flops=flops))
     assert rows["of_floor"][0] == pytest.approx(share)
     assert rows["bound_by"][0] == bound
-
-
-def test_ours_are_named_first(tmp_path: Path) -> None:
-    rows = rows_of(tmp_path, made_up.loss("segmentation", "einsum", 1.0), *ONE)
-    assert names(rows) == ["ours (torch)", "einsum"]
 
 
 @pytest.mark.parametrize(
