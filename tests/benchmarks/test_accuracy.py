@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from benchmarks import accuracy, contenders, peers
 from benchmarks.checks import Row, Truth
 from benchmarks.contenders import Contender
-from benchmarks.workloads import Pairs
 from fsp_kernels import reference
 
 SHAPE = (2, 64, 5, 5)
@@ -28,7 +24,7 @@ def gradient_errors(rows: list[Row]) -> dict[str, float]:
     return {row["contender"]: row["gradient_error"] for row in rows}
 
 
-def test_ours_keeps_the_gradient_the_naive_op_loses() -> None:
+def test_ours_keeps_the_gradient_the_naive_op_loses():
     gradient = gradient_errors(measure(OURS, EINSUM))
     assert gradient.pop("einsum") > 1e-4
     assert list(gradient) == [
@@ -40,7 +36,7 @@ def test_ours_keeps_the_gradient_the_naive_op_loses() -> None:
     assert max(gradient.values()) < 2e-6
 
 
-def test_errors_of_ours_do_not_grow_near_convergence() -> None:
+def test_errors_of_ours_do_not_grow_near_convergence():
     errors = measure(OURS, noises=accuracy.NOISES)
     assert len(errors) == 3 * len(accuracy.NOISES)
     assert max(max(e["gradient_error"], e["loss_error"]) for e in errors) < 2e-6
@@ -49,27 +45,25 @@ def test_errors_of_ours_do_not_grow_near_convergence() -> None:
 # What one rounding of the gradient costs at most. Without its loss scale most of a gradient in fp16
 # would be flushed to zero here.
 @pytest.mark.parametrize(("dtype", "bound"), [("bf16", 2**-8), ("fp16", 2**-11)])
-def test_in_half_precision_ours_loses_what_rounding_its_gradient_costs(
-    dtype: str, bound: float
-) -> None:
+def test_in_half_precision_ours_loses_what_rounding_its_gradient_costs(dtype, bound):
     errors = measure(OURS, dtype=dtype, noises=(1e-6,))
     assert max(gradient_errors(errors).values()) < bound
 
 
-def test_a_row_tells_contender_noise_and_errors() -> None:
+def test_a_row_tells_contender_noise_and_errors():
     (row,) = measure(EINSUM, dtype="bf16", noises=(1e-1,))
     assert row.keys() == {"contender", "ours", "noise", "loss_error", "gradient_error"}
     assert (row["contender"], row["noise"]) == ("einsum", 1e-1)
 
 
-def test_the_student_differs_by_the_noise() -> None:
+def test_the_student_differs_by_the_noise():
     student, teacher = accuracy.nearby_maps(1e-3, SHAPE, torch.float32, "cpu")
     off = (student[0][0] - teacher[0][0]).std().item()
     assert off == pytest.approx(1e-3, rel=0.1)
 
 
-def test_rounding_the_maps_is_no_error() -> None:
-    def exact(student: Pairs, teacher: Pairs) -> Tensor:
+def test_rounding_the_maps_is_no_error():
+    def exact(student, teacher):
         (a, b), (c, d) = student[0], teacher[0]
         return reference.fsp_loss([(a.double(), b.double())], [(c.double(), d.double())])
 
@@ -77,7 +71,7 @@ def test_rounding_the_maps_is_no_error() -> None:
     assert truth.errors(exact)["loss_error"] < 1e-14
 
 
-def test_where_student_and_teacher_are_equal_there_is_no_relative_error() -> None:
+def test_where_student_and_teacher_are_equal_there_is_no_relative_error():
     missing, measured = measure(EINSUM, noises=(0.0, 1.0))
     assert measured["noise"] == 1.0
     assert "reason" not in measured
@@ -85,16 +79,16 @@ def test_where_student_and_teacher_are_equal_there_is_no_relative_error() -> Non
     assert not missing["fault"]
 
 
-def test_a_cpu_says_that_it_has_no_tf32() -> None:
+def test_a_cpu_says_that_it_has_no_tf32():
     rows = measure(OURS, EINSUM, dtype="tf32", noises=(1.0, 0.1))
     assert len(rows) == 4 * 2
     assert {row["reason"] for row in rows} == {"a CPU has no TF32"}
 
 
-def test_tf32_is_asked_for_and_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_is_asked_for_and_taken_back(monkeypatch):
     seen = []
 
-    def build() -> peers.Loss:
+    def build():
         seen.append(torch.get_float32_matmul_precision())
         return EINSUM.build()
 
@@ -105,8 +99,8 @@ def test_tf32_is_asked_for_and_taken_back(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.get_float32_matmul_precision() == before
 
 
-def test_a_broken_contender_does_not_stop_the_others() -> None:
-    def broken(_student: Pairs, _teacher: Pairs) -> Tensor:
+def test_a_broken_contender_does_not_stop_the_others():
+    def broken(_student, _teacher):
         raise RuntimeError("broken")
 
     failed, measured = measure(Contender("broken", lambda: broken), EINSUM)
@@ -114,20 +108,18 @@ def test_a_broken_contender_does_not_stop_the_others() -> None:
     assert "gradient_error" in measured
 
 
-def test_a_contender_that_is_too_large_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_contender_that_is_too_large_is_not_run(monkeypatch):
     monkeypatch.setattr(peers, "BROADCAST_LIMIT", 1)
     (row,) = measure(contenders.BY_NAME["broadcast"])
     assert row["reason"].startswith("not run: holds")
 
 
 @pytest.mark.parametrize("form", accuracy.FORMS)
-def test_a_form_is_the_one_it_is_named_for(
-    form: accuracy.Form, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_form_is_the_one_it_is_named_for(form, monkeypatch):
     plans = []
     original = accuracy.planned_loss
 
-    def planned_loss(plan: Any, *rest: Any) -> Tensor:
+    def planned_loss(plan, *rest):
         plans.append(plan)
         return original(plan, *rest)
 

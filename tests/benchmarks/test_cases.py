@@ -25,7 +25,7 @@ def rows_of(case: Case) -> list[Row]:
 @pytest.mark.parametrize("direction", [FORWARD, TRAINING])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_every_contender_is_checked_and_timed(dtype: str, layout: str, direction: str) -> None:
+def test_every_contender_is_checked_and_timed(dtype, layout, direction):
     rows = rows_of(Case(TINY, 8, dtype, layout, direction))
     assert [row["contender"] for row in rows] == ["ours (torch)", "einsum", "bmm", "broadcast"]
     for row in rows:
@@ -37,7 +37,7 @@ def test_every_contender_is_checked_and_timed(dtype: str, layout: str, direction
         assert set(row) <= set(COLUMNS)
 
 
-def test_a_row_tells_batch_gradients_and_floor() -> None:
+def test_a_row_tells_batch_gradients_and_floor():
     row = rows_of(Case(TINY, 3))[0]
     gradients = 4 * 3 * (4 * 36 + 3 * 36 + 3 * 36 + 5 * 9)
     assert (row["batch"], row["gradient_bytes"]) == (3, gradients)
@@ -46,7 +46,7 @@ def test_a_row_tells_batch_gradients_and_floor() -> None:
     assert (forward["gradient_bytes"], forward["floor_bytes"]) == (0, 2 * gradients)
 
 
-def test_a_product_too_large_for_a_cpu_is_not_run() -> None:
+def test_a_product_too_large_for_a_cpu_is_not_run():
     case = Case(BY_NAME["segmentation"], 4)
     assert contenders.why_not_run(BROADCAST, case, "cpu") == "not run: holds 16.0 GiB"
     assert contenders.why_not_run(BROADCAST, case, "cuda") is None
@@ -55,21 +55,21 @@ def test_a_product_too_large_for_a_cpu_is_not_run() -> None:
         large.prepare(BROADCAST)
 
 
-def test_memory_formats_are_those_asked_for() -> None:
+def test_memory_formats_are_those_asked_for():
     student, teacher = Case(TINY, 3, layout="channels_last").maps("cpu")
     maps = [*maps_of(student), *maps_of(teacher)]
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in maps)
 
 
-def test_tokens_have_a_layout_of_their_own() -> None:
+def test_tokens_have_a_layout_of_their_own():
     tokens = BY_NAME["tokens-vit-b"]
     assert tokens.layouts(["nchw", "channels_last"]) == ("tokens",)
     assert TINY.layouts(["channels_last"]) == ("channels_last",)
 
 
-def test_peaks_are_measured_where_malloc_returns_what_is_freed() -> None:
-    timed: Row = {"contender": "einsum", "median": 1.0}
-    not_run: Row = {"contender": "broadcast", "reason": "not run: holds 16.0 GiB"}
+def test_peaks_are_measured_where_malloc_returns_what_is_freed():
+    timed = {"contender": "einsum", "median": 1.0}
+    not_run = {"contender": "broadcast", "reason": "not run: holds 16.0 GiB"}
     jobs = cases.memory_jobs(Case(BY_NAME["wide-late-512"], 4), [timed, not_run])
     memory.add_peaks(jobs)
     matrix = 4 * 4 * 512 * 512  # bytes; the naive op holds both and the squares of the difference

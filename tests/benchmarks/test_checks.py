@@ -12,12 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import accuracy, bench_plan, cases, contenders, measure, networks, peers
-from benchmarks.checks import (
-    Truth,
-    maps_of,
-    relative_error,
-    require_small,
-)
+from benchmarks.checks import Truth, maps_of, relative_error, require_small
 from benchmarks.contenders import Contender
 from benchmarks.measure import Rounds
 from benchmarks.workloads import FORWARD, TRAINING, Case, Pairs, Workload
@@ -93,9 +88,7 @@ PARTS: dict[str, Callable[[Contender], object]] = {
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_maps_are_results_of_layers_and_no_gradient_of_theirs_is_accumulated(
-    part: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_maps_are_results_of_layers_and_no_gradient_of_theirs_is_accumulated(part, monkeypatch):
     watch = Watch()
     who = Contender("watch", lambda: watch)
     monkeypatch.setitem(contenders.BY_NAME, who.name, who)
@@ -109,32 +102,32 @@ def test_maps_are_results_of_layers_and_no_gradient_of_theirs_is_accumulated(
     assert watch.accumulated == []
 
 
-def test_errors_of_loss_and_gradients_are_recorded() -> None:
+def test_errors_of_loss_and_gradients_are_recorded():
     assert set(check_of(Case(TINY, 3), EINSUM)) == {"loss_error", "gradient_error"}
     assert set(check_of(Case(TINY, 3, direction=FORWARD), EINSUM)) == {"loss_error"}
     assert max(check_of(Case(TINY, 3), EINSUM).values()) < 1e-5
 
 
 @pytest.mark.parametrize("direction", [TRAINING, FORWARD])
-def test_a_loss_off_by_a_thousandth_is_wrong(direction: str) -> None:
+def test_a_loss_off_by_a_thousandth_is_wrong(direction):
     with pytest.raises(AssertionError, match="x is wrong on tiny"):
         check_of(Case(TINY, 3, direction=direction), off_by(1.001))
 
 
-def test_a_wrong_gradient_is_wrong_where_it_is_asked_for() -> None:
+def test_a_wrong_gradient_is_wrong_where_it_is_asked_for():
     with pytest.raises(AssertionError, match="x is wrong on tiny"):
         check_of(Case(TINY, 3), gradient_is_off)
     check_of(Case(TINY, 3, direction=FORWARD), gradient_is_off)
 
 
-def test_ours_is_held_to_more_in_half_precision() -> None:
+def test_ours_is_held_to_more_in_half_precision():
     case = Case(TINY, 8, dtype="bf16")
     check_of(case, off_by(1.03))
     with pytest.raises(AssertionError):
         check_of(case, off_by(1.03), ours=True)
 
 
-def test_errors_are_relative_and_nan_is_infinitely_wrong() -> None:
+def test_errors_are_relative_and_nan_is_infinitely_wrong():
     truth = torch.tensor([3.0, 4.0], dtype=torch.float64)
     assert relative_error([torch.tensor([3.0, 4.5])], [truth]) == pytest.approx(0.1)
     assert relative_error([torch.full((2,), float("nan"))], [truth]) == float("inf")

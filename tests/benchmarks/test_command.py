@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import fake_gpu
@@ -38,16 +37,17 @@ def executed(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_without_options_everything_runs_on_a_cpu() -> None:
+def test_without_options_everything_runs_on_a_cpu():
     options = parse([])
     assert (options.device, options.part) == ("cpu", list(PARTS))
+    assert parse(["accuracy", "loss"]).part == ["loss", "accuracy"]
     assert chosen_dtypes(options) == ["fp32"]
     assert chosen_rounds(options) == ROUNDS["cpu"]
     assert {case.workload.name for case in cases(options)} == set(workloads.BY_NAME)
     assert len(cases(options)) == 2 * (2 * len(workloads.WORKLOADS) - 1)  # tokens: one layout
 
 
-def test_a_quick_run_has_fewer_cases_and_rounds() -> None:
+def test_a_quick_run_has_fewer_cases_and_rounds():
     options = parse(["--quick"])
     assert chosen_rounds(options) == QUICK_ROUNDS["cpu"]
     assert [str(case) for case in cases(options)] == [
@@ -55,7 +55,7 @@ def test_a_quick_run_has_fewer_cases_and_rounds() -> None:
     ]
 
 
-def test_cases_are_those_asked_for_in_the_order_of_their_tables() -> None:
+def test_cases_are_those_asked_for_in_the_order_of_their_tables():
     asked = ["--workload=segmentation", "--workload=cifar-resnet", "--dtype=bf16", "--pass=forward"]
     found = cases(parse([*asked, "--layout=channels_last", "--quick", "--rounds=3"]))
     assert [str(case) for case in found] == [
@@ -63,11 +63,7 @@ def test_cases_are_those_asked_for_in_the_order_of_their_tables() -> None:
     ]
 
 
-def test_parts_run_in_their_own_order() -> None:
-    assert parse(["accuracy", "loss"]).part == ["loss", "accuracy"]
-
-
-def test_where_there_is_a_gpu_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_there_is_a_gpu_it_is_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(contenders, "serves", lambda *_: True)
     assert parse([]).device == "cuda"
@@ -75,9 +71,7 @@ def test_where_there_is_a_gpu_it_is_used(monkeypatch: pytest.MonkeyPatch) -> Non
     assert parse(["--device", "cpu"]).device == "cpu"
 
 
-def test_an_interpreter_s_errors_are_measured_but_not_its_times(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_interpreter_s_errors_are_measured_but_not_its_times(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     interpreted = ["--contender", "ours (triton)"]
     assert parse(["accuracy", *interpreted]).contender == ["ours (triton)"]
@@ -96,18 +90,14 @@ def test_an_interpreter_s_errors_are_measured_but_not_its_times(
         (["speed"], "PART: 'speed', must be of loss, step, scaling, plan, accuracy, or report"),
     ],
 )
-def test_impossible_options_are_refused(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
+def test_impossible_options_are_refused(capsys, arguments, message):
     with pytest.raises(SystemExit):
         parse(arguments)
     assert message in capsys.readouterr().err
 
 
-def test_a_part_that_crashes_does_not_take_others_down(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def measured(part: str, _: Namespace) -> tuple[list[results.Row], results.Row]:
+def test_a_part_that_crashes_does_not_take_others_down(monkeypatch, tmp_path, capsys):
+    def measured(part, _):
         if part == "loss":
             raise RuntimeError("crashed")
         return [made_up.erring(0.1, "einsum", 1e-6)], made_up.CPU
@@ -119,18 +109,14 @@ def test_a_part_that_crashes_does_not_take_others_down(
     assert "error of the gradient" in capsys.readouterr().out
 
 
-def test_without_results_the_command_says_so_and_fails(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_results_the_command_says_so_and_fails(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(parts, "PARTS", {"loss": "no_such_module"})
     monkeypatch.setattr(command, "in_fresh_process", measure_part)
     assert main(["loss", "--output", str(tmp_path)]) == 1
     assert "holds no results" in capsys.readouterr().err
 
 
-def test_results_can_be_drawn_again_and_compared(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_results_can_be_drawn_again_and_compared(tmp_path, capsys):
     made_up.write(tmp_path, "loss", [made_up.loss("segmentation", "ours (torch)", 2.0)])
     assert main(["report", str(tmp_path)]) == 0
     assert "ours ms" in capsys.readouterr().out
@@ -144,7 +130,7 @@ def test_results_can_be_drawn_again_and_compared(
 
 
 @pytest.mark.slow
-def test_a_quick_run_prints_its_tables_and_writes_its_files(tmp_path: Path) -> None:
+def test_a_quick_run_prints_its_tables_and_writes_its_files(tmp_path):
     chosen = ["--workload=cifar-resnet", "--contender=ours (torch)", "--contender=einsum"]
     done = executed("-m", "benchmarks", "--quick", *chosen, f"--output={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -167,10 +153,8 @@ def test_a_quick_run_prints_its_tables_and_writes_its_files(tmp_path: Path) -> N
         assert row["peak_bytes"] >= row["gradient_bytes"] - unsure
 
 
-def test_a_gpu_run_keeps_what_was_measured_where_others_fail(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def out_of_memory(*_: torch.Tensor) -> torch.Tensor:
+def test_a_gpu_run_keeps_what_was_measured_where_others_fail(monkeypatch, tmp_path, capfd):
+    def out_of_memory(*_):
         raise torch.OutOfMemoryError("no room")
 
     fake_gpu.install(monkeypatch)
@@ -194,7 +178,7 @@ def test_a_gpu_run_keeps_what_was_measured_where_others_fail(
 
 
 @pytest.mark.slow
-def test_pytest_benchmark_times_contenders_and_compares_runs(tmp_path: Path) -> None:
+def test_pytest_benchmark_times_contenders_and_compares_runs(tmp_path):
     arguments = (
         *("-m", "pytest", "benchmarks/bench_loss.py", "-p", "no:cacheprovider", "--quick"),
         *("--workload=cifar-resnet", "--contender=ours (torch)", "--contender=einsum"),

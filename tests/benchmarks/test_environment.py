@@ -7,13 +7,12 @@ import platform
 import re
 
 import fake_gpu
-import pytest
 import torch
 
 from benchmarks import environment
 
 
-def test_the_machine_is_described_without_its_name() -> None:
+def test_the_machine_is_described_without_its_name():
     described = environment.machine()
     assert described["threads"] == torch.get_num_threads()
     assert described["torch"] == torch.__version__
@@ -21,16 +20,16 @@ def test_the_machine_is_described_without_its_name() -> None:
     assert all(described.values())
 
 
-def test_the_commit_is_known_or_said_not_to_be() -> None:
+def test_the_commit_is_known_or_said_not_to_be():
     words = r"([0-9a-f]{40}|none)( with uncommitted changes)?"
     assert re.fullmatch(words, environment.commit())
 
 
-def test_a_device_has_a_folder_name() -> None:
+def test_a_device_has_a_folder_name():
     assert re.fullmatch(r"cpu-[a-z0-9-]+-cores", environment.device_slug())
 
 
-def test_a_gpu_is_described_with_what_drives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_described_with_what_drives_it(monkeypatch):
     fake_gpu.install(monkeypatch)
     monkeypatch.setattr(environment, "output_of", lambda *_: "580.1, 1980 MHz, 1980 MHz, 2619 MHz")
     described = environment.machine("cuda")

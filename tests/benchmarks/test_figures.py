@@ -45,7 +45,7 @@ def lines(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
     }
 
 
-def test_speed_up_has_a_panel_for_each_dtype_with_a_bar_from_1_to_each_ratio(panels: Any) -> None:
+def test_speed_up_has_a_panel_for_each_dtype_with_a_bar_from_1_to_each_ratio(panels):
     fp32, bf16 = panels("speedup.png", "loss", LOSS)
     assert (fp32.get_title(), bf16.get_title()) == ("fp32", "bf16")
     ends = {
@@ -58,14 +58,14 @@ def test_speed_up_has_a_panel_for_each_dtype_with_a_bar_from_1_to_each_ratio(pan
     assert workloads == ["wide-late-512", "segmentation"]
 
 
-def test_every_contender_has_a_colour_and_a_marker_of_its_own() -> None:
+def test_every_contender_has_a_colour_and_a_marker_of_its_own():
     forms = {f"ours (torch), {form} form" for form in FORMS}
     assert set(figures.COLOURS) == {*contenders.BY_NAME} | forms
     for table in (figures.COLOURS, figures.MARKERS):
         assert len(set(table.values())) == len(table)
 
 
-def test_scaling_has_times_above_memory_for_each_axis(panels: Any) -> None:
+def test_scaling_has_times_above_memory_for_each_axis(panels):
     rows = [
         made_up.scaled(axis, value, "einsum", value, peak_bytes=value**2 * made_up.MIB)
         for axis in ("size", "batch")
@@ -78,14 +78,14 @@ def test_scaling_has_times_above_memory_for_each_axis(panels: Any) -> None:
     assert batch_memory.get_ylabel() == "peak extra memory in MiB"
 
 
-def test_accuracy_has_a_line_over_noise_for_each_contender(panels: Any) -> None:
+def test_accuracy_has_a_line_over_noise_for_each_contender(panels):
     rows = [made_up.erring(noise, "einsum", 1e-7 / noise) for noise in (1e-3, 1e-1)]
     (panel,) = panels("accuracy.png", "accuracy", rows)
     assert lines(panel)["einsum"] == ([1e-1, 1e-3], pytest.approx([1e-6, 1e-4]))
     assert (panel.get_xscale(), panel.get_yscale()) == ("log", "log")
 
 
-def test_only_figures_with_something_to_show_are_written(tmp_path: Path) -> None:
+def test_only_figures_with_something_to_show_are_written(tmp_path):
     made_up.write(tmp_path, "accuracy", [])
     found = results.with_ratios(made_up.write(tmp_path, "loss", LOSS).rows)
     (path,) = figures.draw(found, "some cpu", tmp_path)

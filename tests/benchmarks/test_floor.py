@@ -30,30 +30,30 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return take
 
 
-def test_the_floor_is_four_reads_and_two_writes_of_equal_maps() -> None:
+def test_the_floor_is_four_reads_and_two_writes_of_equal_maps():
     one = 8 * 6 * 16 * 2  # bytes in bf16
     maps = feature_maps(EQUAL, 8, torch.bfloat16)
     assert floor.floor_bytes(*maps) == 6 * one
     assert floor.floor_bytes(*maps, training=False) == 4 * one
 
 
-def test_pooled_maps_are_read_and_their_gradients_written_at_full_size() -> None:
+def test_pooled_maps_are_read_and_their_gradients_written_at_full_size():
     pooled = Workload("pooled", 2, (((6, 8), (5, 4)),))
     assert floor.floor_bytes(*feature_maps(pooled, 2)) == 3 * 4 * 2 * (6 * 64 + 5 * 16)
 
 
-def test_the_matrix_form_takes_four_products_and_half_of_them_without_gradients() -> None:
+def test_the_matrix_form_takes_four_products_and_half_of_them_without_gradients():
     product = 2 * 8 * 6 * 6 * 16
     maps = feature_maps(EQUAL, 8)
     assert floor.floor_flops(*maps) == 4 * product
     assert floor.floor_flops(*maps, training=False) == 2 * product
 
 
-def test_few_positions_take_fewer_flops_than_products_of_maps() -> None:
+def test_few_positions_take_fewer_flops_than_products_of_maps():
     assert floor.floor_flops(*feature_maps(WIDE, 2)) < 4 * 2 * 2 * 512 * 512 * 49 / 4
 
 
-def test_the_fastest_repetition_of_the_run_counts(rates: Callable[..., None]) -> None:
+def test_the_fastest_repetition_of_the_run_counts(rates):
     row = {"dtype": "fp32", "floor_bytes": 1000}
     for seconds in (2e-3, 1e-3, 4e-3):
         rates(7e-3, seconds, 5e-3)
@@ -65,9 +65,7 @@ def test_the_fastest_repetition_of_the_run_counts(rates: Callable[..., None]) ->
     }
 
 
-def test_a_gpu_is_measured_once(
-    rates: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_is_measured_once(rates, monkeypatch):
     fake_gpu.install(monkeypatch)
     for seconds in (2e-3, 1e-3):
         rates(seconds)
@@ -78,17 +76,17 @@ def test_a_gpu_is_measured_once(
     assert (row["copy_bytes_per_second"], row["matrix_flops_per_second"]) == found
 
 
-def test_a_row_without_a_floor_stays_as_it_is() -> None:
+def test_a_row_without_a_floor_stays_as_it_is():
     assert floor.with_final_rates({"dtype": "fp32"}, "cpu") == {"dtype": "fp32"}
 
 
-def test_what_a_cpu_widens_counts_as_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_cpu_widens_counts_as_fp32(monkeypatch):
     speed = {torch.bfloat16: 1.0, torch.float32: 5.0}
     monkeypatch.setattr(floor, "_product_rate", lambda _, dtype: speed[dtype])
     assert floor.matrix_rate("cpu", "bf16") == 5.0
 
 
-def test_three_products_of_tf32_may_stand_for_one_of_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_products_of_tf32_may_stand_for_one_of_fp32(monkeypatch):
     speed = {"highest": 1.0, "high": 9.0}
     monkeypatch.setattr(
         floor, "_product_rate", lambda *_: speed[torch.get_float32_matmul_precision()]
@@ -97,7 +95,7 @@ def test_three_products_of_tf32_may_stand_for_one_of_fp32(monkeypatch: pytest.Mo
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_this_machine_copies_and_multiplies() -> None:
+def test_this_machine_copies_and_multiplies():
     facts = floor.floor_facts(Case(EQUAL, 8, direction=FORWARD), *feature_maps(EQUAL, 8), "cpu")
     assert facts["floor_bytes"] == 4 * 4 * 8 * 6 * 16
     assert 1e6 < facts["copy_bytes_per_second"] < 1e13

@@ -15,7 +15,7 @@ from benchmarks.contenders import Contender
 from benchmarks.gpu_timing import GpuTimer, copies_beyond_cache
 from benchmarks.measure import measure
 from benchmarks.results import COLUMNS
-from benchmarks.workloads import Case, Pairs, Workload, feature_maps
+from benchmarks.workloads import Case, Workload, feature_maps
 
 TINY = Workload("tiny", 8, (((4, 6), (3, 6)), ((3, 6), (5, 3))))
 EINSUM = contenders.BY_NAME["einsum"]
@@ -41,7 +41,7 @@ def row_of(*steps: Step) -> Row:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_every_contender_is_checked_and_measured(dtype: str) -> None:
+def test_every_contender_is_checked_and_measured(dtype):
     eager = [c for c in contenders.on("cuda") if c.name != "torch.compile"]
     rows = measure_case(Case(TINY, 8, dtype), eager, "cuda", fake_gpu.ROUNDS)
     rounds = {row["contender"]: row["rounds"] for row in rows}
@@ -56,16 +56,14 @@ def test_every_contender_is_checked_and_measured(dtype: str) -> None:
         assert set(row) <= set(COLUMNS)
 
 
-def test_steps_are_replayed_from_graphs_in_turn() -> None:
+def test_steps_are_replayed_from_graphs_in_turn():
     row = row_of(nothing, nothing)
     assert fake_gpu.Graph.replays == 1 + 4  # the first round warms up
     assert row["replay_median"] > 0
     assert row["replay_iqr"] >= 0
 
 
-def test_a_step_that_cannot_be_captured_has_no_replay(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_step_that_cannot_be_captured_has_no_replay(monkeypatch):
     monkeypatch.setattr(fake_gpu.Graph, "reason", RuntimeError("not permitted"))
     row = row_of()
     assert row["median"] > 0
@@ -73,18 +71,16 @@ def test_a_step_that_cannot_be_captured_has_no_replay(
     assert "replay_median" not in row
 
 
-def test_graphs_are_captured_where_the_layers_before_the_maps_ran(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_graphs_are_captured_where_the_layers_before_the_maps_ran(monkeypatch):
     """Autograd would make the default stream wait for the capture, which CUDA does not allow."""
     default, of_layers, of_captures = torch.cuda.current_stream(), [], []
     as_results = checks.as_results
 
-    def layers(pairs: Pairs) -> Pairs:
+    def layers(pairs):
         of_layers.append(torch.cuda.current_stream())
         return as_results(pairs)
 
-    def capture(graph: fake_gpu.Graph, pool: object, stream: fake_gpu.Stream) -> fake_gpu.Capture:
+    def capture(graph, pool, stream):
         of_captures.append(stream)
         return fake_gpu.Capture(graph, pool, stream)
 
@@ -97,10 +93,10 @@ def test_graphs_are_captured_where_the_layers_before_the_maps_ran(
     assert torch.cuda.current_stream() is default
 
 
-def test_a_sleep_that_was_too_short_is_doubled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sleep_that_was_too_short_is_doubled(monkeypatch):
     ready = timer()
     gpu_timing.sleep_cycles_per_second()
-    slept: list[int] = []
+    slept = []
     monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
     monkeypatch.setattr(fake_gpu.Event, "finished", [True, False])
     _, in_time = ready.device_seconds()
@@ -110,9 +106,7 @@ def test_a_sleep_that_was_too_short_is_doubled(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(("late_turn", "full"), [(0, True), (1, False)])
-def test_a_queue_that_ran_empty_is_told_unless_in_the_first_round(
-    monkeypatch: pytest.MonkeyPatch, late_turn: int, full: bool
-) -> None:
+def test_a_queue_that_ran_empty_is_told_unless_in_the_first_round(monkeypatch, late_turn, full):
     ready = timer()
     for turn in range(3):
         late = [True] * gpu_timing.RETRIES if turn == late_turn else []
@@ -122,7 +116,7 @@ def test_a_queue_that_ran_empty_is_told_unless_in_the_first_round(
 
 
 @pytest.mark.parametrize("workload", [TINY, Workload("large", 8, (((64, 32), (64, 32)),))])
-def test_copies_do_not_fit_in_the_cache_together(workload: Workload) -> None:
+def test_copies_do_not_fit_in_the_cache_together(workload):
     student, teacher = feature_maps(workload, 8)
     sets = copies_beyond_cache(student, teacher)
     size = sum(x.nbytes for x in maps_of(student) + maps_of(teacher))
@@ -131,7 +125,7 @@ def test_copies_do_not_fit_in_the_cache_together(workload: Workload) -> None:
     assert len(addresses) == len(sets) * 4 * len(workload.layers)
 
 
-def test_copies_keep_strides_and_require_gradients_as_the_maps_do() -> None:
+def test_copies_keep_strides_and_require_gradients_as_the_maps_do():
     tokens = Workload("tokens", 8, (((6, 10), (5, 10)),), tokens=True)
     sets = copies_beyond_cache(*feature_maps(tokens, 8))
     for student, teacher in sets:
@@ -140,10 +134,10 @@ def test_copies_keep_strides_and_require_gradients_as_the_maps_do() -> None:
         assert not any(x.requires_grad for x in maps_of(teacher))
 
 
-def test_each_copy_has_a_step_of_its_own() -> None:
-    seen: list[Pairs] = []
+def test_each_copy_has_a_step_of_its_own():
+    seen = []
 
-    def loss(student: Pairs, teacher: Pairs) -> torch.Tensor:
+    def loss(student, teacher):
         seen.append(student)
         return EINSUM.build()(student, teacher)
 
@@ -159,8 +153,6 @@ def test_each_copy_has_a_step_of_its_own() -> None:
     ("seconds", "launches", "steps"),
     [(1e-4, 4, 100), (1e-3, 4, 10), (1e-3, 100, 4), (1e-3, 1000, 1), (1.0, 4, 1), (1e-3, None, 4)],
 )
-def test_a_round_is_long_enough_and_fits_the_queue(
-    monkeypatch: pytest.MonkeyPatch, seconds: float, launches: int | None, steps: int
-) -> None:
+def test_a_round_is_long_enough_and_fits_the_queue(monkeypatch, seconds, launches, steps):
     monkeypatch.setattr(gpu_timing, "ROUND_SECONDS", 0.01)
     assert gpu_timing.steps_per_round(seconds, launches) == steps

@@ -40,13 +40,13 @@ STEPS = {
 
 @methods
 @pytest.mark.parametrize("name", STEPS)
-def test_blocks_that_are_held_together_add_up(peak: Peak, name: str) -> None:
+def test_blocks_that_are_held_together_add_up(peak, name):
     step, blocks = STEPS[name]
     assert peak(step) == pytest.approx(blocks * BLOCK, abs=TOLERANCE)
 
 
 @methods
-def test_memory_held_before_does_not_count(peak: Peak) -> None:
+def test_memory_held_before_does_not_count(peak):
     held = block()
     assert peak(lambda: held.add_(1)) == pytest.approx(0, abs=TOLERANCE)
 
@@ -59,7 +59,7 @@ def broken_job() -> Step:
     raise ValueError("what")
 
 
-def test_what_fails_costs_no_other_its_peak(capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_fails_costs_no_other_its_peak(capfd):
     first, second = memory.peaks([broken_job, job])
     assert first is None
     assert "ValueError: what" in capfd.readouterr().err
@@ -73,7 +73,7 @@ def environment() -> Step:
     return lambda: None
 
 
-def test_a_fresh_process_returns_freed_memory_and_has_as_many_threads() -> None:
+def test_a_fresh_process_returns_freed_memory_and_has_as_many_threads():
     threads, before = torch.get_num_threads(), dict(os.environ)
     torch.set_num_threads(1)
     try:

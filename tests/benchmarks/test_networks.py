@@ -55,9 +55,7 @@ def sizes(where: Networks, dtype: str = "fp32") -> list[list[tuple[int, int]]]:
         ("imagenet-resnet34-18", 64, [(64, 16), (128, 8), (256, 4), (512, 2)]),
     ],
 )
-def test_both_maps_of_a_pair_end_a_stage(
-    name: str, image_size: int, expected: list[tuple[int, int]]
-) -> None:
+def test_both_maps_of_a_pair_end_a_stage(name, image_size, expected):
     pytest.importorskip("torchvision")
     where = replace(networks.BY_NAME[name], cpu_batch=2, image_size=image_size)
     assert sizes(where) == [[size] * 2 for size in expected]
@@ -65,9 +63,7 @@ def test_both_maps_of_a_pair_end_a_stage(
 
 @pytest.mark.parametrize("contender", [OURS, EINSUM], ids=lambda c: c.name)
 @pytest.mark.parametrize("dtype", networks.PRACTICE)
-def test_a_step_in_pieces_gives_the_gradients_of_a_whole_one(
-    dtype: str, contender: Contender
-) -> None:
+def test_a_step_in_pieces_gives_the_gradients_of_a_whole_one_and_leaves_none(dtype, contender):
     problem = StepProblem(TINY, "cpu", dtype)
     whole, split = (problem.distillation(contender.build()) for _ in range(2))
     whole.step()
@@ -79,9 +75,10 @@ def test_a_step_in_pieces_gives_the_gradients_of_a_whole_one(
     for name, value in gradients(split).items():
         error = (value - expected[name]).norm() / expected[name].norm()
         assert error < rtol, name
+    assert all(p.grad is None for x in (whole, split) for p in x.student.parameters())
 
 
-def test_a_step_trains_the_student_and_leaves_the_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_trains_the_student_and_leaves_the_teacher(monkeypatch):
     monkeypatch.setattr(training_step, "LEARNING_RATE", 1e-3)
     found = distillation()
     before = [
@@ -95,14 +92,7 @@ def test_a_step_trains_the_student_and_leaves_the_teacher(monkeypatch: pytest.Mo
     assert all(x.equal(before[1][name]) for name, x in found.teacher.state_dict().items())
 
 
-def test_a_step_leaves_no_gradients() -> None:
-    found = distillation()
-    found.step()
-    found.split_step(lambda: None)
-    assert all(p.grad is None for p in found.student.parameters())
-
-
-def test_contenders_have_equal_networks_of_their_own() -> None:
+def test_contenders_have_equal_networks_of_their_own():
     problem = StepProblem(TINY, "cpu", "fp32")
     one, other = (problem.distillation(EINSUM.build()) for _ in range(2))
     for mine, theirs in ((one.student, other.student), (one.teacher, other.teacher)):
@@ -111,13 +101,13 @@ def test_contenders_have_equal_networks_of_their_own() -> None:
             assert x.data_ptr() != y.data_ptr()
 
 
-def test_steps_leave_the_loss_where_it_is() -> None:
+def test_steps_leave_the_loss_where_it_is():
     found = distillation()
     losses = [found.step().item() for _ in range(20)]
     assert losses[-1] == pytest.approx(losses[0], rel=1e-5)
 
 
-def test_a_settled_network_normalises_its_maps() -> None:
+def test_a_settled_network_normalises_its_maps():
     model = CifarResNet(14)
     images = torch.randn(8, 3, 8, 8)
     networks.settle(model, images)
@@ -129,14 +119,14 @@ def test_a_settled_network_normalises_its_maps() -> None:
     assert all(norm.running_mean.norm() > 0 for norm in norms)
 
 
-def test_bf16_is_autocast_in_channels_last() -> None:
+def test_bf16_is_autocast_in_channels_last():
     for pairs in (distillation("bf16").teacher_maps(), distillation("bf16").student_maps()):
         for x in training_step.maps_of(pairs):
             assert x.dtype == torch.bfloat16
             assert x.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_wrong_contender_is_not_timed() -> None:
+def test_a_wrong_contender_is_not_timed():
     wrong = Contender("wrong", lambda: peers.loss_over(lambda f, s: peers.bmm_matrix(f, s) * 1.001))
     with pytest.raises(AssertionError, match="wrong is wrong on tiny"):
         StepProblem(TINY, "cpu", "fp32").prepare(wrong)
@@ -150,21 +140,20 @@ def test_a_wrong_contender_is_not_timed() -> None:
     ],
     ids=["package", "dtype"],
 )
-def test_networks_that_cannot_be_measured_say_why(where: Networks, dtype: str, reason: str) -> None:
+def test_networks_that_cannot_be_measured_say_why(where, dtype, reason):
     with pytest.raises(NotRun, match=reason):
         StepProblem(where, "cpu", dtype).prepare(EINSUM)
 
 
 @pytest.mark.parametrize(
-    ("asked", "names"),
-    [([], ["ours (torch)", "einsum", "torch.compile"]), (["bmm"], ["bmm"])],
+    ("asked", "names"), [([], ["ours (torch)", "einsum", "torch.compile"]), (["bmm"], ["bmm"])]
 )
-def test_only_some_peers_take_steps_unless_asked_for(asked: list[str], names: list[str]) -> None:
+def test_only_some_peers_take_steps_unless_asked_for(asked, names):
     found = contenders_of(Namespace(device="cpu", contender=asked))
     assert [c.name for c in found] == names
 
 
-def test_steps_are_timed_whole_and_in_pieces() -> None:
+def test_steps_are_timed_whole_and_in_pieces():
     prepare = StepProblem(TINY, "cpu", "fp32").prepare
     for row in measure([OURS, EINSUM], prepare, "cpu", Rounds(3, 3, 0.0)):
         assert (row["rounds"], row["batch"]) == (3, 3)
@@ -173,9 +162,7 @@ def test_steps_are_timed_whole_and_in_pieces() -> None:
         assert set(row) <= set(COLUMNS)
 
 
-def test_a_step_for_its_memory_can_be_sent_to_another_process(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_step_for_its_memory_can_be_sent_to_another_process(monkeypatch):
     monkeypatch.setitem(networks.BY_NAME, "tiny", TINY)
     job = pickle.loads(pickle.dumps(partial(networks.lone_step, "tiny", "einsum")))
     assert job()() > 0

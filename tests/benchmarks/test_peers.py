@@ -30,14 +30,12 @@ def assert_is_the_loss(loss: peers.Loss, workload: Workload) -> None:
 
 @pytest.mark.parametrize("workload", SMALL, ids=lambda w: w.name)
 @pytest.mark.parametrize("matrix", MATRICES, ids=lambda f: f.__name__)
-def test_eager_peers(matrix: peers.Matrix, workload: Workload) -> None:
+def test_eager_peers(matrix, workload):
     assert_is_the_loss(peers.loss_over(matrix), workload)
 
 
 @pytest.mark.parametrize(("workload", "pooled"), [(SMALL[0], 0), (SMALL[1], 1), (SMALL[2], 1)])
-def test_only_the_larger_map_is_pooled(
-    monkeypatch: pytest.MonkeyPatch, workload: Workload, pooled: int
-) -> None:
+def test_only_the_larger_map_is_pooled(monkeypatch, workload, pooled):
     seen = []
     pool = peers.F.adaptive_max_pool2d
     monkeypatch.setattr(
@@ -50,13 +48,11 @@ def test_only_the_larger_map_is_pooled(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workload", [SMALL[1], SMALL[3]], ids=lambda w: w.name)
-def test_compiled_peer(workload: Workload) -> None:
+def test_compiled_peer(workload):
     assert_is_the_loss(peers.compiled_einsum(), workload)
 
 
-def test_on_a_gpu_ours_is_each_backend_that_serves_it_best_first(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_on_a_gpu_ours_is_each_backend_that_serves_it_best_first(monkeypatch):
     monkeypatch.setattr(contenders, "registered_backends", lambda: dict.fromkeys("abc"))
     monkeypatch.setattr(contenders, "serves", lambda *x: x[:2] != ("b", "cuda"))
     competing = contenders.on("cuda")
@@ -64,5 +60,5 @@ def test_on_a_gpu_ours_is_each_backend_that_serves_it_best_first(
     assert competing[2:] == contenders.PEERS
 
 
-def test_the_broadcast_product_is_sized_by_its_largest_pair() -> None:
+def test_the_broadcast_product_is_sized_by_its_largest_pair():
     assert peers.broadcast_bytes(SMALL[0], batch=3) == 4 * 3 * 6 * 5 * 16

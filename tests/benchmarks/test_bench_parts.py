@@ -1,4 +1,4 @@
-"""The evaluations that are timed beside each other, and the bare Function."""
+"""What the parts ``plan`` and ``scaling`` measure, and the bare Function."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import fsp_kernels as fsp
 from benchmarks import bench_host_time
 from benchmarks.bench_plan import contenders_of, plans_of
+from benchmarks.bench_scaling import AXES
 from benchmarks.cases import Problem
 from benchmarks.workloads import Case, Workload
 
@@ -22,7 +23,7 @@ def names(of: Case, device: str, backend: str) -> list[str]:
     return [contender.name for contender in contenders_of(of, device, backend)]
 
 
-def test_on_a_cpu_they_are_forms_and_chunks_the_planned_one_first() -> None:
+def test_on_a_cpu_they_are_forms_and_chunks_the_planned_one_first():
     assert names(case(64, 8), "cpu", "torch") == [
         "matrix form, chunks of 8",
         "matrix form, chunks of 4",
@@ -31,11 +32,11 @@ def test_on_a_cpu_they_are_forms_and_chunks_the_planned_one_first() -> None:
     ]
 
 
-def test_on_a_gpu_they_are_what_kernels_can_do() -> None:
+def test_on_a_gpu_they_are_what_kernels_can_do():
     assert names(case(512, 7, "bf16"), "cuda", "triton") == ["Gram form", "tiles"]
 
 
-def test_none_is_timed_that_takes_many_times_the_flops() -> None:
+def test_none_is_timed_that_takes_many_times_the_flops():
     wide = case(512, 4)
     plans = plans_of(wide, "cpu", "torch")
     assert {plan.pairs[0].form for plan in plans} == {"matrix", "gram"}
@@ -44,7 +45,7 @@ def test_none_is_timed_that_takes_many_times_the_flops() -> None:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_each_is_right(dtype: str) -> None:
+def test_each_is_right(dtype):
     small = case(12, 3, dtype)
     found, problem = contenders_of(small, "cpu", "torch"), Problem(small, "cpu")
     assert len(found) == 4
@@ -81,3 +82,18 @@ def test_a_bare_function_launches_and_allocates_as_much_as_ours(monkeypatch):
             seen.append((len(launches), sorted(map(str, shapes))))
     assert seen[0] == seen[1]
     assert seen[0][0] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "label", "batch", "shape"),
+    [
+        ("batch", 16, "64-64@28", 16, (16, 64, 28, 28)),
+        ("channels", 512, "512-512@7", 4, (4, 512, 7, 7)),
+        ("size", 56, "64-64@56", 4, (4, 64, 56, 56)),
+    ],
+)
+def test_one_thing_grows_at_a_time(name, value, label, batch, shape):
+    case = next(x for x in AXES["cpu"] if x.name == name).case(value, "bf16")
+    assert (case.workload.name, case.batch, case.dtype) == (label, batch, "bf16")
+    student, teacher = case.maps("cpu")
+    assert {tuple(x.shape) for x in (*student[0], *teacher[0])} == {shape}
