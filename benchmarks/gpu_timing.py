@@ -173,13 +173,17 @@ class GpuTimer:
             seconds["replay"] = self._queued_seconds(self._replays)[0]
         return seconds
 
+    def forget(self) -> None:
+        """Leave the rounds so far out of ``facts``."""
+        self._in_time.clear()
+
     def facts(self) -> Row:
         """Memory and launches of a step. ``full_queue`` tells whether the device never waited."""
         return {
             "peak_bytes": self._peak,
             "launches": self._launches,
             "steps_per_round": self._count,
-            "full_queue": all(self._in_time[1:]),  # the first round does not count
+            "full_queue": all(self._in_time),
             "no_replay": self._no_replay,
         }
 

@@ -46,6 +46,9 @@ class Timer(Protocol):
     def turn(self) -> Readings:
         """Time one round."""
 
+    def forget(self) -> None:
+        """Leave the rounds so far out of ``facts``."""
+
     def facts(self) -> Row:
         """What is recorded beside the times."""
 
@@ -60,6 +63,9 @@ class CpuTimer:
         start = time.perf_counter()
         self._step()
         return {"device": time.perf_counter() - start}
+
+    def forget(self) -> None:
+        pass
 
     def facts(self) -> Row:
         return {}
@@ -174,8 +180,9 @@ def take_turns(
     start = time.perf_counter()
     take(name for name in timers if name not in limits)
     count = rounds.affordable(time.perf_counter() - start or 1e-9)
-    for found in readings.values():
-        found.clear()
+    for name, timer in timers.items():
+        readings[name].clear()
+        timer.forget()
     take(turns(list(timers), count, limits))
     timed = [name for name in timers if name not in failed]
     return failed | {

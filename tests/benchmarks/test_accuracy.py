@@ -1,12 +1,10 @@
 """The part ``accuracy``, on smaller maps."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
 from benchmarks import accuracy, contenders, peers
-from benchmarks.checks import Row, Truth
+from benchmarks.checks import Truth
 from benchmarks.contenders import Contender
 from fsp_kernels import reference
 
@@ -14,13 +12,11 @@ SHAPE = (2, 64, 5, 5)
 OURS, EINSUM = contenders.BY_NAME["ours (torch)"], contenders.BY_NAME["einsum"]
 
 
-def measure(
-    *chosen: Contender, dtype: str = "fp32", noises: tuple[float, ...] = (1e-5,)
-) -> list[Row]:
+def measure(*chosen, dtype="fp32", noises=(1e-5,)):
     return accuracy.measure_errors(chosen, "cpu", dtype, SHAPE, noises)
 
 
-def gradient_errors(rows: list[Row]) -> dict[str, float]:
+def gradient_errors(rows):
     return {row["contender"]: row["gradient_error"] for row in rows}
 
 

@@ -1,7 +1,5 @@
 """What the parts ``plan`` and ``scaling`` measure, and the bare Function."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest
@@ -15,11 +13,11 @@ from benchmarks.cases import Problem
 from benchmarks.workloads import Case, Workload
 
 
-def case(channels: int, side: int, dtype: str = "fp32", batch: int = 8) -> Case:
+def case(channels, side, dtype="fp32", batch=8):
     return Case(Workload("x", batch, (((channels, side), (channels, side)),)), batch, dtype)
 
 
-def names(of: Case, device: str, backend: str) -> list[str]:
+def names(of, device, backend):
     return [contender.name for contender in contenders_of(of, device, backend)]
 
 

@@ -1,13 +1,11 @@
 """Contenders on a case: checked, timed, and what is recorded of them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
 from benchmarks import cases, contenders, memory
 from benchmarks.cases import Problem, measure_case
-from benchmarks.checks import Row, maps_of
+from benchmarks.checks import maps_of
 from benchmarks.measure import NotRun, Rounds
 from benchmarks.results import COLUMNS
 from benchmarks.workloads import BY_NAME, FORWARD, TRAINING, Case, Workload
@@ -18,7 +16,7 @@ EINSUM, BROADCAST = contenders.BY_NAME["einsum"], contenders.BY_NAME["broadcast"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def rows_of(case: Case) -> list[Row]:
+def rows_of(case):
     return measure_case(case, EAGER, "cpu", Rounds(2, 2, 0.0), axis="size", value=6)
 
 

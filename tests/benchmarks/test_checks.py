@@ -15,7 +15,7 @@ from benchmarks import accuracy, bench_plan, cases, contenders, measure, network
 from benchmarks.checks import Truth, maps_of, relative_error, require_small
 from benchmarks.contenders import Contender
 from benchmarks.measure import Rounds
-from benchmarks.workloads import FORWARD, TRAINING, Case, Pairs, Workload
+from benchmarks.workloads import FORWARD, TRAINING, Case, Workload
 from fsp_kernels.distill.models import CifarResNet
 
 TINY = Workload("tiny", 8, (((4, 6), (3, 6)), ((3, 6), (5, 3))))
@@ -30,17 +30,17 @@ EINSUM = peers.loss_over(peers.einsum_matrix)
 TWICE = Rounds(2, 2, 0.0)
 
 
-def off_by(factor: float) -> peers.Loss:
+def off_by(factor):
     return peers.loss_over(lambda f, s: peers.bmm_matrix(f, s) * factor)
 
 
-def gradient_is_off(student: peers.Pairs, teacher: peers.Pairs) -> torch.Tensor:
+def gradient_is_off(student, teacher):
     """The right loss, half of its gradient."""
     loss = EINSUM(student, teacher)
     return (loss + loss.detach()) / 2
 
 
-def check_of(case: Case, loss: peers.Loss, ours: bool = False) -> dict[str, float]:
+def check_of(case, loss, ours=False):
     student, teacher = case.maps("cpu")
     errors = Truth(student, teacher, case.training).errors(loss)
     who = Contender("x", lambda: loss, ours=ours)
@@ -51,11 +51,11 @@ def check_of(case: Case, loss: peers.Loss, ours: bool = False) -> dict[str, floa
 class Watch:
     """The naive op, which notes whether its maps are leaves and what is accumulated for them."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.leaves: list[bool] = []
         self.accumulated: list[Tensor] = []
 
-    def __call__(self, student: Pairs, teacher: Pairs) -> Tensor:
+    def __call__(self, student, teacher):
         for x in maps_of(student):
             self.leaves.append(x.is_leaf)
             for node, _ in [] if x.grad_fn is None else x.grad_fn.next_functions:
@@ -64,15 +64,15 @@ class Watch:
         return EINSUM(student, teacher)
 
 
-def measure_case(who: Contender, device: str = "cpu") -> None:
+def measure_case(who, device="cpu"):
     cases.measure_case(PAIR, [who], device, TWICE)
 
 
-def measure_plan(_: Contender) -> None:
+def measure_plan(_):
     cases.measure_case(PAIR, bench_plan.contenders_of(PAIR, "cpu", "torch"), "cpu", TWICE)
 
 
-def measure_step(who: Contender) -> None:
+def measure_step(who):
     measure.measure([who], networks.StepProblem(NETWORKS, "cpu", "fp32").prepare, "cpu", TWICE)
 
 

@@ -1,7 +1,5 @@
 """``python -m benchmarks`` and ``pytest benchmarks/``, from their options to their files."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -25,7 +23,7 @@ from benchmarks.parts import PARTS, measure_part
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def executed(*arguments: str) -> subprocess.CompletedProcess[str]:
+def executed(*arguments):
     """Run Python; without xdist's variables, under which pytest-benchmark turns itself off."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     return subprocess.run(

@@ -1,7 +1,5 @@
 """What is recorded with a result."""
 
-from __future__ import annotations
-
 import json
 import platform
 import re
@@ -18,15 +16,12 @@ def test_the_machine_is_described_without_its_name():
     assert described["torch"] == torch.__version__
     assert platform.node() not in json.dumps(described).split('"')
     assert all(described.values())
+    assert re.fullmatch(r"cpu-[a-z0-9-]+-cores", environment.device_slug())
 
 
 def test_the_commit_is_known_or_said_not_to_be():
     words = r"([0-9a-f]{40}|none)( with uncommitted changes)?"
     assert re.fullmatch(words, environment.commit())
-
-
-def test_a_device_has_a_folder_name():
-    assert re.fullmatch(r"cpu-[a-z0-9-]+-cores", environment.device_slug())
 
 
 def test_a_gpu_is_described_with_what_drives_it(monkeypatch):

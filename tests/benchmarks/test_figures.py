@@ -1,16 +1,10 @@
 """Figures, by what is in them before they become pixels."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import made_up
 import pytest
 
 from benchmarks import contenders, figures, results
 from benchmarks.accuracy import FORMS
-from benchmarks.checks import Row
 
 LOSS = [
     made_up.loss("wide-late-512", "ours (torch)", 1.0),
@@ -26,17 +20,17 @@ LOSS = [
 
 
 @pytest.fixture
-def panels(tmp_path: Path) -> Any:
+def panels(tmp_path):
     """The panels of a figure that is drawn from rows of a part."""
 
-    def drawn(name: str, part: str, rows: list[Row]) -> Any:
+    def drawn(name, part, rows):
         found = results.with_ratios(made_up.write(tmp_path, part, rows).rows)
         return figures.FIGURES[name](found, "some cpu").axes
 
     return drawn
 
 
-def lines(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
+def lines(axes):
     """The named lines of a panel: their x and y."""
     return {
         line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))

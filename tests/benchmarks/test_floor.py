@@ -1,9 +1,5 @@
 """The least bytes and flops of a step, and how fast a device is at them."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import fake_gpu
 import pytest
 import torch
@@ -16,15 +12,15 @@ WIDE = Workload("wide", 8, (((512, 7), (512, 7)),))
 
 
 @pytest.fixture(autouse=True)
-def _measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def _measured_anew(monkeypatch):
     monkeypatch.setattr(floor, "_fastest", {})
 
 
 @pytest.fixture
-def rates(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def rates(monkeypatch):
     """Set the seconds of each repetition of what is timed."""
 
-    def take(*seconds: float) -> None:
+    def take(*seconds):
         monkeypatch.setattr(floor, "_seconds_of_each", lambda *_: list(seconds))
 
     return take

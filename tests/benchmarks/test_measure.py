@@ -1,32 +1,28 @@
 """The measuring loop: whose turn it is, what is timed, and who is not measured."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 
 import pytest
 import torch
 
-from benchmarks.checks import Prepared, Row, Step
+from benchmarks.checks import Prepared
 from benchmarks.contenders import Contender
 from benchmarks.measure import NotRun, Rounds, measure, summarise, turns
 
 NO_LIMIT = Rounds(most=4, least=4, seconds=0.0)
 
 
-def nothing() -> None:
+def nothing():
     pass
 
 
-def contender(name: str, max_rounds: int | None = None) -> Contender:
+def contender(name, max_rounds=None):
     return Contender(name, lambda: nothing, max_rounds)
 
 
-def rows_of(
-    *contenders: Contender, rounds: Rounds = NO_LIMIT, step: Step = nothing, **errors: Exception
-) -> dict[str, Row]:
-    def prepare(who: Contender) -> Prepared:
+def rows_of(*contenders, rounds=NO_LIMIT, step=nothing, **errors):
+    def prepare(who):
         if who.name in errors:
             raise errors[who.name]
         return Prepared([step], {"batch": 3})
@@ -72,11 +68,6 @@ def test_a_first_round_tells_how_many_there_are(monkeypatch):
 def test_a_slow_contender_has_fewer_rounds():
     found = rows_of(contender("fast"), contender("slow", max_rounds=2))
     assert {name: row["rounds"] for name, row in found.items()} == {"fast": 4, "slow": 2}
-
-
-def test_a_row_has_times_and_facts():
-    row = rows_of(contender("x"))["x"]
-    assert row.keys() == {"contender", "ours", "batch", "rounds", "median", "iqr"}
 
 
 def test_times_are_medians_with_their_interquartile_range():

@@ -1,23 +1,17 @@
 """Peak extra memory finds what a step really allocates."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Callable
 
 import pytest
 import torch
 
 from benchmarks import memory
-from benchmarks.checks import Step
 
 MIB = 1 << 20
 # Larger than what earlier tests leave free on malloc's heap, so it gets a mapping of its own.
 BLOCK = 256 * MIB
 # Beside the block a step touches pages of code and small objects.
 TOLERANCE = 2 * MIB
-
-Peak = Callable[[Step], int]
 
 needs_linux = pytest.mark.skipif(
     memory.method() != "resident", reason="needs /proc/self/clear_refs"
@@ -27,7 +21,7 @@ methods = pytest.mark.parametrize(
 )
 
 
-def block() -> torch.Tensor:
+def block():
     return torch.ones(BLOCK, dtype=torch.uint8)
 
 
@@ -51,11 +45,11 @@ def test_memory_held_before_does_not_count(peak):
     assert peak(lambda: held.add_(1)) == pytest.approx(0, abs=TOLERANCE)
 
 
-def job() -> Step:
+def job():
     return block
 
 
-def broken_job() -> Step:
+def broken_job():
     raise ValueError("what")
 
 
@@ -66,7 +60,7 @@ def test_what_fails_costs_no_other_its_peak(capfd):
     assert second == pytest.approx(BLOCK, abs=TOLERANCE)
 
 
-def environment() -> Step:
+def environment():
     wanted = memory.RETURN_FREED_MEMORY
     assert {name: os.environ.get(name) for name in wanted} == wanted
     assert torch.get_num_threads() == 1

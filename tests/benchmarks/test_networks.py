@@ -1,7 +1,5 @@
 """Distillation steps of whole networks, on networks small enough for a test."""
 
-from __future__ import annotations
-
 import pickle
 from argparse import Namespace
 from dataclasses import replace
@@ -9,15 +7,14 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks import contenders, networks, peers, training_step
 from benchmarks.bench_step import contenders_of
 from benchmarks.contenders import Contender
 from benchmarks.measure import NotRun, Rounds, measure
-from benchmarks.networks import Networks, StepProblem
+from benchmarks.networks import StepProblem
 from benchmarks.results import COLUMNS
-from benchmarks.training_step import Distillation
 from fsp_kernels.distill.models import CifarResNet
 
 OURS, EINSUM = contenders.BY_NAME["ours (torch)"], contenders.BY_NAME["einsum"]
@@ -30,17 +27,17 @@ TINY = replace(
 )
 
 
-def distillation(dtype: str = "fp32", contender: Contender = EINSUM) -> Distillation:
+def distillation(dtype="fp32", contender=EINSUM):
     return StepProblem(TINY, "cpu", dtype).distillation(contender.build())
 
 
-def gradients(found: Distillation) -> dict[str, Tensor]:
+def gradients(found):
     """Of the first step, as the optimiser keeps them in its momentum."""
     of, named = found._optimiser.state, found.student.named_parameters()
     return {name: of[p]["momentum_buffer"] for name, p in named if p in of}
 
 
-def sizes(where: Networks, dtype: str = "fp32") -> list[list[tuple[int, int]]]:
+def sizes(where, dtype="fp32"):
     """Channels and side of the student's maps, after checking that the teacher's are alike."""
     found = StepProblem(where, "cpu", dtype).distillation(EINSUM.build())
     shapes = [[x.shape for x in pair] for pair in found.student_maps()]

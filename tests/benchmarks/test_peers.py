@@ -1,7 +1,5 @@
 """Every peer computes the loss of the definition, value and gradients."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -20,7 +18,7 @@ SMALL = (
 MATRICES = (peers.einsum_matrix, peers.bmm_matrix, peers.broadcast_matrix)
 
 
-def assert_is_the_loss(loss: peers.Loss, workload: Workload) -> None:
+def assert_is_the_loss(loss, workload):
     student, teacher = feature_maps(workload, batch=3, dtype=torch.float64)
     value, gradients = evaluate(loss, student, teacher)
     true_value, true_gradients = evaluate(reference.fsp_loss, student, teacher)

@@ -1,17 +1,11 @@
 """The tables of the report, and comparisons."""
 
-from __future__ import annotations
-
 import re
-from pathlib import Path
-from typing import Any
 
 import made_up
-import pandas as pd
 import pytest
 
 from benchmarks import report, results
-from benchmarks.checks import Row
 from benchmarks.report import compare, draw, render
 from benchmarks.tables import markdown_table
 
@@ -29,20 +23,20 @@ NO_BROADCAST = made_up.absent(
 
 
 @pytest.fixture
-def rows_of(tmp_path: Path) -> Any:
+def rows_of(tmp_path):
     """Rows as they are read, with ratios."""
 
-    def written(rows: list[Row], machine: Row = made_up.CPU) -> pd.DataFrame:
+    def written(rows, machine=made_up.CPU):
         return results.with_ratios(made_up.write(tmp_path, "loss", rows, machine).rows)
 
     return written
 
 
-def titles(tables: report.Tables) -> list[str]:
+def titles(tables):
     return [title for title, _ in tables]
 
 
-def lines(table: str | list[report.Line]) -> list[str]:
+def lines(table):
     """The lines of a Markdown table without its rule, and without the padding of its cells."""
     text = table if isinstance(table, str) else markdown_table(table)
     found = [re.sub(" +", " ", line)[2:-2] for line in text.splitlines()]

@@ -1,9 +1,5 @@
 """``results.csv``: written, read again, and rows set beside each other."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import made_up
 import pandas as pd
 import pytest
@@ -14,7 +10,7 @@ from benchmarks.results import Unreadable, growth, read, with_ratios
 ONE = [made_up.loss("segmentation", "ours (torch)", 2.0)]
 
 
-def rows_of(tmp_path: Path, *rows: results.Row) -> pd.DataFrame:
+def rows_of(tmp_path, *rows):
     return with_ratios(made_up.write(tmp_path, "loss", list(rows)).rows)
 
 

@@ -1,7 +1,5 @@
 """Numbers and tables as printed."""
 
-from __future__ import annotations
-
 import pytest
 
 from benchmarks.tables import digits, geometric_mean, markdown_table, plain_table, with_spread

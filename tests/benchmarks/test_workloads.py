@@ -1,7 +1,5 @@
 """The workload table and the tensors made from it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
