@@ -1,85 +1,69 @@
-"""The loss on every workload: every contender, dtype, memory format and pass.
-
-The peaks of a CPU come last of a workload, in a process of their own, so its cases are raced
-together, before the first of them is recorded.
-"""
+"""Part ``loss``: the loss on every workload, for every contender, dtype, memory format and pass."""
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
 
 import pytest
 
-from benchmarks import cases, options, workloads
-from benchmarks.contenders import Contender
-from benchmarks.race import Outcome, Race, Rounds
-from benchmarks.replay import CLOCK
-from benchmarks.workloads import Case, Workload
+from benchmarks import contenders, workloads
+from benchmarks.cases import measure_case, memory_jobs
+from benchmarks.checks import Row
+from benchmarks.memory import add_peaks
+from benchmarks.options import chosen_contenders, chosen_dtypes, chosen_rounds, in_order
+from benchmarks.workloads import Case
 
-Outcomes = dict[tuple[Case, str], Outcome]
 
+def cases(options: Namespace) -> list[Case]:
+    """All cases that are asked for.
 
-def cases_of(workload: Workload, config: pytest.Config) -> list[Case]:
-    """All that is asked of a workload."""
-    batch = workload.batch_on(config.getoption("--device"))
+    A quick run has some of the workloads, one layout and one pass, where none is asked for.
+    """
+    quick = options.quick
+    names = options.workload or (workloads.QUICK if quick else workloads.BY_NAME)
+    layouts = options.layout or (["nchw"] if quick else workloads.LAYOUTS)
+    passes = options.direction or ([workloads.TRAINING] if quick else workloads.PASSES)
+    chosen = [workloads.BY_NAME[name] for name in in_order(names, workloads.BY_NAME)]
     return [
-        Case(workload, batch, dtype, layout, direction)
-        for dtype in options.dtype_names(config)
-        for layout in workload.layouts(options.layouts(config))
-        for direction in options.directions(config)
+        Case(workload, workload.batch_on(options.device), dtype, layout, direction)
+        for workload in chosen
+        for dtype in chosen_dtypes(options)
+        for layout in workload.layouts(in_order(layouts, workloads.LAYOUTS))
+        for direction in in_order(passes, workloads.PASSES)
     ]
 
 
+def measure_part(options: Namespace) -> list[Row]:
+    """The rows of ``python -m benchmarks loss``."""
+    rows, jobs = [], []
+    for case in cases(options):
+        found = measure_case(
+            case, chosen_contenders(options), options.device, chosen_rounds(options)
+        )
+        rows += found
+        jobs += memory_jobs(case, found)
+    if options.device == "cpu":
+        add_peaks(jobs)
+    return rows
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    chosen = [workloads.BY_NAME[name] for name in options.workload_names(metafunc.config)]
-    found = [case for workload in chosen for case in cases_of(workload, metafunc.config)]
-    names = ["-".join(map(str, cases.identity(case, "").values())) for case in found]
-    metafunc.parametrize("case", found, ids=[name.rstrip("-") for name in names], scope="module")
-    contender_names = [contender.name for contender in options.competing(metafunc.config)]
-    metafunc.parametrize("contender_name", contender_names)
+    options = metafunc.config.option
+    found = [tuple(case.identity.values()) for case in cases(options)]
+    metafunc.parametrize(("workload", "dtype", "layout", "direction"), found, scope="module")
+    metafunc.parametrize("contender", [c.name for c in chosen_contenders(options)])
 
 
-@pytest.fixture(scope="module")
-def outcomes_of(
-    pytestconfig: pytest.Config,
+def test_loss(
+    workload: str,
+    dtype: str,
+    layout: str,
+    direction: str,
+    contender: str,
     device: str,
-    chosen_contenders: list[Contender],
-    race: Race,
-    rounds: Rounds,
-) -> Any:
-    """All outcomes of a workload; the next workload's replace them."""
-    kept: dict[str, Outcomes] = {}
-
-    def outcomes(workload: Workload) -> Outcomes:
-        if workload.name not in kept:
-            kept.clear()
-            kept[workload.name] = _race_all(
-                cases_of(workload, pytestconfig), chosen_contenders, device, race, rounds
-            )
-        return kept[workload.name]
-
-    return outcomes
-
-
-def _race_all(
-    all_cases: list[Case], chosen: list[Contender], device: str, race: Race, rounds: Rounds
-) -> Outcomes:
-    outcomes = {
-        (case, name): outcome
-        for case in all_cases
-        for name, outcome in cases.measure(case, chosen, device, race, rounds).items()
-    }
-    if device == "cpu":
-        peaks = cases.peaks(all_cases, chosen)
-        for key, peak in peaks.items():
-            outcomes[key] = cases.with_peak(outcomes[key], peak)
-    return outcomes
-
-
-@pytest.mark.benchmark(timer=CLOCK.now)
-def test_loss(case: Case, contender_name: str, outcomes_of: Any, record: Any) -> None:
-    outcome = outcomes_of(case.workload)[case, contender_name]
-    identity = {"part": "loss"} | cases.identity(case, contender_name)
-    record(
-        outcome, f"{case.workload.name}, {case.dtype}, {case.layout}, {case.direction}", identity
-    )
+    time_case: Any,
+) -> None:
+    measured = workloads.BY_NAME[workload]
+    case = Case(measured, measured.batch_on(device), dtype, layout, direction)
+    time_case(case, contenders.BY_NAME[contender])

@@ -1,24 +1,26 @@
-"""Time and memory as batch, channels and size of the maps grow, one at a time."""
+"""Part ``scaling``: time and memory as batch, channels or size of the maps grow."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from argparse import Namespace
 from typing import Any, NamedTuple
 
 import pytest
 
-from benchmarks import cases, options
+from benchmarks import contenders
+from benchmarks.cases import measure_case, memory_jobs
+from benchmarks.checks import Row
 from benchmarks.contenders import Contender
-from benchmarks.race import Outcome, Race, Rounds
-from benchmarks.replay import CLOCK
+from benchmarks.memory import add_peaks
+from benchmarks.options import chosen_contenders, chosen_dtypes, chosen_rounds
 from benchmarks.workloads import Case, Workload
 
-# Each would be compiled for every shape, which takes longer than all the rest; and has no room.
+# Compiling for every shape takes longer than all the rest; broadcast has no room for the larger.
 LEFT_OUT = ("torch.compile", "broadcast")
 
 
 class Axis(NamedTuple):
-    """What grows, in powers of two, and what stays: batch, channels and side of a square map."""
+    """What grows, in powers of two; the others of batch, channels and side of a map stay."""
 
     name: str
     values: tuple[int, ...]
@@ -33,9 +35,8 @@ class Axis(NamedTuple):
             for name, fixed in zip(("batch", "channels", "size"), self[2:], strict=True)
         )
         layer = (channels, size)
-        return Case(
-            Workload(f"{channels}-{channels}@{size}", batch, ((layer, layer),)), batch, dtype
-        )
+        workload = Workload(f"{channels}-{channels}@{size}", batch, ((layer, layer),))
+        return Case(workload, batch, dtype)
 
 
 AXES = {
@@ -52,64 +53,44 @@ AXES = {
 }
 
 
-def contenders_of(config: pytest.Config) -> list[Contender]:
-    """All but those left out, unless they are asked for by name."""
-    asked = config.getoption("--contender")
-    return [c for c in options.competing(config) if asked or c.name not in LEFT_OUT]
+def contenders_of(options: Namespace) -> list[Contender]:
+    """All contenders but those left out, unless they are asked for by name."""
+    return chosen_contenders(options, lambda contender: contender.name not in LEFT_OUT)
 
 
-def points(config: pytest.Config) -> list[tuple[Axis, int, str]]:
-    """Axis, value and dtype of every case; a quick run takes every other value."""
-    every = 2 if config.getoption("--quick") else 1
+def points(options: Namespace) -> list[tuple[Axis, int, Case]]:
+    """Axis, value and case of everything that is measured; a quick run has every other value."""
+    every = 2 if options.quick else 1
     return [
-        (axis, value, dtype)
-        for dtype in options.dtype_names(config)
-        for axis in AXES[config.getoption("--device")]
+        (axis, value, axis.case(value, dtype))
+        for dtype in chosen_dtypes(options)
+        for axis in AXES[options.device]
         for value in axis.values[::every]
     ]
 
 
+def measure_part(options: Namespace) -> list[Row]:
+    """The rows of ``python -m benchmarks scaling``."""
+    rows, jobs = [], []
+    chosen, rounds = contenders_of(options), chosen_rounds(options)
+    for axis, value, case in points(options):
+        found = measure_case(case, chosen, options.device, rounds, axis=axis.name, value=value)
+        rows += found
+        jobs += memory_jobs(case, found)
+    if options.device == "cpu":
+        add_peaks(jobs)
+    return rows
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    names = [contender.name for contender in contenders_of(metafunc.config)]
-    metafunc.parametrize(
-        ("axis", "value", "dtype", "contender_name"),
-        [(*point, name) for point in points(metafunc.config) for name in names],
-        ids=lambda x: x.name if isinstance(x, Axis) else str(x),
-    )
+    options = metafunc.config.option
+    found = [(axis.name, value, case.dtype) for axis, value, case in points(options)]
+    metafunc.parametrize(("axis", "value", "dtype"), found, scope="module")
+    metafunc.parametrize("contender", [c.name for c in contenders_of(options)])
 
 
-@pytest.fixture(scope="module")
-def peaks(pytestconfig: pytest.Config, device: str) -> dict[tuple[Case, str], int | None]:
-    """Of every contender on every case of a CPU."""
-    if device != "cpu":
-        return {}
-    all_cases = [axis.case(value, dtype) for axis, value, dtype in points(pytestconfig)]
-    return cases.peaks(all_cases, contenders_of(pytestconfig))
-
-
-@pytest.fixture(scope="module")
-def outcomes_of(pytestconfig: pytest.Config, device: str, race: Race, rounds: Rounds) -> Any:
-    @lru_cache(maxsize=1)
-    def outcomes(case: Case) -> dict[str, Outcome]:
-        return cases.measure(case, contenders_of(pytestconfig), device, race, rounds)
-
-    return outcomes
-
-
-@pytest.mark.benchmark(timer=CLOCK.now)
 def test_scaling(
-    axis: Axis,
-    value: int,
-    dtype: str,
-    contender_name: str,
-    outcomes_of: Any,
-    peaks: dict[tuple[Case, str], int | None],
-    record: Any,
+    axis: str, value: int, dtype: str, contender: str, device: str, time_case: Any
 ) -> None:
-    case = axis.case(value, dtype)
-    outcome = outcomes_of(case)[contender_name]
-    if peaks:
-        outcome = cases.with_peak(outcome, peaks[case, contender_name])
-    growing = {"part": "scaling", "axis": axis.name, "value": value}
-    identity = growing | cases.identity(case, contender_name)
-    record(outcome, f"{axis.name} {value}, {case.workload.name}, {dtype}", identity)
+    case = next(x for x in AXES[device] if x.name == axis).case(value, dtype)
+    time_case(case, contenders.BY_NAME[contender], group=f"{axis} {value}, {case}")

@@ -1,72 +1,59 @@
-"""A whole distillation step: teacher and student forward, FSP loss, backward, optimiser."""
+"""Part ``step``: a whole distillation step, with every way to compute its FSP loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from argparse import Namespace
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
 
-from benchmarks import cases, memory, networks, options
+from benchmarks import contenders, networks
+from benchmarks.cases import show
+from benchmarks.checks import Row
 from benchmarks.contenders import Contender
-from benchmarks.networks import Networks
-from benchmarks.race import Outcome, Race, Rounds
-from benchmarks.replay import CLOCK
+from benchmarks.measure import measure
+from benchmarks.memory import add_peaks
+from benchmarks.networks import StepProblem
+from benchmarks.options import chosen_contenders, chosen_dtypes, chosen_rounds
 
-Outcomes = dict[str, Outcome]
+
+def contenders_of(options: Namespace) -> list[Contender]:
+    """Ours and a few peers, or those that are asked for by name."""
+    return chosen_contenders(options, lambda c: c.ours or c.name in networks.PEERS)
 
 
-def contenders_of(config: pytest.Config) -> list[Contender]:
-    """Those asked for by name, or else those who race with whole networks."""
-    chosen = options.competing(config)
-    return chosen if config.getoption("--contender") else networks.competing(chosen)
+def settings(options: Namespace) -> list[tuple[str, str]]:
+    """Names of networks and of dtypes."""
+    names = networks.QUICK if options.quick else tuple(networks.BY_NAME)
+    return [(name, dtype) for name in names for dtype in chosen_dtypes(options)]
+
+
+def measure_part(options: Namespace) -> list[Row]:
+    """The rows of ``python -m benchmarks step``."""
+    rows: list[Row] = []
+    chosen, device = contenders_of(options), options.device
+    for name, dtype in settings(options):
+        problem = StepProblem(networks.BY_NAME[name], device, dtype)
+        found = measure(chosen, problem.prepare, device, chosen_rounds(options))
+        show(f"{name}, {dtype}", found)
+        rows += [{"workload": name, "dtype": dtype} | row for row in found]
+    if device == "cpu":
+        timed = [row for row in rows if "reason" not in row]
+        keys = ("workload", "contender", "dtype")
+        add_peaks([(x, partial(networks.lone_step, *(x[key] for key in keys))) for x in timed])
+    return rows
+
+
+problem_of = lru_cache(maxsize=1)(StepProblem)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    config = metafunc.config
-    names = networks.QUICK if config.getoption("--quick") else tuple(networks.BY_NAME)
-    metafunc.parametrize("networks_name", names, scope="module")
-    metafunc.parametrize("dtype", options.dtype_names(config), scope="module")
-    metafunc.parametrize("contender_name", [c.name for c in contenders_of(config)])
+    options = metafunc.config.option
+    metafunc.parametrize(("network", "dtype"), settings(options), scope="module")
+    metafunc.parametrize("contender", [c.name for c in contenders_of(options)])
 
 
-@pytest.fixture(scope="module")
-def outcomes(
-    pytestconfig: pytest.Config,
-    networks_name: str,
-    dtype: str,
-    device: str,
-    race: Race,
-    rounds: Rounds,
-) -> Outcomes:
-    """All contenders with two networks, raced together once."""
-    where = networks.BY_NAME[networks_name]
-    entrants = networks.entrants(where, contenders_of(pytestconfig), device, dtype)
-    found = race(entrants, rounds)
-    return with_peaks(found, where, dtype) if device == "cpu" else found
-
-
-def with_peaks(outcomes: Outcomes, where: Networks, dtype: str) -> Outcomes:
-    """The same with the peak memory of those that were timed on a CPU."""
-    timed = [name for name, outcome in outcomes.items() if outcome.reason is None]
-    jobs = [partial(networks.peak_step, where.name, name, dtype) for name in timed]
-    peaks = memory.peaks_in_fresh_process(jobs) if jobs else []
-    measured = zip(timed, peaks, strict=True)
-    return outcomes | {name: cases.with_peak(outcomes[name], peak) for name, peak in measured}
-
-
-@pytest.mark.benchmark(timer=CLOCK.now)
-def test_step(
-    networks_name: str,
-    dtype: str,
-    contender_name: str,
-    outcomes: Outcomes,
-    record: Callable[[Outcome, str, dict[str, Any]], None],
-) -> None:
-    identity = {"part": "step", "networks": networks_name, "dtype": dtype}
-    record(
-        outcomes[contender_name],
-        f"{networks_name}, {dtype}",
-        identity | {"contender": contender_name},
-    )
+def test_step(network: str, dtype: str, contender: str, device: str, time_steps: Any) -> None:
+    problem = problem_of(networks.BY_NAME[network], device, dtype)
+    time_steps(f"{network}, {dtype}", partial(problem.prepare, contenders.BY_NAME[contender]))

@@ -1,4 +1,4 @@
-"""Who competes: ours first, then its peers."""
+"""The contenders: each backend of ours, and the loss as others write it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from fsp_kernels.backends import registered_backends
 class Contender:
     """One way to compute the loss.
 
-    ``build`` makes the function anew for each case; ``max_rounds`` bounds the rounds of one too
-    slow on a CPU to be timed as often as the others.
+    ``build`` makes the function anew for each case. ``max_rounds`` limits the rounds of a contender
+    that is too slow to be timed as often as the others.
     """
 
     name: str
@@ -30,8 +30,9 @@ class Contender:
 
 
 def by_backend(name: str) -> Contender:
-    """Ours, made to use one backend."""
-    loss = partial(fsp.fsp_loss, backend=name, channel_dim=1)  # of tokens, too: see feature_maps
+    """Ours, computed by one backend."""
+    # channel_dim=1 for tokens too: workloads.py makes them (B, channels, tokens).
+    loss = partial(fsp.fsp_loss, backend=name, channel_dim=1)
     return Contender(f"ours ({name})", lambda: loss, ours=True)
 
 
@@ -46,9 +47,9 @@ BY_NAME = {contender.name: contender for contender in ALL}
 
 
 def serves(name: str, device: str, timed: bool = True) -> bool:
-    """Whether a backend works here, on that device, in every dtype of the benchmark.
+    """Whether a backend runs on this machine, on that device, in every dtype of the benchmark.
 
-    Triton's interpreter, which nobody gets unasked, has errors to be measured, but no times.
+    Triton's interpreter is never chosen by default, so its errors are measured but not its times.
     """
     backend = registered_backends()[name]
     if (timed and not backend.automatic) or backend.why_unavailable() is not None:
@@ -62,15 +63,15 @@ def backends_on(device: str, timed: bool = True) -> list[str]:
 
 
 def on(device: str, timed: bool = True) -> tuple[Contender, ...]:
-    """Who competes on a device: each of our backends that serves it, best first, and the peers.
+    """All contenders on a device: our backends, best first, then the peers.
 
-    So the first contender is always what users get by default.
+    The first contender is what users get by default.
     """
     return (*map(by_backend, backends_on(device, timed)), *PEERS)
 
 
-def why_not(contender: Contender, case: Case, device: str) -> str | None:
-    """Why one is not even tried on a case; ``None`` if it is."""
+def why_not_run(contender: Contender, case: Case, device: str) -> str | None:
+    """The reason why a contender is not run on a case; ``None`` if it is run."""
     size = peers.broadcast_bytes(case.workload, case.batch)
     if device == "cpu" and contender.name == "broadcast" and size > peers.BROADCAST_LIMIT:
         return f"not run: holds {size / 2**30:.1f} GiB"

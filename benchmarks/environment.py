@@ -1,4 +1,4 @@
-"""What a reader needs to judge a number: the machine and the versions. Never the host's name."""
+"""The machine and the versions that results were measured with, never the host's name."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 import fsp_kernels
+from benchmarks import memory
 from fsp_kernels._machine import cores, cpu_model, installed
 
 ROOT = Path(__file__).resolve().parents[1]
-# nvidia-smi's names for what it alone knows, and ours.
+# Names of nvidia-smi's facts, and ours.
 NVIDIA_SMI = {
     "driver_version": "driver",
     "clocks.sm": "sm_clock_after_the_run",
@@ -34,7 +35,7 @@ def blas() -> str:
 
 
 def output_of(*command: str) -> str:
-    """What a command prints, empty where it is missing or fails."""
+    """The output of a command; empty where it is missing or fails."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     except OSError:
@@ -43,7 +44,7 @@ def output_of(*command: str) -> str:
 
 
 def nvidia_smi() -> dict[str, str]:
-    """Driver, clocks and power limit of the first GPU, as far as nvidia-smi tells."""
+    """Driver, clocks and power limit of the first GPU, as far as nvidia-smi tells them."""
     query = f"--query-gpu={','.join(NVIDIA_SMI)}"
     lines = output_of("nvidia-smi", query, "--format=csv,noheader").splitlines()
     values = [value.strip() for value in lines[0].split(",")] if lines else []
@@ -51,7 +52,7 @@ def nvidia_smi() -> dict[str, str]:
 
 
 def gpu() -> dict[str, Any]:
-    """The GPU measured on and what drives it."""
+    """The GPU, its driver and the versions for it."""
     properties = torch.cuda.get_device_properties()
     return {
         "gpu": properties.name,
@@ -66,7 +67,7 @@ def gpu() -> dict[str, Any]:
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """Hardware, versions and settings that move a timing on a device."""
+    """Hardware, versions and settings that change times on a device."""
     return {
         **({} if device == "cpu" else gpu()),
         "cpu": cpu_model(),
@@ -77,6 +78,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "torch": torch.__version__,
         "fsp_kernels": fsp_kernels.__version__,
         "threads": torch.get_num_threads(),
+        "peak_memory_by": "torch.cuda" if device == "cuda" else memory.method(),
         "blas": blas(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
@@ -87,15 +89,11 @@ def load() -> float:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
-def git(*arguments: str) -> str:
-    """One line git prints about this checkout, empty where there is none."""
-    return output_of("git", *arguments)
-
-
-def commit() -> dict[str, Any]:
-    """The commit measured, and whether the code differs from it (results themselves aside)."""
-    changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
-    return {"id": git("rev-parse", "HEAD") or "none", "dirty": bool(changed)}
+def commit() -> str:
+    """The commit that is measured, and whether the code differs from it, results aside."""
+    changed = output_of("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")
+    state = " with uncommitted changes" if changed else ""
+    return (output_of("git", "rev-parse", "HEAD") or "none") + state
 
 
 def device_slug(device: str = "cpu") -> str:

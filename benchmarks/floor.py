@@ -1,9 +1,9 @@
-"""The least time a step can take on a device: bytes at the rate of a copy, flops at a product's.
+"""The floor: the least time a step can take on a device.
 
-Both rates are measured in the same run, the fastest of some repetitions: a bound, not a mean. A
-step must read every map and write every gradient that is wanted once, and no known way does with
-fewer multiplications than the cheaper of the two forms of ``plan.py``. The longer of the two times
-binds.
+It is the longer of two times: to move the bytes at the rate of a copy, and to compute the flops at
+the rate of a matrix product. A step must read every map once and write every gradient once, and no
+known way needs fewer flops than the cheaper of the two forms of ``plan.py``. Both rates are
+measured in the same run, and the fastest repetition counts, since the floor is a bound.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import float32_products, maps_of
+from benchmarks.checks import Row, float32_products, maps_of
 from benchmarks.workloads import DTYPES, Case, Pairs
 from fsp_kernels.loss_plan import MapSpec
 from fsp_kernels.plan import fewest_flops
 
-COPY_BYTES = 1 << 30  # on a GPU: twenty times the largest L2; next to nothing is found there
+COPY_BYTES = 1 << 30  # on a GPU: twenty times the largest L2, so caches hardly help
 COPIES = 20
 # Long enough that all copies are queued before the first one starts.
 SLEEP_CYCLES = 20_000_000
-MATRIX_SIZE = {"cpu": 512, "cuda": 8192}  # a CPU is fastest where it all stays in cache
+MATRIX_SIZE = {"cpu": 512, "cuda": 8192}  # a CPU is fastest where all of it fits in the cache
 PRODUCTS = 10
 TF32_TERMS = 3  # products of TF32 that make one of fp32
 
 
 def floor_bytes(student: Pairs, teacher: Pairs, training: bool = True) -> int:
-    """Every map read once, and the gradient of each that wants one written once."""
+    """Every map read once, and in training every gradient of the student's maps written once."""
     maps = maps_of(student) + maps_of(teacher)
     wanted = [x for x in maps if training and x.requires_grad]
     return sum(x.nbytes for x in maps) + sum(x.nbytes for x in wanted)
 
 
 def floor_flops(student: Pairs, teacher: Pairs, training: bool = True) -> int:
-    """Of the cheaper form of each pair."""
+    """The flops of the cheaper form of each pair."""
 
     def specs(pair: tuple[Tensor, Tensor]) -> tuple[MapSpec, MapSpec]:
         first, second = (
@@ -50,7 +50,7 @@ def floor_flops(student: Pairs, teacher: Pairs, training: bool = True) -> int:
 
 
 def _seconds_of_each(work: Callable[[], object], repetitions: int, device: str) -> list[float]:
-    """How long each call takes; the first, which warms up, does not count."""
+    """Seconds of each call, after one that warms up."""
     work()
     if device == "cpu":
         times = [time.perf_counter()]
@@ -68,13 +68,13 @@ def _seconds_of_each(work: Callable[[], object], repetitions: int, device: str) 
     return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
 
 
-_fastest: dict[tuple[str, Any], float] = {}  # so far, by device and what was copied or multiplied
+_fastest: dict[tuple[str, Any], float] = {}  # by device and by bytes copied or dtype
 
 
-def _best(device: str, work: Any, rate: Callable[[], float]) -> float:
-    """The fastest of all that were measured in this run: a busy moment must not lower a floor.
+def _fastest_rate(device: str, work: Any, rate: Callable[[], float]) -> float:
+    """The fastest rate measured in this run, so that a busy moment of a CPU does not raise a floor.
 
-    A GPU is nobody else's, and is measured once.
+    A GPU is not shared with other programs, and is measured once.
     """
     key = device, work
     if device == "cpu" or key not in _fastest:
@@ -83,10 +83,10 @@ def _best(device: str, work: Any, rate: Callable[[], float]) -> float:
 
 
 def copy_rate(device: str, moved: int) -> float:
-    """Bytes per second, read and written, of a ``copy_``: the fastest of all so far.
+    """Bytes per second, reads and writes together, of a ``copy_``: the fastest so far.
 
-    On a CPU ``moved`` bytes are read and written together, as many as the step moves: what fits in
-    a cache is copied from there, as contenders find it there. A GPU's copy is too large for that.
+    On a CPU the copy moves ``moved`` bytes, as many as the step: what fits in a cache is copied
+    within it, as contenders find it there. On a GPU the copy is larger than the caches.
     """
     if device == "cuda":
         moved = min(2 * COPY_BYTES, torch.cuda.get_device_properties().total_memory // 4)
@@ -97,16 +97,15 @@ def copy_rate(device: str, moved: int) -> float:
         seconds = _seconds_of_each(lambda: target.copy_(source), COPIES, device)
         return 2 * source.nbytes / min(seconds)
 
-    return _best(device, moved if device == "cpu" else "copy", rate)
+    return _fastest_rate(device, moved if device == "cpu" else "copy", rate)
 
 
 def matrix_rate(device: str, dtype_name: str) -> float:
-    """Flops per second of a large matrix product of such maps: the fastest of all so far.
+    """Flops per second of a large matrix product in a dtype: the fastest so far.
 
-    A CPU may widen half precision first. Where fp32 must be exact, a GPU may do three products of
-    TF32 in place of one.
+    A CPU may widen half precision first. A GPU may compute an exact fp32 product as three of TF32.
     """
-    return _best(device, dtype_name, lambda: _matrix_rate(device, dtype_name))
+    return _fastest_rate(device, dtype_name, lambda: _matrix_rate(device, dtype_name))
 
 
 def _matrix_rate(device: str, dtype_name: str) -> float:
@@ -129,8 +128,8 @@ def _product_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(seconds)
 
 
-def floor_facts(case: Case, student: Pairs, teacher: Pairs, device: str) -> dict[str, Any]:
-    """The floor of a case, as it is recorded with each result."""
+def floor_facts(case: Case, student: Pairs, teacher: Pairs, device: str) -> Row:
+    """The columns of a row that tell the floor of a case."""
     moved = floor_bytes(student, teacher, case.training)
     return {
         "floor_bytes": moved,
@@ -140,13 +139,12 @@ def floor_facts(case: Case, student: Pairs, teacher: Pairs, device: str) -> dict
     }
 
 
-def settled(facts: dict[str, Any]) -> dict[str, Any]:
-    """The rates of a result's floor as the whole run has them."""
-    if "floor_bytes" not in facts:
-        return {}
-    device = facts["device"]
-    moved = facts["floor_bytes"] if device == "cpu" else "copy"
-    return {
-        "copy_bytes_per_second": _fastest[device, moved],
-        "matrix_flops_per_second": _fastest[device, facts["dtype"]],
+def with_final_rates(row: Row, device: str) -> Row:
+    """The same row with the rates of the whole run, which are the fastest measured in it."""
+    if "floor_bytes" not in row:
+        return row
+    copied = row["floor_bytes"] if device == "cpu" else "copy"
+    return row | {
+        "copy_bytes_per_second": _fastest[device, copied],
+        "matrix_flops_per_second": _fastest[device, row["dtype"]],
     }

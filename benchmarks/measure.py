@@ -1,154 +1,190 @@
-"""A step as training does it, and the check of what it computes against the definition."""
+"""The measuring loop: contenders take turns on the same tensors, on a CPU or on a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import NamedTuple
+import gc
+import math
+import random
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
 
+from benchmarks import gpu_timing
+from benchmarks.checks import Prepared, Row
 from benchmarks.contenders import Contender
-from benchmarks.peers import Loss
-from benchmarks.race import Step
-from benchmarks.workloads import Case, Pairs
-from fsp_kernels import reference
+
+OUT_OF_MEMORY = "out of memory"
+Readings = dict[str, float]  # seconds of a step by clock: "device", on a GPU also "eager", "replay"
 
 
-class Tolerance(NamedTuple):
-    """The largest relative error to float64, in the 2-norm, with which one is still timed."""
-
-    ours: float
-    peers: float
+class NotRun(Exception):  # noqa: N818  (it is no error)
+    """The reason why a contender is not run, as tables show it."""
 
 
-# fp32: a right sum over at most 16384 positions of maps that don't cancel errs by less than 1e-5 of
-# the whole; a wrong formula, window or weight errs by far more than the 1e-4 allowed.
-# Half: ours rounds the residual and the gradient once each, together below two units of 2^-8. The
-# peers round both FSP matrices before they subtract them. Independent maps after a ReLU have
-# matrices near 0.16 that differ by 0.7 / sqrt(K), so at K = 16384 the rounding of bf16 is a tenth
-# of what is left. That loss is theirs by construction and recorded with each result. Whether they
-# compute the right thing is for the check in fp32 to show, this one shows that nothing broke.
-TOLERANCES = {
-    torch.float32: Tolerance(1e-4, 1e-4),
-    torch.bfloat16: Tolerance(1e-2, 0.25),
-    torch.float16: Tolerance(1e-2, 0.25),
-}
-# Training in fp16 scales the loss, or gradients of about 1 / (B K) drown among subnormal numbers.
-LOSS_SCALES = {torch.float16: 8192.0}
+@dataclass(frozen=True)
+class Rounds:
+    """The number of rounds: ``most``, or fewer if they take over ``seconds``, but ``least``."""
+
+    most: int
+    least: int
+    seconds: float
+
+    def affordable(self, round_seconds: float) -> int:
+        """The number of rounds there is time for."""
+        return max(self.least, min(self.most, math.floor(self.seconds / round_seconds)))
 
 
-def maps_of(pairs: Pairs) -> list[Tensor]:
-    """All maps of a network, in order."""
-    return [x for pair in pairs for x in pair]
+class Timer(Protocol):
+    """Times one contender."""
+
+    def turn(self) -> Readings:
+        """Time one round."""
+
+    def forget(self) -> None:
+        """Leave the rounds so far out of ``facts``."""
+
+    def facts(self) -> Row:
+        """What is recorded beside the times."""
 
 
-def as_results(pairs: Pairs) -> Pairs:
-    """The same maps as results of a layer that costs nothing: no copies, and no leaves.
+class CpuTimer:
+    """Times one contender on a CPU, a step in each round."""
 
-    In training, a map is the result of a layer, and the layer takes the map's gradient as it is.
-    A leaf keeps its gradient in ``.grad``, and PyTorch copies it there if its strides are not the
-    leaf's. The naive op has one such gradient in each pair. With leaves it would pay for a copy
-    that no training step makes.
+    def __init__(self, prepared: Prepared):
+        self._step = prepared.steps[0]
+
+    def turn(self) -> Readings:
+        start = time.perf_counter()
+        self._step()
+        return {"device": time.perf_counter() - start}
+
+    def forget(self) -> None:
+        pass
+
+    def facts(self) -> Row:
+        return {}
+
+
+def failure(error: Exception) -> Row:
+    """The row of a contender that could not be measured; ``fault`` tells a defect from a limit.
+
+    The error of a defect is printed.
     """
-    return [(first.view_as(first), second.view_as(second)) for first, second in pairs]
-
-
-def gradients_of(value: Tensor, pairs: Pairs, scale: float = 1.0) -> tuple[Tensor, ...]:
-    """The gradients of ``scale`` times the loss by all maps, as the layers before would get them.
-
-    They are the caller's alone: nothing is accumulated, and nothing is left behind.
-    """
-    factor = None if scale == 1 else torch.full_like(value, scale)
-    return torch.autograd.grad(value, maps_of(pairs), factor)
-
-
-def step_of(loss: Loss, student: Pairs, teacher: Pairs, training: bool = True) -> Step:
-    """Forward and backward as a training loop calls them, or the loss alone as validation does."""
-    scale = LOSS_SCALES.get(student[0][0].dtype, 1.0)
-    maps = as_results(student)
-
-    def train() -> None:
-        gradients_of(loss(maps, teacher), maps, scale)
-
-    def validate() -> None:
-        with torch.no_grad():
-            loss(maps, teacher)
-
-    return train if training else validate
-
-
-def evaluate(
-    loss: Loss, student: Pairs, teacher: Pairs, scale: float = 1.0
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The loss and its scaled gradients by every student map, by the road that is timed."""
-    maps = as_results(student)
-    value = loss(maps, teacher)
-    return value.detach(), gradients_of(value, maps, scale)
-
-
-def in_float64(pairs: Pairs) -> Pairs:
-    """Copies for the oracle, with gradients where the originals want them."""
-
-    def copy(x: Tensor) -> Tensor:
-        return x.detach().double().requires_grad_(x.requires_grad)
-
-    return [(copy(first), copy(second)) for first, second in pairs]
-
-
-def relative_error(values: Iterable[Tensor], truths: Iterable[Tensor]) -> float:
-    """The largest ``|value - truth| / |truth|`` in the 2-norm; nan counts as infinitely wrong."""
-    errors = [
-        ((value.double() - truth).norm() / truth.norm()).item()
-        for value, truth in zip(values, truths, strict=True)
-    ]
-    return max(float("inf") if error != error else error for error in errors)
-
-
-def hold(contender: Contender, errors: Mapping[str, float], dtype: torch.dtype, where: str) -> None:
-    """Raise AssertionError where errors are larger than ``TOLERANCES`` allow."""
-    row = TOLERANCES[dtype]
-    allowed = row.ours if contender.ours else row.peers
-    if not max(errors.values()) < allowed:
-        raise AssertionError(
-            f"{contender.name} is wrong on {where}: relative to float64 {errors}, allowed {allowed}"
-        )
+    if isinstance(error, NotRun):
+        return {"reason": str(error), "fault": False}
+    # CPU allocations fail with a plain RuntimeError.
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return {"reason": OUT_OF_MEMORY, "fault": False}
+    traceback.print_exception(error)
+    kind = "wrong" if isinstance(error, AssertionError) else f"failed: {type(error).__name__}"
+    return {"reason": kind, "fault": True}
 
 
 @contextmanager
-def float32_products(precision: str) -> Iterator[None]:
-    """Within, fp32 matrices are multiplied as ``torch.set_float32_matmul_precision`` has it."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+def without_garbage_collection() -> Iterator[None]:
+    """Keep the garbage collector from running while a contender is timed."""
+    was_collecting = gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if was_collecting:
+            gc.enable()
 
 
-class Check:
-    """The definition in float64 on a case's maps, to hold contenders to."""
+def turns(names: Sequence[str], rounds: int, limits: Mapping[str, int]) -> Iterator[str]:
+    """Every name in every round, so that a slow moment of the machine slows all alike.
 
-    def __init__(self, case: Case, student: Pairs, teacher: Pairs):
-        self._case, self._student, self._teacher = case, student, teacher
-        self._dtype = student[0][0].dtype
-        exact = in_float64(student), in_float64(teacher)
-        self._truth = self._computed(reference.fsp_loss, *exact)
+    Each round has another order, the same in every run. So no contender always runs after the same
+    neighbour and finds that neighbour's data in the cache.
+    """
+    for turn in range(rounds):
+        order = list(names)
+        random.Random(turn).shuffle(order)
+        for name in order:
+            if turn < limits.get(name, rounds):
+                yield name
 
-    def __call__(self, contender: Contender, loss: Loss) -> dict[str, float]:
-        """Errors of loss and gradients; raises AssertionError where they are too large."""
-        value, gradients = self._computed(loss, self._student, self._teacher)
-        errors = {"loss_error": relative_error([value], [self._truth[0]])}
-        if self._case.training:
-            errors["gradient_error"] = relative_error(gradients, self._truth[1])
-        hold(contender, errors, self._dtype, self._case.workload.name)
-        return errors
 
-    def _computed(
-        self, loss: Loss, student: Pairs, teacher: Pairs
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if self._case.training:
-            return evaluate(loss, student, teacher, LOSS_SCALES.get(self._dtype, 1.0))
-        with torch.no_grad():
-            return loss(student, teacher), ()
+def summarise(readings: Sequence[Readings]) -> Row:
+    """Median and interquartile range of each clock; the columns of "device" have no prefix."""
+    row: Row = {"rounds": len(readings)}
+    for clock in readings[0]:
+        seconds = [reading[clock] for reading in readings]
+        prefix = "" if clock == "device" else f"{clock}_"
+        row[f"{prefix}median"] = statistics.median(seconds)
+        row[f"{prefix}iqr"] = spread(seconds)
+    return row
+
+
+def spread(values: Sequence[float]) -> float:
+    """The interquartile range, with quartiles interpolated; 0 of a single value."""
+    if len(values) < 2:
+        return 0.0
+    lower, _, upper = statistics.quantiles(values, method="inclusive")
+    return upper - lower
+
+
+def measure(
+    chosen: Sequence[Contender],
+    prepare: Callable[[Contender], Prepared],
+    device: str,
+    rounds: Rounds,
+) -> list[Row]:
+    """A row for each contender: its times and facts, or the reason why there are none.
+
+    ``prepare`` builds a contender and checks what it computes. It raises AssertionError where that
+    is wrong, and NotRun where the contender is not run. A contender that fails does not stop the
+    others. A first round, which does not count, warms up and tells how many rounds there is time
+    for; contenders with ``max_rounds`` do not take part in it.
+    """
+    rows: dict[str, Row] = {}
+    timers: dict[str, Timer] = {}
+    on_gpu = device == "cuda"
+    with gpu_timing.own_stream() if on_gpu else nullcontext(), without_garbage_collection():
+        for contender in chosen:
+            try:
+                prepared = prepare(contender)
+                timers[contender.name] = (gpu_timing.GpuTimer if on_gpu else CpuTimer)(prepared)
+                rows[contender.name] = dict(prepared.facts)
+            except Exception as error:
+                rows[contender.name] = failure(error)
+            gc.collect()
+            torch.cuda.empty_cache()  # the next contender finds as much memory as the first did
+        limits = {c.name: c.max_rounds for c in chosen if c.max_rounds is not None}
+        rows |= take_turns(timers, rows, limits, rounds)
+    return [{"contender": c.name, "ours": c.ours} | rows[c.name] for c in chosen]
+
+
+def take_turns(
+    timers: dict[str, Timer], facts: Mapping[str, Row], limits: Mapping[str, int], rounds: Rounds
+) -> dict[str, Row]:
+    """Time all contenders in turns; ``facts`` become part of their rows."""
+    readings: dict[str, list[Readings]] = {name: [] for name in timers}
+    failed: dict[str, Row] = {}
+
+    def take(names: Iterator[str]) -> None:
+        for name in names:
+            try:
+                if name not in failed:
+                    readings[name].append(timers[name].turn())
+            except Exception as error:
+                failed[name] = failure(error)
+
+    start = time.perf_counter()
+    take(name for name in timers if name not in limits)
+    count = rounds.affordable(time.perf_counter() - start or 1e-9)
+    for name, timer in timers.items():
+        readings[name].clear()
+        timer.forget()
+    take(turns(list(timers), count, limits))
+    timed = [name for name in timers if name not in failed]
+    return failed | {
+        name: facts[name] | timers[name].facts() | summarise(readings[name]) for name in timed
+    }

@@ -1,15 +1,15 @@
-"""Peak extra memory of a step on a CPU: from before its forward to the end of its backward.
+"""Peak extra memory of a step on a CPU, from before its forward to the end of its backward.
 
-It counts what the step allocates, its gradients included, never the maps it is given.
+It counts what the step allocates, its gradients included, and not the maps it is given.
 
 PyTorch's CPU allocator keeps no statistics. On Linux the kernel's high-water mark of resident
-memory is the true answer, since it also sees what never passes through that allocator, such as
-scratch of a BLAS or of a C++ extension. It is read in a fresh process that tells malloc to return
-freed blocks at once: by default malloc keeps them, and the second step looks as if it needed
-nothing. A first, unmeasured step compiles and starts threads. The kernel may count up to 64 pages
-of each thread late, so a result is good to 0.25 MiB a thread; mostly it is better.
+memory is the true answer, since it also sees the scratch memory of a BLAS or of a C++ extension. It
+is read in a fresh process that tells malloc to return freed blocks at once. By default malloc keeps
+them, and a second step looks as if it needed no memory. A first, unmeasured step compiles and
+starts threads. The kernel may count up to 64 pages of each thread late, so a result is good to
+0.25 MiB a thread; mostly it is better.
 
-Elsewhere the profiler's allocation events are summed: exact, but only for torch's own allocator.
+Elsewhere the profiler's allocation events are summed, which see torch's own allocator alone.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.race import Step
+from benchmarks.checks import Row, Step
 
-# What can be sent to another process and gives a step there.
-Job = Callable[[], Step]
+Job = Callable[[], Step]  # makes a step in another process, to which it can be sent
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
@@ -54,7 +54,7 @@ def resident_peak(step: Step) -> int:
 
 
 def profiled_peak(step: Step) -> int:
-    """Peak of what torch's allocator handed out and not yet got back during ``step``, in bytes."""
+    """Peak of what torch's allocator handed out and did not get back in ``step``, in bytes."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
@@ -92,14 +92,25 @@ def _peak(job: Job) -> int | None:
 
 
 def peaks_in_fresh_process(jobs: Sequence[Job]) -> list[int | None]:
-    """``peaks`` where malloc returns what is freed, which must be said before a process starts."""
+    """``peaks`` in a process where malloc returns what is freed, with as many threads as here."""
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     context = multiprocessing.get_context("spawn")
     with (
-        _environment(RETURN_FREED_MEMORY | threads),
+        _environment(RETURN_FREED_MEMORY | threads),  # malloc reads it when the process starts
         ProcessPoolExecutor(1, mp_context=context) as pool,
     ):
         return pool.submit(peaks, jobs).result()
+
+
+def add_peaks(jobs: Sequence[tuple[Row, Job]]) -> None:
+    """Add ``peak_bytes`` to each row, measured with its job; none where the process is killed."""
+    try:
+        found = peaks_in_fresh_process([job for _, job in jobs]) if jobs else []
+    except BrokenProcessPool:
+        traceback.print_exc()
+        return
+    for (row, _), peak in zip(jobs, found, strict=True):
+        row["peak_bytes"] = peak
 
 
 @contextmanager

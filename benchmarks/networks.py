@@ -1,14 +1,14 @@
-"""The networks that distillation steps are measured on, one literal table, and who races there.
+"""The networks that distillation steps are measured on, in one literal table.
 
-What an FSP loss costs a user is its share of a whole step. Every contender gets copies of the same
-two networks and the same images, so that only the loss differs.
+Every contender gets copies of the same two networks and the same images, so that only the loss
+differs.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import contenders
+from benchmarks.checks import Prepared, Step, require_small
 from benchmarks.contenders import Contender
-from benchmarks.measure import hold
+from benchmarks.measure import NotRun
 from benchmarks.peers import Loss
-from benchmarks.race import Entrant, NotRun, Prepared, Step
-from benchmarks.training_step import Distillation, Tapped, errors, split_facts
+from benchmarks.training_step import Distillation, TappedNetwork, errors, split_facts
 from fsp_kernels.distill.models import CifarResNet
 
 
 class Practice(NamedTuple):
-    """How people train in a dtype: what autocast casts to, if anything, and the memory format."""
+    """How people train in a dtype: the dtype that autocast casts to, if any, and the layout."""
 
     autocast: torch.dtype | None
     layout: torch.memory_format
@@ -36,7 +36,7 @@ PRACTICE = {
     "fp32": Practice(None, torch.contiguous_format),
     "bf16": Practice(torch.bfloat16, torch.channels_last),
 }
-# Who says the most for their time: ours, what people write, and what a compiler makes of that.
+# Steps take long, so of the peers only what people write and its compilation are measured.
 PEERS = ("einsum", "torch.compile")
 
 
@@ -44,8 +44,8 @@ PEERS = ("einsum", "torch.compile")
 class Networks:
     """A teacher and a student; ``batch`` is the GPU's, see ``batch_on``.
 
-    ``taps`` are the module paths of the FSP pairs, the same in both networks; ``needs`` names the
-    package that the networks come from, where it is one of its own.
+    ``taps`` are the module paths of the FSP pairs, the same in both networks. ``needs`` names the
+    package that the networks come from, if it is another one.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Networks:
 
 
 def torchvision_resnet(depth: int) -> nn.Module:
-    """Untrained; torchvision is imported only where its networks are made."""
+    """An untrained ResNet; torchvision is imported only where one is made."""
     from torchvision.models import get_model
 
     return get_model(f"resnet{depth}", weights=None)
@@ -90,7 +90,7 @@ NETWORKS = (
             ("stage3.0.relu1", "stage3"),
         ),
     ),
-    # The pairs that torchdistill's configuration of FSP for these networks has.
+    # The pairs of torchdistill's configuration of FSP for these networks.
     Networks(
         "imagenet-resnet34-18",
         batch=64,
@@ -112,9 +112,9 @@ QUICK = ("cifar-resnet26-8",)
 
 
 def settle(model: nn.Module, images: Tensor) -> None:
-    """Give every BatchNorm the statistics of these images, as training would have.
+    """Give every BatchNorm the statistics of these images, as training would.
 
-    A fresh network's are 0 and 1, by which nothing is normalised: maps grow from block to block.
+    A fresh network's are 0 and 1 and normalise nothing, so maps grow from block to block.
     """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -124,33 +124,58 @@ def settle(model: nn.Module, images: Tensor) -> None:
         model(images)
 
 
-class Start:
-    """Networks and images that every contender gets copies of, made when the first one asks."""
+class StepProblem:
+    """Networks and images that every contender gets copies of, made when the first one asks.
+
+    ``dtype`` is a name in ``workloads.DTYPES``.
+    """
 
     def __init__(self, networks: Networks, device: str, dtype: str):
-        self.networks, self.device, self._practice = networks, device, PRACTICE[dtype]
+        self.networks, self.device, self._dtype_name = networks, device, dtype
 
-    def with_loss(self, loss: Loss) -> Distillation:
-        """Stage 1 by this loss."""
+    def distillation(self, loss: Loss) -> Distillation:
+        """Stage 1 with this loss."""
         teacher, student, images = self._made
         paths = self.networks.paths
         return Distillation(
-            Tapped(copy.deepcopy(teacher), paths),
-            Tapped(copy.deepcopy(student), paths),
+            TappedNetwork(copy.deepcopy(teacher), paths),
+            TappedNetwork(copy.deepcopy(student), paths),
             images,
             loss,
-            self._practice.autocast,
+            PRACTICE[self._dtype_name].autocast,
         )
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the maps."""
-        return self._practice.autocast or torch.float32
+    def prepare(self, contender: Contender) -> Prepared:
+        """Check a contender, time the pieces of its step, and take a whole step to warm up.
+
+        Raises NotRun where these networks cannot be measured, AssertionError where the contender's
+        loss is wrong.
+        """
+        reason = self._why_not_run()
+        if reason is not None:
+            raise NotRun(reason)
+        distillation = self.distillation(contender.build())
+        found = errors(distillation)
+        dtype = PRACTICE[self._dtype_name].autocast or torch.float32
+        require_small(contender, found, dtype, self.networks.name)
+        split = split_facts(distillation, self.device)
+        distillation.step()
+        facts = {"batch": self.networks.batch_on(self.device)}
+        return Prepared([distillation.step], facts | found | split)
+
+    def _why_not_run(self) -> str | None:
+        needs = self.networks.needs
+        if self._dtype_name not in PRACTICE:
+            return f"not run: networks are trained in {' and '.join(PRACTICE)}"
+        if needs is not None and importlib.util.find_spec(needs) is None:
+            return f"needs {needs}"
+        return None
 
     @cached_property
     def _made(self) -> tuple[nn.Module, nn.Module, Tensor]:
         """``(teacher, student, images)``: random, and the same numbers on every device."""
-        side, device, layout = self.networks.image_size, self.device, self._practice.layout
+        side, device = self.networks.image_size, self.device
+        layout = PRACTICE[self._dtype_name].layout
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             teacher, student = self.networks.teacher(), self.networks.student()
@@ -162,51 +187,7 @@ class Start:
         return teacher, student, images
 
 
-def why_not(networks: Networks, dtype: str) -> str | None:
-    """Why nobody races there; ``None`` if they do."""
-    if dtype not in PRACTICE:
-        return f"not run: networks are trained in {' and '.join(PRACTICE)}"
-    if networks.needs is not None and importlib.util.find_spec(networks.needs) is None:
-        return f"needs {networks.needs}"
-    return None
-
-
-def competing(chosen: Sequence[Contender]) -> list[Contender]:
-    """Those of the contenders who race with whole networks."""
-    return [c for c in chosen if c.ours or c.name in PEERS]
-
-
-def entrants(
-    networks: Networks, chosen: Sequence[Contender], device: str, dtype: str
-) -> list[Entrant]:
-    """The contenders, ready to be raced; ``dtype`` is a name in ``workloads.DTYPES``."""
-    reason = why_not(networks, dtype)
-    if reason is not None:
-        return [Entrant(c.name, partial(_decline, reason)) for c in chosen]
-    start = Start(networks, device, dtype)
-    return [Entrant(c.name, partial(_prepare, c, start), c.max_rounds) for c in chosen]
-
-
-def _decline(reason: str) -> Prepared:
-    raise NotRun(reason)
-
-
-def _prepare(contender: Contender, start: Start) -> Prepared:
-    """Check, split, and take one whole step to warm up."""
-    distillation = start.with_loss(contender.build())
-    found = errors(distillation)
-    hold(contender, found, start.dtype, start.networks.name)
-    split = split_facts(distillation, start.device)
-    distillation.step()
-    facts = {
-        "ours": contender.ours,
-        "device": start.device,
-        "batch": start.networks.batch_on(start.device),
-    }
-    return Prepared([distillation.step], facts | found | split)
-
-
-def peak_step(networks_name: str, contender_name: str, dtype: str = "fp32") -> Step:
-    """One contender's step on a CPU, unchecked: for its peak memory."""
+def lone_step(networks_name: str, contender_name: str, dtype: str = "fp32") -> Step:
+    """A contender's step on a CPU, unchecked, to measure its peak memory."""
     loss = contenders.BY_NAME[contender_name].build()
-    return Start(BY_NAME[networks_name], "cpu", dtype).with_loss(loss).step
+    return StepProblem(BY_NAME[networks_name], "cpu", dtype).distillation(loss).step

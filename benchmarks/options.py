@@ -1,58 +1,75 @@
-"""What a run of the benchmarks is asked for, and how much of it there is time for."""
+"""The options that ``python -m benchmarks`` and ``pytest benchmarks/`` share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-import pytest
+import torch
 
 from benchmarks import contenders, workloads
 from benchmarks.contenders import Contender
-from benchmarks.cuda import on_cuda
-from benchmarks.race import Race, Rounds, on_cpu
+from benchmarks.measure import Rounds
 
-# Rounds of a race, and the seconds it may take: in all on a CPU, for each contender on a GPU.
-ROUNDS = {"cpu": Rounds(30, 12, 8.0), "cuda": Rounds(15, 3, 0.3)}
-QUICK_ROUNDS = {"cpu": Rounds(5, 3, 1.0), "cuda": Rounds(5, 3, 0.1)}
-RACES: dict[str, Race] = {"cpu": on_cpu, "cuda": on_cuda}
+# The seconds are for all contenders of a case together.
+ROUNDS = {"cpu": Rounds(30, 12, 8.0), "cuda": Rounds(15, 3, 2.0)}
+QUICK_ROUNDS = {"cpu": Rounds(5, 3, 1.0), "cuda": Rounds(5, 3, 0.5)}
 DEFAULT_DTYPES = {"cpu": ["fp32"], "cuda": ["fp32", "bf16"]}
 
 
-def chosen(config: pytest.Config, option: str, table: Iterable[str]) -> list[str]:
-    """The names asked for, in the order of their table; all of them where none is asked for."""
-    asked = config.getoption(option)
-    return [name for name in table if not asked or name in asked]
+def add_options(add: Callable[..., Any]) -> None:
+    """Add the options by argparse's ``add_argument`` or by pytest's ``addoption``."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=list(ROUNDS), default=device, help=f"default here: {device}")
+    dtypes = "; ".join(f"{' and '.join(names)} on {x}" for x, names in DEFAULT_DTYPES.items())
+    for option, table, words in (
+        ("--dtype", workloads.DTYPES, f"default: {dtypes}"),
+        ("--layout", workloads.LAYOUTS, "memory format of the maps"),
+        ("--pass", workloads.PASSES, "the loss alone, or with its gradients"),
+        ("--workload", workloads.BY_NAME, "of the part loss"),
+        ("--contender", contenders.BY_NAME, "default: all of the device"),
+    ):
+        dest = option.strip("-").replace("pass", "direction")
+        words += "; can be repeated"
+        add(option, action="append", choices=list(table), default=[], dest=dest, help=words)
+    add("--quick", action="store_true", help="fewer cases and rounds, for a first impression")
 
 
-def competing(config: pytest.Config) -> list[Contender]:
-    """The contenders asked for, of those the device has."""
-    device, asked = config.getoption("--device"), config.getoption("--contender")
-    on_device = {c.name: c for c in contenders.on(device, timed=not asked)}
-    return [on_device[name] for name in chosen(config, "--contender", on_device)]
+def why_impossible(options: Namespace, timed: bool = True) -> str | None:
+    """The reason why this machine cannot do what is asked for; ``None`` if it can."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        return "--device cuda: torch sees no GPU here"
+    present = [contender.name for contender in contenders.on(options.device, timed)]
+    if not set(options.contender) <= set(present):
+        return f"--contender: on {options.device} there are {', '.join(present)}"
+    return None
 
 
-def dtype_names(config: pytest.Config) -> list[str]:
-    """The dtypes asked for, in the order of their table."""
-    asked = config.getoption("--dtype") or DEFAULT_DTYPES[config.getoption("--device")]
-    return [name for name in workloads.DTYPES if name in asked]
+def in_order(asked: Sequence[str], table: Iterable[str]) -> list[str]:
+    """The names that are asked for, in the order of their table."""
+    return [name for name in table if name in asked]
 
 
-def workload_names(config: pytest.Config) -> list[str]:
-    """The workloads asked for; a quick run has a few of them, if none is."""
-    usual = workloads.QUICK if config.getoption("--quick") else tuple(workloads.BY_NAME)
-    asked = config.getoption("--workload") or usual
-    return [name for name in workloads.BY_NAME if name in asked]
+def chosen_contenders(
+    options: Namespace, usual: Callable[[Contender], bool] = lambda _: True
+) -> list[Contender]:
+    """The contenders that are asked for, or else the usual ones of a part."""
+    asked = options.contender
+    return [
+        contender
+        for contender in contenders.on(options.device, timed=not asked)
+        if (contender.name in asked if asked else usual(contender))
+    ]
 
 
-def directions(config: pytest.Config) -> list[str]:
-    """What to time: the loss alone, with its gradients, or both; a quick run takes the latter."""
-    if config.getoption("--quick") and not config.getoption("direction"):
-        return [workloads.TRAINING]
-    return chosen(config, "direction", workloads.DIRECTIONS)
+def chosen_dtypes(options: Namespace) -> list[str]:
+    """The dtypes that are asked for, or else those of the device."""
+    return in_order(options.dtype or DEFAULT_DTYPES[options.device], workloads.DTYPES)
 
 
-def layouts(config: pytest.Config) -> list[str]:
-    """The memory formats asked for."""
-    if config.getoption("--quick") and not config.getoption("--layout"):
-        return ["nchw"]
-    return chosen(config, "--layout", workloads.LAYOUTS)
+def chosen_rounds(options: Namespace) -> Rounds:
+    """The rounds that are asked for, or else as many as there is time for."""
+    if options.rounds:
+        return Rounds(options.rounds, options.rounds, 0.0)
+    return (QUICK_ROUNDS if options.quick else ROUNDS)[options.device]

@@ -1,21 +1,21 @@
-"""Numbers as printed, and tables of them for a terminal and for a file."""
+"""Numbers as printed, and tables of them in Markdown and for a terminal."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 MIB = 1 << 20
 
 
-def geometric_mean(values: Sequence[float | None]) -> float | None:
-    """Over the values there are; None where there are none."""
+def geometric_mean(values: Iterable[float | None]) -> float | None:
+    """The geometric mean of the values that are not None; None where there are none."""
     present = [value for value in values if value is not None]
     return math.exp(sum(map(math.log, present)) / len(present)) if present else None
 
 
 def decimals(value: float) -> int:
-    """How many a number needs for about three digits."""
+    """The number of decimals that gives about three digits."""
     return next((i for i, least in enumerate((100, 10, 1, 0.1)) if value >= least), 4)
 
 
@@ -25,7 +25,7 @@ def digits(value: float) -> str:
 
 
 def with_spread(value: float, spread: float) -> str:
-    """Both to the digits that the value has."""
+    """Both numbers with the decimals of the value."""
     return f"{digits(value)} ±{spread:.{decimals(value)}f}"
 
 
@@ -34,10 +34,21 @@ def times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
 
 
-def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A GitHub table."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def markdown_table(lines: Sequence[Mapping[str, str]]) -> str:
+    """An aligned table with a column for each key; columns without any text are left out."""
+    names = dict.fromkeys(name for line in lines for name in line)
+    columns = [[name, *(line.get(name, "") for line in lines)] for name in names]
+    columns = [column for column in columns if any(column[1:])]
+    widths = [max(3, *map(len, column)) for column in columns]
+    rows = list(zip(*columns, strict=True))
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+
+    def aligned(row: Sequence[str]) -> str:
+        first, *rest = row
+        cells = [x.rjust(width) for x, width in zip(rest, widths[1:], strict=True)]
+        return "| " + " | ".join([first.ljust(widths[0]), *cells]) + " |"
+
+    return "\n".join([aligned(rows[0]), aligned(rule), *map(aligned, rows[1:])])
 
 
 def plain_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -1,4 +1,4 @@
-"""A distillation step of stage 1, whole and piece by piece: what an FSP loss is a part of."""
+"""A distillation step of stage 1, whole and piece by piece."""
 
 from __future__ import annotations
 
@@ -12,40 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import (
-    as_results,
-    evaluate,
-    gradients_of,
-    in_float64,
-    maps_of,
-    relative_error,
-)
+from benchmarks.checks import Row, Truth, as_results, gradients_of, maps_of
+from benchmarks.measure import Rounds, without_garbage_collection
 from benchmarks.peers import Loss
-from benchmarks.race import Rounds, without_garbage_collection
 from benchmarks.workloads import Pairs
-from fsp_kernels import reference
 from fsp_kernels.distill.taps import FeatureTaps
 
-# The networks are untrained and see one batch again and again. A rate that trained would change
-# from round to round what is timed; the optimiser's work is the same at any.
+# The networks see the same batch in every step. A larger rate would train them, and later rounds
+# would time other maps. The optimiser's work is the same at any rate.
 LEARNING_RATE = 1e-12
 MOMENTUM = 0.9
-SEGMENTS = (
-    "teacher forward",
-    "student forward",
-    "FSP loss and its gradients by the maps",
-    "backward through the network",
-    "optimiser",
-)
-FSP = SEGMENTS[2]
-# Steps that are timed in pieces. They tell what a step is made of, not who is faster: a few do.
+# Columns of results.csv.
+SEGMENTS = ("teacher_forward", "student_forward", "fsp_loss", "student_backward", "optimiser")
+# Steps that are timed in pieces. A few are enough to see what a step is made of.
 SPLIT_STEPS = Rounds(most=10, least=3, seconds=2.0)
 
 Mark = Callable[[], None]
 
 
-class Tapped:
-    """A network that gives its maps: of the modules at ``paths``, two by two."""
+class TappedNetwork:
+    """A network that returns the maps of the modules at ``paths``, two by two."""
 
     def __init__(self, model: nn.Module, paths: Sequence[str]):
         self.model = model
@@ -58,15 +44,15 @@ class Tapped:
 
 
 class Distillation:
-    """Stage 1 with one way to compute its loss, on networks of its own.
+    """Stage 1 with one contender's loss, on networks of its own.
 
     ``autocast`` is the dtype that matrix products are cast to, ``None`` for none.
     """
 
     def __init__(
         self,
-        teacher: Tapped,
-        student: Tapped,
+        teacher: TappedNetwork,
+        student: TappedNetwork,
         images: Tensor,
         loss: Loss,
         autocast: torch.dtype | None = None,
@@ -78,7 +64,7 @@ class Distillation:
         self._optimiser = torch.optim.SGD(parameters, LEARNING_RATE, momentum=MOMENTUM)
 
     def step(self) -> Tensor:
-        """A training step, which leaves no gradient behind; returns its loss."""
+        """Take a training step, which leaves no gradient behind; returns its loss."""
         teacher = self.teacher_maps()
         loss = self.loss(self.student_maps(), teacher)
         loss.backward()
@@ -86,7 +72,7 @@ class Distillation:
         return loss.detach()
 
     def split_step(self, mark: Mark) -> None:
-        """The same in pieces: ``mark`` is called before the first and after each of them."""
+        """The same step in the pieces of ``SEGMENTS``; ``mark`` is called around each of them."""
         mark()
         teacher = self.teacher_maps()
         mark()
@@ -101,17 +87,17 @@ class Distillation:
         mark()
 
     def teacher_maps(self) -> Pairs:
-        """Of a forward pass without a graph."""
+        """The teacher's maps, without a graph."""
         with torch.no_grad(), self._precision():
             return self._run_teacher(self._images)
 
     def student_maps(self) -> Pairs:
-        """Of a forward pass."""
+        """The student's maps."""
         with self._precision():
             return self._run_student(self._images)
 
     def loss(self, student: Pairs, teacher: Pairs) -> Tensor:
-        """Of these maps."""
+        """The loss of these maps."""
         with self._precision():
             return self._loss(student, teacher)
 
@@ -128,7 +114,7 @@ class Distillation:
 def cut_off(pairs: Pairs) -> Pairs:
     """The same maps without the layers before them.
 
-    A later map of a network depends on an earlier one. The loss's gradient by that one alone must
+    A later map of a network depends on an earlier one. The loss's gradient by the earlier map must
     not include what comes back through the layers between them.
     """
     return [
@@ -138,20 +124,13 @@ def cut_off(pairs: Pairs) -> Pairs:
 
 
 def errors(distillation: Distillation) -> dict[str, float]:
-    """Of the loss and its gradients by the maps, relative to the definition in float64."""
+    """Errors of the loss and its gradients by the maps, relative to the definition in float64."""
     student, teacher = cut_off(distillation.student_maps()), distillation.teacher_maps()
-    value, gradients = evaluate(distillation.loss, student, teacher)
-    true_value, true_gradients = evaluate(
-        reference.fsp_loss, in_float64(student), in_float64(teacher)
-    )
-    return {
-        "loss_error": relative_error([value], [true_value]),
-        "gradient_error": relative_error(gradients, true_gradients),
-    }
+    return Truth(student, teacher).errors(distillation.loss)
 
 
 def segment_seconds(split_step: Callable[[Mark], None], device: str) -> list[float]:
-    """Of one step, in the order of ``SEGMENTS``; on a GPU as its own events tell."""
+    """Seconds of each piece of one step; on a GPU by its own events."""
     if device == "cpu":
         times: list[float] = []
         split_step(lambda: times.append(time.perf_counter()))
@@ -167,13 +146,12 @@ def segment_seconds(split_step: Callable[[Mark], None], device: str) -> list[flo
     return [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(events)]
 
 
-def split_facts(distillation: Distillation, device: str) -> dict[str, Any]:
-    """Medians of what each piece of a step takes; a first step, which warms up, does not count."""
+def split_facts(distillation: Distillation, device: str) -> Row:
+    """Median seconds of each piece of a step; a first step, which warms up, does not count."""
     with without_garbage_collection():
         distillation.split_step(lambda: None)
         runs = [segment_seconds(distillation.split_step, device)]
         for _ in range(SPLIT_STEPS.affordable(sum(runs[0])) - 1):
             runs.append(segment_seconds(distillation.split_step, device))
     medians = [statistics.median(seconds) for seconds in zip(*runs, strict=True)]
-    seconds_of = dict(zip(SEGMENTS, medians, strict=True))
-    return {"seconds_of": seconds_of, "fsp_share": seconds_of[FSP] / sum(medians)}
+    return dict(zip(SEGMENTS, medians, strict=True))

@@ -1,4 +1,4 @@
-"""The shapes every benchmark and every claim is about, one literal table."""
+"""The shapes that are measured, in one literal table, and the maps made from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 TOKENS = "tokens"  # the layout of a transformer's maps, which have no other
 FORWARD = "forward"  # the loss alone, as in validation
 TRAINING = "forward+backward"
-DIRECTIONS = (FORWARD, TRAINING)
+PASSES = (FORWARD, TRAINING)
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Workload:
 
     @property
     def cpu_batch(self) -> int:
-        """An eighth of the batch, and at least 4: seconds a round are enough on a CPU."""
+        """An eighth of the batch, and at least 4, so that a round on a CPU takes seconds."""
         return max(4, self.batch // 8)
 
     def batch_on(self, device: str) -> int:
@@ -47,27 +47,40 @@ class Workload:
         return size if self.tokens else size * size
 
     def layouts(self, chosen: Sequence[str]) -> tuple[str, ...]:
-        """Those of the chosen memory formats that its maps can have."""
+        """The chosen memory formats; a transformer's maps have only ``TOKENS``."""
         return (TOKENS,) if self.tokens else tuple(chosen)
 
 
 @dataclass(frozen=True)
 class Case:
-    """What contenders are timed at, all on the same tensors."""
+    """Work that is measured; all contenders do it on the same tensors."""
 
     workload: Workload
     batch: int
     dtype: str = "fp32"
     layout: str = "nchw"
-    direction: str = TRAINING
+    direction: str = TRAINING  # of PASSES
 
     @property
     def training(self) -> bool:
-        """Whether gradients are wanted."""
+        """Whether gradients are computed."""
         return self.direction == TRAINING
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """The columns of ``results.csv`` that tell cases of one part apart."""
+        return {
+            "workload": self.workload.name,
+            "dtype": self.dtype,
+            "layout": self.layout,
+            "pass": self.direction,
+        }
+
+    def __str__(self) -> str:
+        return ", ".join(self.identity.values())
+
     def maps(self, device: str) -> tuple[Pairs, Pairs]:
-        """``(student, teacher)``; the student's want gradients."""
+        """``(student, teacher)``; the student's maps require gradients."""
         dtype = DTYPES[self.dtype]
         return feature_maps(self.workload, self.batch, dtype, device=device, layout=self.layout)
 
@@ -119,7 +132,7 @@ WORKLOADS = (
     Workload("segmentation", 4, (((256, 128), (256, 128)),)),
 )
 BY_NAME = {workload.name: workload for workload in WORKLOADS}
-# Seconds each, and one of every kind: few channels, pooled, few positions.
+# A quick run's, which take seconds: few channels, pooled maps, few positions.
 QUICK = ("cifar-resnet", "cifar-resnet-x4", "wide-late-512")
 
 
@@ -131,7 +144,7 @@ def feature_map(
     generator: torch.Generator,
     layout: str,
 ) -> Tensor:
-    """What a ReLU leaves of normal noise: half zeros, as late layers of a CNN are."""
+    """Normal noise after a ReLU: half of it is zero, as in late layers of a CNN."""
     shape = workload.shape(layer, batch)
     if workload.tokens:
         shape = (shape[0], shape[2], shape[1])  # (B, tokens, channels), as transformers keep them
@@ -150,7 +163,7 @@ def feature_maps(
     device: str = "cpu",
     layout: str = "nchw",
 ) -> tuple[Pairs, Pairs]:
-    """``(student, teacher)``: independent maps of equal shapes; the student's want gradients."""
+    """``(student, teacher)``: independent maps of equal shapes; the student's require gradients."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def network() -> list[tuple[Tensor, Tensor]]:

@@ -1,6 +1,6 @@
-"""A GPU that is not there: what ``benchmarks`` asks of torch.cuda, answered by the CPU.
+"""A fake GPU: the CPU answers what ``benchmarks`` and ``tools`` ask of torch.cuda.
 
-It has the benchmark's code run to its end on a machine without a GPU; its numbers mean nothing.
+So their code runs on a machine without a GPU; the numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from benchmarks import contenders, cuda, floor, workloads
-from benchmarks.race import Rounds
+from benchmarks import contenders, floor, gpu_timing, workloads
+from benchmarks.measure import Rounds
 
 MIB = 1 << 20
 KERNELS = 7
@@ -173,12 +173,12 @@ def install(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.cuda, "graph", Capture)
     patch.setattr(Graph, "reason", None)
     patch.setattr(Graph, "replays", 0)
-    patch.setattr(cuda, "profile", Profile)
-    patch.setattr(cuda, "ROUND_SECONDS", 1e-9)  # one step a round
+    patch.setattr(gpu_timing, "profile", Profile)
+    patch.setattr(gpu_timing, "ROUND_SECONDS", 1e-9)  # one step a round
     patch.setattr(workloads, "feature_maps", on_cpu(workloads.feature_maps))
     for make in ("ones", "randn"):
         patch.setattr(torch, make, on_cpu(getattr(torch, make)))
     patch.setattr(floor, "MATRIX_SIZE", {"cpu": 8, "cuda": 8})
     patch.setattr(contenders, "serves", lambda name, *_: name == "torch")
     patch.setattr(floor, "_fastest", {})
-    cuda.sleep_cycles_per_second.cache_clear()
+    gpu_timing.sleep_cycles_per_second.cache_clear()

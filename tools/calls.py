@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from benchmarks.measure import float32_products
+from benchmarks.checks import float32_products
 from benchmarks.workloads import Layer, Workload
 from fsp_kernels.backends import registered_backends
 from fsp_kernels.backends.devices import fp32_precision, raw_stream

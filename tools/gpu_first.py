@@ -7,7 +7,7 @@ date after each step, so that it holds what was finished whenever the run ends:
 
 * ``first.md``: each step's outcome and duration, and the machine;
 * ``first.log``: what the steps printed;
-* ``first-<workload>.json``: the times, as ``python -m benchmarks loss`` writes them.
+* ``first-<workload>.csv``: the times, as ``python -m benchmarks loss`` writes them.
 
 The exit status is 0 if every step went well.
 """
@@ -87,8 +87,8 @@ def steps(scratch: Path, slug: str, jobs: int) -> list[Step]:
                 f"times, {name}",
                 (*arguments, "--output", str(written)),
                 100,
-                written=written / slug / "loss.json",
-                kept_as=f"first-{name}.json",
+                written=written / slug / "results.csv",
+                kept_as=f"first-{name}.csv",
             )
         )
     return found
@@ -139,7 +139,7 @@ def report(folder: Path, outcomes: Sequence[Outcome], facts: Mapping[str, object
 def run_all(chosen: Sequence[Step], folder: Path, seconds: float) -> list[Outcome]:
     """Run steps one after the other until there is no time left; keep what each one leaves."""
     found = {name: value for name, value in machine("cuda").items() if "after_the_run" not in name}
-    facts = {"commit": commit()["id"], **found}
+    facts = {"commit": commit(), **found}
     log = folder / "first.log"
     log.write_text("")
     deadline = time.monotonic() + seconds

@@ -48,7 +48,7 @@ import triton
 from torch import Tensor
 
 import fsp_kernels as fsp
-from benchmarks import cuda
+from benchmarks import gpu_timing
 from benchmarks.tables import plain_table
 from benchmarks.workloads import BY_NAME, DTYPES, Case, Workload
 from fsp_kernels.backends import registered_backends
@@ -278,7 +278,7 @@ def add_measured(facts: dict[str, Any], case: Case) -> None:
     call()  # compiles
     launches = [x for x in facts["launches"] if x["kernel"] != "bmm"]
     expected = [x["kernel"] for x in launches]
-    calls = [[x for x in cuda.kernels_run(call) if "fsp_" in x["name"]] for _ in range(CALLS)]
+    calls = [[x for x in gpu_timing.kernels_run(call) if "fsp_" in x["name"]] for _ in range(CALLS)]
     for run in calls:
         names = [x["name"] for x in run]
         if len(run) != len(expected) or any(

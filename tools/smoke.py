@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import fsp_kernels as fsp
-from benchmarks.measure import relative_error
+from benchmarks.checks import relative_error
 from benchmarks.workloads import DTYPES
 from fsp_kernels import reference
 from fsp_kernels.backends import registered_backends

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.cases import L2_MULTIPLE, l2_bytes
-from benchmarks.measure import relative_error
-from benchmarks.race import Rounds
+from benchmarks.checks import relative_error
+from benchmarks.gpu_timing import L2_MULTIPLE, l2_bytes
+from benchmarks.measure import Rounds
 from benchmarks.workloads import BY_NAME, WORKLOADS
 from fsp_kernels.backends.triton.configurations import Configuration, Row, replaced, using
 from tools.calls import (

@@ -1,35 +1,30 @@
 """What is recorded with a result."""
 
-from __future__ import annotations
-
 import json
 import platform
 import re
 
 import fake_gpu
-import pytest
 import torch
 
 from benchmarks import environment
 
 
-def test_the_machine_is_described_without_its_name() -> None:
+def test_the_machine_is_described_without_its_name():
     described = environment.machine()
     assert described["threads"] == torch.get_num_threads()
     assert described["torch"] == torch.__version__
     assert platform.node() not in json.dumps(described).split('"')
     assert all(described.values())
-
-
-def test_the_commit_is_known_or_said_not_to_be() -> None:
-    assert re.fullmatch(r"[0-9a-f]{40}|none", environment.commit()["id"])
-
-
-def test_a_device_has_a_folder_name() -> None:
     assert re.fullmatch(r"cpu-[a-z0-9-]+-cores", environment.device_slug())
 
 
-def test_a_gpu_is_described_with_what_drives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_is_known_or_said_not_to_be():
+    words = r"([0-9a-f]{40}|none)( with uncommitted changes)?"
+    assert re.fullmatch(words, environment.commit())
+
+
+def test_a_gpu_is_described_with_what_drives_it(monkeypatch):
     fake_gpu.install(monkeypatch)
     monkeypatch.setattr(environment, "output_of", lambda *_: "580.1, 1980 MHz, 1980 MHz, 2619 MHz")
     described = environment.machine("cuda")
@@ -38,15 +33,5 @@ def test_a_gpu_is_described_with_what_drives_it(monkeypatch: pytest.MonkeyPatch)
     assert described["sm_clock_after_the_run"] == "1980 MHz"
     assert described["torch"] == torch.__version__
     assert environment.device_slug("cuda") == "gpu-nvidia-fake-1"
-
-
-def test_a_gpu_without_nvidia_smi_is_described_all_the_same(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    fake_gpu.install(monkeypatch)
-    monkeypatch.setattr(environment, "output_of", lambda *_: "")
+    monkeypatch.setattr(environment, "output_of", lambda *_: "")  # no nvidia-smi
     assert "driver" not in environment.machine("cuda")
-
-
-def test_the_load_is_a_number_of_processes() -> None:
-    assert environment.load() >= 0

@@ -1,9 +1,5 @@
 """The least bytes and flops of a step, and how fast a device is at them."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import fake_gpu
 import pytest
 import torch
@@ -16,89 +12,77 @@ WIDE = Workload("wide", 8, (((512, 7), (512, 7)),))
 
 
 @pytest.fixture(autouse=True)
-def _measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def _measured_anew(monkeypatch):
     monkeypatch.setattr(floor, "_fastest", {})
 
 
 @pytest.fixture
-def rates(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Every repetition of what is timed takes as long as it says, in turn."""
+def rates(monkeypatch):
+    """Set the seconds of each repetition of what is timed."""
 
-    def take(*seconds: float) -> None:
+    def take(*seconds):
         monkeypatch.setattr(floor, "_seconds_of_each", lambda *_: list(seconds))
 
     return take
 
 
-def test_the_floor_is_four_reads_and_two_writes_of_equal_maps() -> None:
+def test_the_floor_is_four_reads_and_two_writes_of_equal_maps():
     one = 8 * 6 * 16 * 2  # bytes in bf16
     maps = feature_maps(EQUAL, 8, torch.bfloat16)
     assert floor.floor_bytes(*maps) == 6 * one
     assert floor.floor_bytes(*maps, training=False) == 4 * one
 
 
-def test_pooled_maps_are_read_and_their_gradients_written_at_full_size() -> None:
+def test_pooled_maps_are_read_and_their_gradients_written_at_full_size():
     pooled = Workload("pooled", 2, (((6, 8), (5, 4)),))
     assert floor.floor_bytes(*feature_maps(pooled, 2)) == 3 * 4 * 2 * (6 * 64 + 5 * 16)
 
 
-def test_the_matrix_form_takes_four_products_and_half_of_them_without_gradients() -> None:
+def test_the_matrix_form_takes_four_products_and_half_of_them_without_gradients():
     product = 2 * 8 * 6 * 6 * 16
     maps = feature_maps(EQUAL, 8)
     assert floor.floor_flops(*maps) == 4 * product
     assert floor.floor_flops(*maps, training=False) == 2 * product
 
 
-def test_few_positions_take_fewer_flops_than_products_of_maps() -> None:
+def test_few_positions_take_fewer_flops_than_products_of_maps():
     assert floor.floor_flops(*feature_maps(WIDE, 2)) < 4 * 2 * 2 * 512 * 512 * 49 / 4
 
 
-def test_a_copy_counts_reads_and_writes_and_the_fastest_counts(rates: Callable[..., None]) -> None:
-    rates(3e-3, 2e-3, 5e-3)
-    assert floor.copy_rate("cpu", 1000) == pytest.approx(1000 / 2e-3)
-
-
-def test_a_busy_moment_does_not_lower_a_floor(rates: Callable[..., None]) -> None:
-    facts = {"device": "cpu", "dtype": "fp32", "floor_bytes": 1000}
+def test_the_fastest_repetition_of_the_run_counts(rates):
+    row = {"dtype": "fp32", "floor_bytes": 1000}
     for seconds in (2e-3, 1e-3, 4e-3):
-        rates(seconds)
+        rates(7e-3, seconds, 5e-3)
         floor.copy_rate("cpu", 1000)
         floor.matrix_rate("cpu", "fp32")
-    assert floor.settled(facts) == {
+    assert floor.with_final_rates(row, "cpu") == row | {
         "copy_bytes_per_second": pytest.approx(1000 / 1e-3),
         "matrix_flops_per_second": pytest.approx(2 * floor.MATRIX_SIZE["cpu"] ** 3 / 1e-3),
     }
 
 
-def test_a_gpu_is_measured_once(
-    rates: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_is_measured_once(rates, monkeypatch):
     fake_gpu.install(monkeypatch)
     for seconds in (2e-3, 1e-3):
         rates(seconds)
         found = floor.copy_rate("cuda", 1000), floor.matrix_rate("cuda", "bf16")
-    facts = {"device": "cuda", "dtype": "bf16", "floor_bytes": 1000}
+    row = floor.with_final_rates({"dtype": "bf16", "floor_bytes": 1000}, "cuda")
     size = floor.MATRIX_SIZE["cuda"]
     assert found == (fake_gpu.PROPERTIES.total_memory / 4 / 2e-3, 2 * size**3 / 2e-3)
-    assert tuple(floor.settled(facts).values()) == found
+    assert (row["copy_bytes_per_second"], row["matrix_flops_per_second"]) == found
 
 
-def test_what_has_no_floor_is_left_alone() -> None:
-    assert floor.settled({"device": "cpu", "dtype": "fp32"}) == {}
+def test_a_row_without_a_floor_stays_as_it_is():
+    assert floor.with_final_rates({"dtype": "fp32"}, "cpu") == {"dtype": "fp32"}
 
 
-def test_a_product_counts_multiplications_and_additions(rates: Callable[..., None]) -> None:
-    rates(0.5, 0.25)
-    assert floor.matrix_rate("cpu", "fp32") == 2 * floor.MATRIX_SIZE["cpu"] ** 3 / 0.25
-
-
-def test_what_a_cpu_widens_counts_as_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_cpu_widens_counts_as_fp32(monkeypatch):
     speed = {torch.bfloat16: 1.0, torch.float32: 5.0}
     monkeypatch.setattr(floor, "_product_rate", lambda _, dtype: speed[dtype])
     assert floor.matrix_rate("cpu", "bf16") == 5.0
 
 
-def test_three_products_of_tf32_may_stand_for_one_of_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_products_of_tf32_may_stand_for_one_of_fp32(monkeypatch):
     speed = {"highest": 1.0, "high": 9.0}
     monkeypatch.setattr(
         floor, "_product_rate", lambda *_: speed[torch.get_float32_matmul_precision()]
@@ -107,7 +91,7 @@ def test_three_products_of_tf32_may_stand_for_one_of_fp32(monkeypatch: pytest.Mo
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_this_machine_copies_and_multiplies() -> None:
+def test_this_machine_copies_and_multiplies():
     facts = floor.floor_facts(Case(EQUAL, 8, direction=FORWARD), *feature_maps(EQUAL, 8), "cpu")
     assert facts["floor_bytes"] == 4 * 4 * 8 * 6 * 16
     assert 1e6 < facts["copy_bytes_per_second"] < 1e13

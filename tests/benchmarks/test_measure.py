@@ -1,156 +1,106 @@
-"""A step as it is timed, and the check before it."""
+"""The measuring loop: whose turn it is, what is timed, and who is not measured."""
 
-from __future__ import annotations
+import time
+from collections import Counter
 
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-
-import fake_gpu
 import pytest
 import torch
-from torch import Tensor
 
-from benchmarks import accuracy, bench_plan, cases, contenders, cuda, networks, peers
+from benchmarks.checks import Prepared
 from benchmarks.contenders import Contender
-from benchmarks.measure import Check, gradients_of, maps_of, relative_error, step_of
-from benchmarks.race import Rounds, on_cpu
-from benchmarks.workloads import FORWARD, TRAINING, Case, Pairs, Workload, feature_maps
-from fsp_kernels.distill.models import CifarResNet
+from benchmarks.measure import NotRun, Rounds, measure, summarise, turns
 
-TINY = Workload("tiny", 8, (((4, 6), (3, 6)), ((3, 6), (5, 3))))
-PAIR = Case(Workload("pair", 8, (((12, 3), (12, 3)),)), 3)
-NETWORKS = replace(
-    networks.BY_NAME["cifar-resnet26-8"],
-    cpu_batch=3,
-    image_size=8,
-    teacher=partial(CifarResNet, 14),
+NO_LIMIT = Rounds(most=4, least=4, seconds=0.0)
+
+
+def nothing():
+    pass
+
+
+def contender(name, max_rounds=None):
+    return Contender(name, lambda: nothing, max_rounds)
+
+
+def rows_of(*contenders, rounds=NO_LIMIT, step=nothing, **errors):
+    def prepare(who):
+        if who.name in errors:
+            raise errors[who.name]
+        return Prepared([step], {"batch": 3})
+
+    return {row["contender"]: row for row in measure(contenders, prepare, "cpu", rounds)}
+
+
+def test_each_contender_has_a_turn_in_every_round():
+    order = "".join(turns("abc", 5, {}))
+    assert [sorted(order[i : i + 3]) for i in range(0, 15, 3)] == [["a", "b", "c"]] * 5
+
+
+def test_no_contender_always_follows_the_same_neighbour():
+    order = "".join(turns("abcd", 30, {}))
+    before = Counter(order[i - 1] for i in range(1, len(order)) if order[i] == "a")
+    assert all(before[name] >= 5 for name in "bcd")
+
+
+def test_the_order_is_the_same_in_every_run():
+    assert list(turns("abcd", 9, {})) == list(turns("abcd", 9, {}))
+
+
+@pytest.mark.parametrize(
+    ("round_seconds", "count"), [(0.1, 30), (0.5, 12), (1.0, 7), (100.0, 7), (1e-9, 30)]
 )
-EINSUM = peers.loss_over(peers.einsum_matrix)
-TWICE = Rounds(2, 2, 0.0)
+def test_rounds_are_as_many_as_there_is_time_for(round_seconds, count):
+    assert Rounds(most=30, least=7, seconds=6.0).affordable(round_seconds) == count
 
 
-def off_by(factor: float) -> peers.Loss:
-    return peers.loss_over(lambda f, s: peers.bmm_matrix(f, s) * factor)
+def test_a_first_round_tells_how_many_there_are(monkeypatch):
+    now = 0.0
+
+    def wait():
+        nonlocal now
+        now += 1.0
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    rounds = Rounds(most=30, least=3, seconds=10.0)
+    found = rows_of(contender("x"), contender("y"), rounds=rounds, step=wait)
+    assert [(row["rounds"], row["median"]) for row in found.values()] == [(5, 1.0), (5, 1.0)]
 
 
-def gradient_is_off(student: peers.Pairs, teacher: peers.Pairs) -> torch.Tensor:
-    """The right loss, half of its gradient."""
-    loss = EINSUM(student, teacher)
-    return (loss + loss.detach()) / 2
+def test_a_slow_contender_has_fewer_rounds():
+    found = rows_of(contender("fast"), contender("slow", max_rounds=2))
+    assert {name: row["rounds"] for name, row in found.items()} == {"fast": 4, "slow": 2}
 
 
-def check_of(case: Case, loss: peers.Loss, ours: bool = False) -> dict[str, float]:
-    return Check(case, *case.maps("cpu"))(Contender("x", lambda: loss, ours=ours), loss)
+def test_times_are_medians_with_their_interquartile_range():
+    readings = [{"device": x, "eager": 2 * x} for x in (1.0, 2.0, 3.0, 4.0, 100.0)]
+    assert summarise(readings) == {
+        "rounds": 5,
+        "median": 3.0,
+        "iqr": 2.0,
+        "eager_median": 6.0,
+        "eager_iqr": 4.0,
+    }
+    assert summarise(readings[:1])["iqr"] == 0
 
 
-class Watch:
-    """The naive op, which notes what maps it is given and what is accumulated behind them."""
-
-    def __init__(self) -> None:
-        self.leaves: list[bool] = []
-        self.accumulated: list[Tensor] = []
-
-    def __call__(self, student: Pairs, teacher: Pairs) -> Tensor:
-        for x in maps_of(student):
-            self.leaves.append(x.is_leaf)
-            for node, _ in [] if x.grad_fn is None else x.grad_fn.next_functions:
-                if hasattr(node, "variable"):  # the node that accumulates into a leaf's .grad
-                    node.variable.register_post_accumulate_grad_hook(self.accumulated.append)
-        return EINSUM(student, teacher)
-
-
-def plan_part(_: Contender) -> None:
-    found = bench_plan.contenders_of(PAIR, "cpu", "torch").values()
-    cases.measure(PAIR, list(found), "cpu", on_cpu, TWICE)
+@pytest.mark.parametrize(
+    ("error", "reason", "fault"),
+    [
+        (NotRun("not run: too large"), "not run: too large", False),
+        (torch.OutOfMemoryError("no room"), "out of memory", False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory", False),
+        (AssertionError("off"), "wrong", True),
+        (ValueError("what"), "failed: ValueError", True),
+    ],
+)
+def test_a_contender_that_fails_says_why_and_the_others_are_measured(error, reason, fault):
+    found = rows_of(contender("failing"), contender("x"), failing=error)
+    assert list(found) == ["failing", "x"]
+    assert (found["failing"]["reason"], found["failing"]["fault"]) == (reason, fault)
+    assert found["x"]["rounds"] == 4
 
 
-PARTS: dict[str, Callable[[Contender], object]] = {
-    "loss, scaling": lambda who: cases.measure(PAIR, [who], "cpu", on_cpu, TWICE),
-    "loss, scaling on a GPU": lambda who: cases.measure(
-        PAIR, [who], "cuda", cuda.on_cuda, fake_gpu.ROUNDS
-    ),
-    "plan": plan_part,
-    "step": lambda who: on_cpu(networks.entrants(NETWORKS, [who], "cpu", "fp32"), TWICE),
-    "accuracy": lambda who: accuracy.measure("cpu", [who], ["fp32"], (1.0,), {"x": (2, 8, 4, 4)}),
-    "memory": lambda who: cases.lone_step(PAIR, who.name)(),
-    "memory of a step": lambda who: networks.peak_step(NETWORKS.name, who.name)(),
-}
+def test_a_contender_may_fail_while_it_is_timed():
+    def fail():
+        raise torch.OutOfMemoryError
 
-
-@pytest.mark.parametrize("part", PARTS)
-def test_maps_are_results_of_layers_and_no_gradient_of_theirs_is_accumulated(
-    part: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    watch = Watch()
-    who = Contender("watch", lambda: watch)
-    monkeypatch.setitem(contenders.BY_NAME, who.name, who)
-    monkeypatch.setitem(networks.BY_NAME, NETWORKS.name, NETWORKS)
-    monkeypatch.setattr(bench_plan, "planned_loss", lambda _, __, x: watch([x[:2]], [x[2:]]))
-    if "GPU" in part:
-        fake_gpu.install(monkeypatch)
-    PARTS[part](who)
-    assert watch.leaves
-    assert not any(watch.leaves)
-    assert watch.accumulated == []
-
-
-class HandsOverRows(torch.autograd.Function):
-    """A sum whose gradient is a transposed buffer, as that of a batched product is."""
-
-    written: Tensor
-
-    @staticmethod
-    def forward(_ctx: object, first: Tensor, second: Tensor) -> Tensor:
-        return first.sum() + second.sum()
-
-    @staticmethod
-    def backward(_ctx: object, _incoming: Tensor) -> tuple[Tensor, Tensor]:
-        HandsOverRows.written = torch.ones(2, 3, 4)
-        return HandsOverRows.written.mT, HandsOverRows.written.mT
-
-
-def test_a_gradient_is_handed_over_as_it_was_written() -> None:
-    maps = [tuple(torch.ones(2, 4, 3, requires_grad=True).view(2, 4, 3) for _ in range(2))]
-    gradients = gradients_of(HandsOverRows.apply(*maps[0]), maps)
-    addresses = {x.data_ptr() for x in gradients}
-    assert addresses == {HandsOverRows.written.data_ptr()}
-
-
-@pytest.mark.parametrize("direction", [TRAINING, FORWARD])
-def test_a_step_leaves_no_gradients(direction: str) -> None:
-    case = Case(TINY, 3, direction=direction)
-    student, teacher = feature_maps(TINY, 3)
-    step_of(EINSUM, student, teacher, case.training)()
-    assert all(x.grad is None for x in maps_of(student) + maps_of(teacher))
-
-
-def test_errors_of_loss_and_gradients_are_recorded() -> None:
-    assert set(check_of(Case(TINY, 3), EINSUM)) == {"loss_error", "gradient_error"}
-    assert set(check_of(Case(TINY, 3, direction=FORWARD), EINSUM)) == {"loss_error"}
-    assert max(check_of(Case(TINY, 3), EINSUM).values()) < 1e-5
-
-
-@pytest.mark.parametrize("direction", [TRAINING, FORWARD])
-def test_a_loss_off_by_a_thousandth_is_wrong(direction: str) -> None:
-    with pytest.raises(AssertionError, match="x is wrong on tiny"):
-        check_of(Case(TINY, 3, direction=direction), off_by(1.001))
-
-
-def test_a_wrong_gradient_is_wrong_where_it_is_asked_for() -> None:
-    with pytest.raises(AssertionError, match="x is wrong on tiny"):
-        check_of(Case(TINY, 3), gradient_is_off)
-    check_of(Case(TINY, 3, direction=FORWARD), gradient_is_off)
-
-
-def test_ours_is_held_to_more_in_half_precision() -> None:
-    case = Case(TINY, 8, dtype="bf16")
-    check_of(case, off_by(1.03))
-    with pytest.raises(AssertionError):
-        check_of(case, off_by(1.03), ours=True)
-
-
-def test_errors_are_relative_and_nan_is_infinitely_wrong() -> None:
-    truth = torch.tensor([3.0, 4.0], dtype=torch.float64)
-    assert relative_error([torch.tensor([3.0, 4.5])], [truth]) == pytest.approx(0.1)
-    assert relative_error([torch.full((2,), float("nan"))], [truth]) == float("inf")
+    assert rows_of(contender("x"), step=fail)["x"]["reason"] == "out of memory"

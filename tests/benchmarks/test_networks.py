@@ -1,23 +1,20 @@
 """Distillation steps of whole networks, on networks small enough for a test."""
 
-from __future__ import annotations
-
-import itertools
 import pickle
-import time
-from collections.abc import Callable
+from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks import contenders, networks, peers, training_step
+from benchmarks.bench_step import contenders_of
 from benchmarks.contenders import Contender
-from benchmarks.networks import Networks, Start
-from benchmarks.race import NotRun, Rounds, on_cpu
-from benchmarks.training_step import Distillation
+from benchmarks.measure import NotRun, Rounds, measure
+from benchmarks.networks import StepProblem
+from benchmarks.results import COLUMNS
 from fsp_kernels.distill.models import CifarResNet
 
 OURS, EINSUM = contenders.BY_NAME["ours (torch)"], contenders.BY_NAME["einsum"]
@@ -30,42 +27,42 @@ TINY = replace(
 )
 
 
-def distillation(dtype: str = "fp32", contender: Contender = EINSUM) -> Distillation:
-    return Start(TINY, "cpu", dtype).with_loss(contender.build())
+def distillation(dtype="fp32", contender=EINSUM):
+    return StepProblem(TINY, "cpu", dtype).distillation(contender.build())
 
 
-def gradients(found: Distillation) -> dict[str, Tensor]:
+def gradients(found):
     """Of the first step, as the optimiser keeps them in its momentum."""
     of, named = found._optimiser.state, found.student.named_parameters()
     return {name: of[p]["momentum_buffer"] for name, p in named if p in of}
 
 
-def sizes(where: Networks, dtype: str = "fp32") -> list[list[tuple[int, int]]]:
+def sizes(where, dtype="fp32"):
     """Channels and side of the student's maps, after checking that the teacher's are alike."""
-    found = Start(where, "cpu", dtype).with_loss(EINSUM.build())
+    found = StepProblem(where, "cpu", dtype).distillation(EINSUM.build())
     shapes = [[x.shape for x in pair] for pair in found.student_maps()]
     assert shapes == [[x.shape for x in pair] for pair in found.teacher_maps()]
     return [[(channels, side) for _, channels, side, _ in pair] for pair in shapes]
 
 
-def test_the_pairs_of_the_cifar_networks() -> None:
-    where = replace(networks.BY_NAME["cifar-resnet26-8"], cpu_batch=2)
-    assert sizes(where) == [[(16, 32)] * 2, [(32, 16)] * 2, [(64, 8)] * 2]
-
-
-def test_the_pairs_of_the_imagenet_networks() -> None:
+@pytest.mark.parametrize(
+    ("name", "image_size", "expected"),
+    [
+        ("cifar-resnet26-8", 32, [(16, 32), (32, 16), (64, 8)]),
+        ("imagenet-resnet34-18", 64, [(64, 16), (128, 8), (256, 4), (512, 2)]),
+    ],
+)
+def test_both_maps_of_a_pair_end_a_stage(name, image_size, expected):
     pytest.importorskip("torchvision")
-    where = replace(networks.BY_NAME["imagenet-resnet34-18"], cpu_batch=2, image_size=64)
-    assert sizes(where) == [[(64, 16)] * 2, [(128, 8)] * 2, [(256, 4)] * 2, [(512, 2)] * 2]
+    where = replace(networks.BY_NAME[name], cpu_batch=2, image_size=image_size)
+    assert sizes(where) == [[size] * 2 for size in expected]
 
 
 @pytest.mark.parametrize("contender", [OURS, EINSUM], ids=lambda c: c.name)
 @pytest.mark.parametrize("dtype", networks.PRACTICE)
-def test_a_step_in_pieces_gives_the_gradients_of_a_whole_one(
-    dtype: str, contender: Contender
-) -> None:
-    start = Start(TINY, "cpu", dtype)
-    whole, split = (start.with_loss(contender.build()) for _ in range(2))
+def test_a_step_in_pieces_gives_the_gradients_of_a_whole_one_and_leaves_none(dtype, contender):
+    problem = StepProblem(TINY, "cpu", dtype)
+    whole, split = (problem.distillation(contender.build()) for _ in range(2))
     whole.step()
     split.split_step(lambda: None)
     expected = gradients(whole)
@@ -75,9 +72,10 @@ def test_a_step_in_pieces_gives_the_gradients_of_a_whole_one(
     for name, value in gradients(split).items():
         error = (value - expected[name]).norm() / expected[name].norm()
         assert error < rtol, name
+    assert all(p.grad is None for x in (whole, split) for p in x.student.parameters())
 
 
-def test_a_step_trains_the_student_and_leaves_the_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_trains_the_student_and_leaves_the_teacher(monkeypatch):
     monkeypatch.setattr(training_step, "LEARNING_RATE", 1e-3)
     found = distillation()
     before = [
@@ -91,29 +89,22 @@ def test_a_step_trains_the_student_and_leaves_the_teacher(monkeypatch: pytest.Mo
     assert all(x.equal(before[1][name]) for name, x in found.teacher.state_dict().items())
 
 
-def test_a_step_leaves_no_gradients() -> None:
-    found = distillation()
-    found.step()
-    found.split_step(lambda: None)
-    assert all(p.grad is None for p in found.student.parameters())
-
-
-def test_all_start_from_equal_networks_of_their_own() -> None:
-    start = Start(TINY, "cpu", "fp32")
-    one, other = (start.with_loss(EINSUM.build()) for _ in range(2))
+def test_contenders_have_equal_networks_of_their_own():
+    problem = StepProblem(TINY, "cpu", "fp32")
+    one, other = (problem.distillation(EINSUM.build()) for _ in range(2))
     for mine, theirs in ((one.student, other.student), (one.teacher, other.teacher)):
         for x, y in zip(mine.state_dict().values(), theirs.state_dict().values(), strict=True):
             assert x.equal(y)
             assert x.data_ptr() != y.data_ptr()
 
 
-def test_steps_leave_the_loss_where_it_is() -> None:
+def test_steps_leave_the_loss_where_it_is():
     found = distillation()
     losses = [found.step().item() for _ in range(20)]
     assert losses[-1] == pytest.approx(losses[0], rel=1e-5)
 
 
-def test_a_settled_network_normalises_its_maps() -> None:
+def test_a_settled_network_normalises_its_maps():
     model = CifarResNet(14)
     images = torch.randn(8, 3, 8, 8)
     networks.settle(model, images)
@@ -121,26 +112,21 @@ def test_a_settled_network_normalises_its_maps() -> None:
         trained_on, seen_again = model.train()(images), model.eval()(images)
     # Up to the variance's n and n - 1.
     assert (trained_on - seen_again).norm() < 0.1 * trained_on.norm()
-
-
-def test_the_teacher_is_settled() -> None:
     norms = [m for m in distillation().teacher.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert len(norms) == 13
     assert all(norm.running_mean.norm() > 0 for norm in norms)
 
 
-def test_bf16_is_autocast_in_channels_last() -> None:
+def test_bf16_is_autocast_in_channels_last():
     for pairs in (distillation("bf16").teacher_maps(), distillation("bf16").student_maps()):
         for x in training_step.maps_of(pairs):
             assert x.dtype == torch.bfloat16
             assert x.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_wrong_contender_is_not_timed() -> None:
+def test_a_wrong_contender_is_not_timed():
     wrong = Contender("wrong", lambda: peers.loss_over(lambda f, s: peers.bmm_matrix(f, s) * 1.001))
-    (entrant,) = networks.entrants(TINY, [wrong], "cpu", "fp32")
     with pytest.raises(AssertionError, match="wrong is wrong on tiny"):
-        entrant.prepare()
+        StepProblem(TINY, "cpu", "fp32").prepare(wrong)
 
 
 @pytest.mark.parametrize(
@@ -151,41 +137,29 @@ def test_a_wrong_contender_is_not_timed() -> None:
     ],
     ids=["package", "dtype"],
 )
-def test_who_cannot_be_measured_says_why(where: Networks, dtype: str, reason: str) -> None:
-    (entrant,) = networks.entrants(where, [EINSUM], "cpu", dtype)
+def test_networks_that_cannot_be_measured_say_why(where, dtype, reason):
     with pytest.raises(NotRun, match=reason):
-        entrant.prepare()
+        StepProblem(where, "cpu", dtype).prepare(EINSUM)
 
 
-def test_ours_the_naive_op_and_its_compilation_race() -> None:
-    names = [c.name for c in networks.competing(contenders.on("cpu"))]
-    assert names == ["ours (torch)", "einsum", "torch.compile"]
+@pytest.mark.parametrize(
+    ("asked", "names"), [([], ["ours (torch)", "einsum", "torch.compile"]), (["bmm"], ["bmm"])]
+)
+def test_only_some_peers_take_steps_unless_asked_for(asked, names):
+    found = contenders_of(Namespace(device="cpu", contender=asked))
+    assert [c.name for c in found] == names
 
 
-def test_a_race_of_steps() -> None:
-    outcomes = on_cpu(networks.entrants(TINY, [OURS, EINSUM], "cpu", "fp32"), Rounds(3, 3, 0.0))
-    for name, outcome in outcomes.items():
-        assert outcome.reason is None
-        assert len(outcome.durations) == 3
-        assert tuple(outcome.facts["seconds_of"]) == training_step.SEGMENTS
-        assert 0 < outcome.facts["fsp_share"] < 1
-        assert (outcome.facts["batch"], outcome.facts["ours"]) == (3, name == OURS.name)
+def test_steps_are_timed_whole_and_in_pieces():
+    prepare = StepProblem(TINY, "cpu", "fp32").prepare
+    for row in measure([OURS, EINSUM], prepare, "cpu", Rounds(3, 3, 0.0)):
+        assert (row["rounds"], row["batch"]) == (3, 3)
+        assert row["ours"] == (row["contender"] == OURS.name)
+        assert all(row[piece] > 0 for piece in training_step.SEGMENTS)
+        assert set(row) <= set(COLUMNS)
 
 
-def test_a_segment_is_timed_from_mark_to_mark(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = itertools.accumulate([10.0, 1.0, 2.0, 4.0])
-    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
-
-    def split_step(mark: Callable[[], None]) -> None:
-        for _ in range(4):
-            mark()
-
-    assert training_step.segment_seconds(split_step, "cpu") == [1.0, 2.0, 4.0]
-
-
-def test_a_step_for_its_memory_can_be_sent_to_another_process(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_step_for_its_memory_can_be_sent_to_another_process(monkeypatch):
     monkeypatch.setitem(networks.BY_NAME, "tiny", TINY)
-    job = pickle.loads(pickle.dumps(partial(networks.peak_step, "tiny", "einsum")))
+    job = pickle.loads(pickle.dumps(partial(networks.lone_step, "tiny", "einsum")))
     assert job()() > 0

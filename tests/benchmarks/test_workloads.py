@@ -1,82 +1,46 @@
 """The workload table and the tensors made from it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
-from benchmarks.workloads import BY_NAME, QUICK, WORKLOADS, Workload, feature_maps
+from benchmarks.workloads import BY_NAME, Workload, feature_maps
 
-# Batch, then the pairs of layers as channels@size.
-PUBLISHED = {
-    "cifar-resnet": (256, "16@32-16@32 32@16-32@16 64@8-64@8"),
-    "cifar-resnet-x4": (64, "32@32-64@32 64@32-128@16 128@16-256@8"),
-    "imagenet-resnet18": (64, "64@56-64@56 128@28-128@28 256@14-256@14 512@7-512@7"),
-    "imagenet-resnet50": (32, "256@56-256@56 512@28-512@28 1024@14-1024@14 2048@7-2048@7"),
-    "torchdistill-resnet34-18": (32, "64@56-64@56 128@28-128@28 256@14-256@14 512@7-512@7"),
-    "wide-late-512": (32, "512@7-512@7"),
-    "wide-late-2048": (32, "2048@7-2048@7"),
-    "tokens-vit-b": (64, "768@196-768@196"),
-    "segmentation": (4, "256@128-256@128"),
-}
 TINY_TOKENS = Workload("tiny-tokens", 16, (((6, 10), (5, 10)),), tokens=True)
 TINY_POOLED = Workload("tiny-pooled", 16, (((6, 8), (5, 4)),))
-
-
-def test_the_table_is_the_published_one() -> None:
-    assert {
-        w.name: (
-            w.batch,
-            " ".join(f"{c0}@{s0}-{c1}@{s1}" for (c0, s0), (c1, s1) in w.layers),
-        )
-        for w in WORKLOADS
-    } == PUBLISHED
-
-
-def test_only_the_transformer_has_tokens() -> None:
-    assert [w.name for w in WORKLOADS if w.tokens] == ["tokens-vit-b"]
-
-
-def test_quick_names_exist() -> None:
-    assert set(QUICK) <= set(BY_NAME)
 
 
 @pytest.mark.parametrize(
     ("name", "batch"), [("cifar-resnet", 32), ("wide-late-512", 4), ("segmentation", 4)]
 )
-def test_a_cpu_takes_an_eighth_of_the_batch_and_at_least_four(name: str, batch: int) -> None:
-    assert BY_NAME[name].cpu_batch == batch
+def test_a_cpu_takes_an_eighth_of_the_batch_and_at_least_four(name, batch):
+    assert BY_NAME[name].batch_on("cpu") == batch
+    assert BY_NAME[name].batch_on("cuda") == BY_NAME[name].batch
 
 
-def test_a_gpu_takes_the_full_batch() -> None:
-    workload = BY_NAME["cifar-resnet"]
-    assert (workload.batch_on("cuda"), workload.batch_on("cpu")) == (256, 32)
-
-
-def test_a_pair_has_the_positions_of_its_smaller_map() -> None:
+def test_a_pair_has_the_positions_of_its_smaller_map():
     assert TINY_POOLED.positions(TINY_POOLED.layers[0]) == 16
     assert TINY_TOKENS.positions(TINY_TOKENS.layers[0]) == 10
 
 
-def test_students_want_gradients_and_teachers_do_not() -> None:
+def test_students_want_gradients_and_teachers_do_not():
     student, teacher = feature_maps(TINY_POOLED, batch=2)
     assert all(x.requires_grad for x in student[0])
     assert not any(x.requires_grad for x in teacher[0])
     assert not torch.equal(student[0][0], teacher[0][0])
 
 
-def test_maps_look_like_the_output_of_a_relu() -> None:
+def test_maps_look_like_the_output_of_a_relu():
     x = feature_maps(TINY_POOLED, batch=2)[1][0][0]
     assert x.min() == 0
     assert 0.3 < (x == 0).float().mean() < 0.7
 
 
-def test_tokens_are_seen_across_their_rows() -> None:
+def test_tokens_are_seen_across_their_rows():
     first, second = feature_maps(TINY_TOKENS, batch=2)[0][0]
     assert (first.shape, second.shape) == ((2, 6, 10), (2, 5, 10))
     assert first.stride() == (60, 1, 6)
 
 
-def test_the_same_seed_gives_the_same_maps() -> None:
+def test_the_same_seed_gives_the_same_maps():
     one, other = feature_maps(TINY_POOLED, batch=2), feature_maps(TINY_POOLED, batch=2)
     assert torch.equal(one[0][0][0], other[0][0][0])

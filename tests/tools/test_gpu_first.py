@@ -23,7 +23,7 @@ PYTHON = f"""#!/bin/sh
 echo "called with $* ${{CUDAARCHS-no CUDAARCHS}}"
 case "$*" in *--output*)
     for last; do :; done
-    mkdir -p "$last/{SLUG}" && echo "$*" >"$last/{SLUG}/loss.json"
+    mkdir -p "$last/{SLUG}" && echo "$*" >"$last/{SLUG}/results.csv"
 esac
 if [ "$1" = sleep ]; then
     sleep {LONG} &
@@ -71,7 +71,7 @@ NAMES = [
 def test_all_steps_run_in_order_and_their_results_are_kept(python, folder, capsys):  # noqa: ARG001
     assert gpu_first.main(["--output", str(folder.parent), "--jobs", "4"]) == 0
     assert outcomes_in(folder) == dict.fromkeys(NAMES, "ok")
-    names = {"first.md", "first.log", *(f"first-{name}.json" for name in gpu_first.WORKLOADS)}
+    names = {"first.md", "first.log", *(f"first-{name}.csv" for name in gpu_first.WORKLOADS)}
     assert {path.name for path in folder.iterdir()} == names
     called = [x for x in (folder / "first.log").read_text().splitlines() if x.startswith("called")]
     assert called[0] == (
@@ -82,7 +82,7 @@ def test_all_steps_run_in_order_and_their_results_are_kept(python, folder, capsy
     assert "tools.sanitize --tool memcheck --jobs 4" in called[3]
     assert set(gpu_first.WORKLOADS) <= set(BY_NAME)
     for name in gpu_first.WORKLOADS:
-        text = (folder / f"first-{name}.json").read_text()
+        text = (folder / f"first-{name}.csv").read_text()
         assert f"benchmarks loss --device cuda --workload {name} --dtype bf16 --dtype fp32" in text
     text = (folder / "first.md").read_text()
     for line in ("| gpu | NVIDIA Fake 1 |", f"| torch | {torch.__version__} |", "| commit | "):
@@ -99,7 +99,7 @@ def test_a_failing_step_fails_the_whole_but_not_the_rest(python, folder, failing
     found = outcomes_in(folder)
     assert list(found) == NAMES
     assert sorted(found.values())[:2] == ["FAILED, exit status 3", "ok"]
-    assert (folder / "first-wide-late-2048.json").exists()
+    assert (folder / "first-wide-late-2048.csv").exists()
 
 
 @pytest.mark.usefixtures("python")
@@ -138,18 +138,18 @@ def test_an_interrupted_run_keeps_what_was_finished(python, folder, number):
     python.setattr(gpu_first, "run", interrupted)
     assert gpu_first.main(["--output", str(folder.parent)]) == gpu_first.INTERRUPTED
     assert list(outcomes_in(folder)) == NAMES[:6]
-    assert (folder / "first-tokens-vit-b.json").exists()
+    assert (folder / "first-tokens-vit-b.csv").exists()
     assert not (folder / "unfinished").exists()
 
 
 def test_results_of_an_older_run_are_not_mixed_in(python, folder):
-    old = folder / "first-wide-late-512.json"
+    old = folder / "first-wide-late-512.csv"
     old.touch()
-    (folder / "loss.json").write_text("another run's")
+    (folder / "results.csv").write_text("another run's")
     python.setattr(gpu_first, "WORKLOADS", ("tokens-vit-b",))
     gpu_first.main(["--output", str(folder.parent)])
     assert not old.exists()
-    assert (folder / "loss.json").read_text() == "another run's"
+    assert (folder / "results.csv").read_text() == "another run's"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
