@@ -10,7 +10,7 @@ from calls import BF16, DEVICE, FP32
 
 import fsp_kernels as fsp
 from fsp_kernels.backends.triton.configurations import configuration_of
-from fsp_kernels.backends.triton.entries import COMBINED, Pair
+from fsp_kernels.backends.triton.entries import COMBINED, PlannedPair
 from fsp_kernels.backends.triton.residual import MatrixLayout
 
 CHANNELS, SIZE = (20, 150), (6, 3)
@@ -20,7 +20,7 @@ def maps(dtype=FP32, size=SIZE, batch=5, channels=CHANNELS):
     return [torch.empty(batch, c, *size, dtype=dtype, device=DEVICE) for c in channels]
 
 
-def pair_of(student, teacher, wanted=(0, 1), precision="tf32x3", **changes) -> Pair:
+def pair_of(student, teacher, wanted=(0, 1), precision="tf32x3", **changes) -> PlannedPair:
     """A pair as the loss prepares it; ``changes`` are of its plan."""
     teacher = [teacher] if isinstance(teacher, torch.Tensor) else teacher
     tensors = [x.requires_grad_(i in wanted) for i, x in enumerate([*student, *teacher])]
@@ -29,7 +29,7 @@ def pair_of(student, teacher, wanted=(0, 1), precision="tf32x3", **changes) -> P
     tensors += [None] * (4 - len(tensors))
     gradients = [torch.empty_like(x) if i in wanted else None for i, x in enumerate(tensors)]
     slots = [None if x is None else x.detach() for x in tensors] + gradients
-    return Pair(0, dataclasses.replace(plan, **changes), slots, "sm_80", precision)
+    return PlannedPair(0, dataclasses.replace(plan, **changes), slots, "sm_80", precision)
 
 
 @pytest.fixture(autouse=True)
