@@ -78,6 +78,8 @@ bench: .venv/installed
 kernels: .venv/installed
 	$(BIN)/python -m tools.compile_triton
 	$(BIN)/python -m tools.compile_cuda
+	$(BIN)/python -m tools.predict all --family sm_80
+	$(BIN)/python -m tools.predict all --family sm_90
 	$(PYTEST) --crosses all tests/cuda/test_sanitizers.py tests/cuda/test_mutations.py
 
 # All parts run, whatever becomes of an earlier one; the whole fails if any does.
