@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from benchmarks import environment, report, results
+from benchmarks import environment
 from benchmarks.options import add_options, why_impossible
 from benchmarks.parts import PARTS, in_fresh_process
+from benchmarks.recording import write_part
 from fsp_kernels._machine import prepare_terminal
 
 OUTPUT = Path("runs/benchmarks")
@@ -73,7 +74,7 @@ def measure_all(options: Namespace, command: str, folder: Path) -> int:
             status = 1
             continue
         facts = {"command": command, "commit": environment.commit(), "measured": measured}
-        results.write_part(folder, part, rows, facts | machine)
+        write_part(folder, part, rows, facts | machine)
         status |= any(row.get("fault") for row in rows)
     return status
 
@@ -88,6 +89,8 @@ def draw(arguments: Sequence[str]) -> int:
     folders = options.parse_args(arguments).folder
     if len(folders) > 2:
         options.error(f"DIR: {len(folders)} folders, must be one or two")
+    from benchmarks import report, results  # these need pandas, Jinja2 and matplotlib
+
     try:
         found = [results.read(folder) for folder in folders]
     except results.Unreadable as error:
@@ -112,6 +115,14 @@ def main(arguments: Sequence[str]) -> int:
     command = shlex.join(["python", "-m", "benchmarks", *arguments])
     folder = (options.output / environment.device_slug(options.device)).resolve()
     status = measure_all(options, command, folder)
+    try:
+        from benchmarks import report, results
+    except ModuleNotFoundError as error:
+        print(
+            f"The results are in {folder}. To draw them, install {error.name} here or copy the "
+            "folder to a machine that has it, then run python -m benchmarks report DIR."
+        )
+        return status
     try:
         written = report.draw(folder)
         text = report.render(results.read(folder), options.part, brief=True)

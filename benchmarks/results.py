@@ -1,12 +1,9 @@
-"""The results of a device: ``results.csv``, and how each part was measured in ``environment.json``.
-
-Times are in seconds, sizes in bytes. A row without a number has a ``reason``.
-"""
+"""Read the results of a device and work out ratios, with pandas."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,23 +12,11 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.checks import Row
-from benchmarks.parts import PARTS
+from benchmarks.recording import CASE, COLUMNS
 
-# What tells the rows of a part apart; the parts use some of it each.
-CASE = ("backend", "axis", "value", "workload", "dtype", "layout", "pass", "noise")
-COLUMNS = (
-    *("part", *CASE, "contender"),
-    *("ours", "planned", "batch", "rounds", "median", "iqr"),
-    *("eager_median", "eager_iqr", "replay_median", "replay_iqr", "no_replay"),
-    *("launches", "steps_per_round", "full_queue", "peak_bytes", "gradient_bytes"),
-    *("floor_bytes", "floor_flops", "copy_bytes_per_second", "matrix_flops_per_second"),
-    *("teacher_forward", "student_forward", "fsp_loss", "student_backward", "optimiser"),
-    *("loss_error", "gradient_error", "reason", "fault"),
-)
 TEXT = ("part", "backend", "axis", "workload", "dtype", "layout", "pass", "contender", "reason")
 FLAGS = ("ours", "planned", "full_queue", "fault")  # true, false or empty
 TYPES = dict.fromkeys((*TEXT, "no_replay"), "str") | dict.fromkeys(FLAGS, "boolean")
-EIGHT_DIGITS = "%.8g"
 # The order of tables, where it is not that of the run.
 ORDER = {
     "axis": ("batch", "channels", "size"),
@@ -58,22 +43,6 @@ class Results:
         """The device's name for a title."""
         facts = next(iter(self.environment.values()))
         return facts.get("gpu") or f"{facts['cpu']}, {facts['cores']} cores"
-
-
-def write_part(folder: Path, part: str, rows: Iterable[Row], environment: Row) -> None:
-    """Write the rows of one part in place of its former ones."""
-    folder.mkdir(parents=True, exist_ok=True)
-    new = pd.DataFrame([{"part": part} | row for row in rows], columns=list(COLUMNS))
-    by_part, about = {part: new}, {part: environment}
-    if (folder / "results.csv").exists():
-        old = read(folder)
-        by_part = {p: old.rows[old.rows["part"] == p] for p in old.environment} | by_part
-        about = old.environment | about
-    parts = [p for p in PARTS if p in by_part]
-    every = pd.concat([by_part[p] for p in parts]).convert_dtypes()  # whole numbers as integers
-    every.to_csv(folder / "results.csv", index=False, float_format=EIGHT_DIGITS)
-    text = json.dumps({p: about[p] for p in parts}, indent=2)
-    (folder / "environment.json").write_text(text + "\n")
 
 
 def read(folder: Path) -> Results:

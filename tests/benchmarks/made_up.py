@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
 from benchmarks.checks import Row
-from benchmarks.results import Results
+from benchmarks.recording import CASE, write_part
+from benchmarks.results import Results, read
 
 MIB = 1 << 20
 CPU = {"cpu": "some cpu", "cores": 2, "torch": "2.13"}
@@ -81,12 +81,12 @@ def erring(noise: float, contender: str, gradient: float, dtype: str = "fp32") -
 
 def absent(row: Row, reason: str, fault: bool = False) -> Row:
     """The row of a contender that was not measured."""
-    kept = {name: row[name] for name in (*results.CASE, "contender", "ours") if name in row}
+    kept = {name: row[name] for name in (*CASE, "contender", "ours") if name in row}
     return kept | {"reason": reason, "fault": fault}
 
 
 def write(folder: Path, part: str, rows: list[Row], machine: Row = CPU, **facts: Any) -> Results:
     """Write one part into a folder; returns all that the folder then holds."""
     about = {"command": "python -m benchmarks", "commit": "abc", "measured": "2030-01-02"}
-    results.write_part(folder, part, rows, about | machine | facts)
-    return results.read(folder)
+    write_part(folder, part, rows, about | machine | facts)
+    return read(folder)

@@ -7,7 +7,7 @@ from benchmarks import cases, contenders, memory
 from benchmarks.cases import Problem, measure_case
 from benchmarks.checks import maps_of
 from benchmarks.measure import NotRun, Rounds
-from benchmarks.results import COLUMNS
+from benchmarks.recording import COLUMNS
 from benchmarks.workloads import BY_NAME, FORWARD, TRAINING, Case, Workload
 
 TINY = Workload("tiny", 8, (((4, 6), (3, 6)), ((3, 6), (5, 3))))

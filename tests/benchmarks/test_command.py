@@ -189,3 +189,18 @@ def test_pytest_benchmark_times_contenders_and_compares_runs(tmp_path):
     saved = json.loads(next(tmp_path.rglob("*.json")).read_text())
     assert platform.node() not in json.dumps(saved["machine_info"]).split('"')
     assert all(entry["extra_info"]["gradient_error"] < 1e-4 for entry in saved["benchmarks"])
+
+
+def test_a_machine_without_pandas_or_matplotlib_can_measure(tmp_path):
+    program = (
+        "import sys\n"
+        "sys.modules['pandas'] = sys.modules['matplotlib'] = None\n"
+        "from benchmarks.__main__ import main\n"
+        f"sys.exit(main(['accuracy', '--quick', '--output={tmp_path}']))"
+    )
+    done = executed("-c", program)
+    assert done.returncode == 0, done.stderr
+    (table,) = tmp_path.glob("*/results.csv")
+    assert table.read_text().count("\naccuracy,") > 10
+    assert "To draw them, install pandas" in done.stdout
+    assert results.read(table.parent).rows["gradient_error"].notna().any()

@@ -12,7 +12,7 @@ from benchmarks.checks import Prepared, maps_of
 from benchmarks.contenders import Contender
 from benchmarks.gpu_timing import GpuTimer, copies_beyond_cache
 from benchmarks.measure import measure
-from benchmarks.results import COLUMNS
+from benchmarks.recording import COLUMNS
 from benchmarks.workloads import Case, Workload, feature_maps
 
 TINY = Workload("tiny", 8, (((4, 6), (3, 6)), ((3, 6), (5, 3))))

@@ -14,7 +14,7 @@ from benchmarks.bench_step import contenders_of
 from benchmarks.contenders import Contender
 from benchmarks.measure import NotRun, Rounds, measure
 from benchmarks.networks import StepProblem
-from benchmarks.results import COLUMNS
+from benchmarks.recording import COLUMNS
 from fsp_kernels.distill.models import CifarResNet
 
 OURS, EINSUM = contenders.BY_NAME["ours (torch)"], contenders.BY_NAME["einsum"]
