@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import fake_gpu
-import made_up
+import made_up_results
 import pytest
 import torch
 
@@ -98,7 +98,7 @@ def test_a_part_that_crashes_does_not_take_others_down(monkeypatch, tmp_path, ca
     def measured(part, _):
         if part == "loss":
             raise RuntimeError("crashed")
-        return [made_up.erring(0.1, "einsum", 1e-6)], made_up.CPU
+        return [made_up_results.erring(0.1, "einsum", 1e-6)], made_up_results.CPU
 
     monkeypatch.setattr(command, "in_fresh_process", measured)
     assert main(["loss", "accuracy", "--output", str(tmp_path)]) == 1
@@ -115,7 +115,9 @@ def test_without_results_the_command_says_so_and_fails(monkeypatch, tmp_path, ca
 
 
 def test_results_can_be_drawn_again_and_compared(tmp_path, capsys):
-    made_up.write(tmp_path, "loss", [made_up.loss("segmentation", "ours (torch)", 2.0)])
+    made_up_results.write(
+        tmp_path, "loss", [made_up_results.loss("segmentation", "ours (torch)", 2.0)]
+    )
     assert main(["report", str(tmp_path)]) == 0
     assert "ours ms" in capsys.readouterr().out
     assert (tmp_path / "report.md").exists()

@@ -1,21 +1,21 @@
 """Figures, by what is in them before they become pixels."""
 
-import made_up
+import made_up_results
 import pytest
 
 from benchmarks import contenders, figures, results
 from benchmarks.accuracy import FORMS
 
 LOSS = [
-    made_up.loss("wide-late-512", "ours (torch)", 1.0),
-    made_up.loss("wide-late-512", "einsum", 3.0),
-    made_up.loss("segmentation", "ours (torch)", 2.0),
-    made_up.loss("segmentation", "einsum", 1.0),
-    made_up.loss("segmentation", "bmm", 8.0),
-    made_up.loss("segmentation", "ours (torch)", 1.0, dtype="bf16"),
-    made_up.loss("segmentation", "einsum", 5.0, dtype="bf16"),
-    made_up.loss("segmentation", "ours (torch)", 1.0, layout="channels_last"),
-    made_up.loss("segmentation", "einsum", 77.0, layout="channels_last"),
+    made_up_results.loss("wide-late-512", "ours (torch)", 1.0),
+    made_up_results.loss("wide-late-512", "einsum", 3.0),
+    made_up_results.loss("segmentation", "ours (torch)", 2.0),
+    made_up_results.loss("segmentation", "einsum", 1.0),
+    made_up_results.loss("segmentation", "bmm", 8.0),
+    made_up_results.loss("segmentation", "ours (torch)", 1.0, dtype="bf16"),
+    made_up_results.loss("segmentation", "einsum", 5.0, dtype="bf16"),
+    made_up_results.loss("segmentation", "ours (torch)", 1.0, layout="channels_last"),
+    made_up_results.loss("segmentation", "einsum", 77.0, layout="channels_last"),
 ]
 
 
@@ -24,7 +24,7 @@ def panels(tmp_path):
     """The panels of a figure that is drawn from rows of a part."""
 
     def drawn(name, part, rows):
-        found = results.with_ratios(made_up.write(tmp_path, part, rows).rows)
+        found = results.with_ratios(made_up_results.write(tmp_path, part, rows).rows)
         return figures.FIGURES[name](found, "some cpu").axes
 
     return drawn
@@ -61,7 +61,9 @@ def test_every_contender_has_a_colour_and_a_marker_of_its_own():
 
 def test_scaling_has_times_above_memory_for_each_axis(panels):
     rows = [
-        made_up.scaled(axis, value, "einsum", value, peak_bytes=value**2 * made_up.MIB)
+        made_up_results.scaled(
+            axis, value, "einsum", value, peak_bytes=value**2 * made_up_results.MIB
+        )
         for axis in ("size", "batch")
         for value in (1, 2, 4)
     ]
@@ -73,15 +75,15 @@ def test_scaling_has_times_above_memory_for_each_axis(panels):
 
 
 def test_accuracy_has_a_line_over_noise_for_each_contender(panels):
-    rows = [made_up.erring(noise, "einsum", 1e-7 / noise) for noise in (1e-3, 1e-1)]
+    rows = [made_up_results.erring(noise, "einsum", 1e-7 / noise) for noise in (1e-3, 1e-1)]
     (panel,) = panels("accuracy.png", "accuracy", rows)
     assert lines(panel)["einsum"] == ([1e-1, 1e-3], pytest.approx([1e-6, 1e-4]))
     assert (panel.get_xscale(), panel.get_yscale()) == ("log", "log")
 
 
 def test_only_figures_with_something_to_show_are_written(tmp_path):
-    made_up.write(tmp_path, "accuracy", [])
-    found = results.with_ratios(made_up.write(tmp_path, "loss", LOSS).rows)
+    made_up_results.write(tmp_path, "accuracy", [])
+    found = results.with_ratios(made_up_results.write(tmp_path, "loss", LOSS).rows)
     (path,) = figures.draw(found, "some cpu", tmp_path)
     assert path.name == "speedup.png"
     assert path.read_bytes().startswith(b"\x89PNG")

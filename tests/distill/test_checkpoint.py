@@ -14,10 +14,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from studies import bits
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from distill.studies import bits
 from fsp_kernels.distill import checkpoint
 from fsp_kernels.distill.checkpoint import Series, State, flatten
 from fsp_kernels.distill.config import Training

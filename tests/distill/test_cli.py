@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from studies import TINY_RECIPE
 
-from distill.studies import TINY_RECIPE
 from fsp_kernels.distill import cli, records
 
 

@@ -8,9 +8,9 @@ import signal
 from pathlib import Path
 
 import pytest
+from studies import TINY_RECIPE
 from typer.testing import CliRunner, Result
 
-from distill.studies import TINY_RECIPE
 from fsp_kernels.distill.commands import app
 
 

@@ -15,10 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from torch import nn
-
-from distill.processes import environments, finish, run_group, start_cli, without_gpus
-from distill.studies import (
+from processes import environments, finish, run_group, start_cli, without_gpus
+from studies import (
     GROUP_NORM_NET,
     TINY_RECIPE,
     GroupNormResNet,
@@ -29,6 +27,8 @@ from distill.studies import (
     results,
     trained,
 )
+from torch import nn
+
 from fsp_kernels.distill import checkpoint, records
 
 # The same sums in another order: single precision rounds at 6e-8, and 20 steps of three trainings

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from studies import open_study
 
-from distill.studies import open_study
 from fsp_kernels import reference
 from fsp_kernels.distill import evaluation
 from fsp_kernels.distill.arms import Stage

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
+from studies import open_study
 from torch import Tensor, nn
 
-from distill.studies import open_study
 from fsp_kernels.distill import checkpoint, export, records
 from fsp_kernels.distill.config import Network
 from fsp_kernels.distill.errors import DistillError

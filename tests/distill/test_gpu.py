@@ -9,7 +9,7 @@ import pytest
 from fsp_kernels.distill.records import Run
 
 pytest.importorskip("torchvision")
-from distill.studies import open_study
+from studies import open_study
 
 pytestmark = pytest.mark.gpu
 

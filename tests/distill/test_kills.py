@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import environments, finish, run_cli, start
+from studies import TINY_RECIPE, is_whole, leftovers, results
 
-from distill.processes import environments, finish, run_cli, start
-from distill.studies import TINY_RECIPE, is_whole, leftovers, results
 from fsp_kernels.distill import checkpoint
 
 SETTINGS = (

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from image_data import WriteCifar
+from studies import open_study
 
-from distill.data.conftest import WriteCifar, folder, write_cifar  # noqa: F401  # fixtures
-from distill.studies import open_study
 from fsp_kernels.distill.config import load_config
 from fsp_kernels.distill.report import write_report
 
@@ -58,13 +58,13 @@ def test_a_recipe_on_cifar_runs(
     recipe: str,
     dataset: str,
     tmp_path: Path,
-    write_cifar: WriteCifar,  # noqa: F811
+    write_cifar: WriteCifar,
 ) -> None:
     root = write_cifar(dataset, images=100)
     run(recipe, tmp_path, f"data.root={root}", "data.batch_size=8", "data.workers=0")
 
 
-def test_the_recipe_on_a_folder_of_images_runs(tmp_path: Path, folder: Path) -> None:  # noqa: F811
+def test_the_recipe_on_a_folder_of_images_runs(tmp_path: Path, folder: Path) -> None:
     data = [f"root={folder}", "image_size=64", "batch_size=8", "workers=1"]
     overrides = [f"data.{assignment}" for assignment in data]
     # A test has no network to download weights.

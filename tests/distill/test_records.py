@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from made_up_runs import fsp_phase, run_of, task_phase
 
-from distill.report.made_up import fsp_phase, run_of, task_phase
 from fsp_kernels.distill import records
 from fsp_kernels.distill.errors import DistillError
 

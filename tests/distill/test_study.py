@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from studies import files_under, open_study
 
-from distill.data.conftest import folder as image_folder  # noqa: F401  # a fixture
-from distill.studies import files_under, open_study
 from fsp_kernels import fsp_matrix
 from fsp_kernels.distill import records
 from fsp_kernels.distill.data import EvaluationBatches
@@ -144,10 +143,10 @@ def test_a_network_of_another_version_is_replaced_only_where_that_was_asked_for(
 def test_a_teacher_does_not_depend_on_its_students(
     recipe: Path,
     tmp_path: Path,
-    image_folder: Path,  # noqa: F811
+    folder: Path,
     setting: str,
 ) -> None:
-    images = [f"data={{dataset: imagefolder, root: {image_folder}, image_size: 16, batch_size: 5}}"]
+    images = [f"data={{dataset: imagefolder, root: {folder}, image_size: 16, batch_size: 5}}"]
     images += ["evaluation.split=test"]
     open_study(recipe, tmp_path / "run", *images).train_teacher()
     model = tmp_path / "run" / "teacher" / MODEL
@@ -159,7 +158,7 @@ def test_a_teacher_does_not_depend_on_its_students(
 def test_a_teacher_of_other_images_in_another_folder_is_not_taken_for_this_ones(
     recipe: Path,
     tmp_path: Path,
-    image_folder: Path,  # noqa: F811
+    folder: Path,
 ) -> None:
     images = ["data.dataset=imagefolder", "data.image_size=16", "data.batch_size=10"]
     images += ["data.train_images=10", "data.teacher_images=12", "evaluation.split=test"]
@@ -169,8 +168,8 @@ def test_a_teacher_of_other_images_in_another_folder_is_not_taken_for_this_ones(
         study.train_teacher()
         return study
 
-    first = records.read(opened(image_folder).folder / "teacher")
-    moved = image_folder.rename(tmp_path / "moved")
+    first = records.read(opened(folder).folder / "teacher")
+    moved = folder.rename(tmp_path / "moved")
     assert records.read(opened(moved).folder / "teacher") == first
     for part in ("train", "val"):
         (moved / part / "one").rename(moved / part / "a-class-that-comes-first")

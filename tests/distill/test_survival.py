@@ -14,11 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import start_cli
 from rich.console import Console
-from torch import Tensor, nn
-
-from distill.processes import start_cli
-from distill.studies import (
+from studies import (
     STAGE_1,
     STAGE_2,
     STEPS,
@@ -33,6 +31,8 @@ from distill.studies import (
     results,
     trained,
 )
+from torch import Tensor, nn
+
 from fsp_kernels.distill import checkpoint, records, storage
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.evaluation import Evaluations

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from studies import open_study
 
-from distill.studies import open_study
 from fsp_kernels import fsp_loss, fsp_matrix
 from fsp_kernels.distill import teacher as teachers
 from fsp_kernels.distill.data import Batch, EvaluationBatches

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from studies import GROUP_NORM_NET, open_study, results
 from torch import Tensor, nn
 
-from distill.studies import GROUP_NORM_NET, open_study, results
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.evaluation import Evaluations
 from fsp_kernels.distill.models import CifarResNet

@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from image_data import CLASSES, TRAIN_IMAGES, VAL_IMAGES, all_images, pixels
 from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from distill.data.conftest import CLASSES, TRAIN_IMAGES, VAL_IMAGES
-from distill.data.views import all_images, pixels
 from fsp_kernels.distill.config import Data
 from fsp_kernels.distill.data import EvaluationBatches, Splits, load_splits
 from fsp_kernels.distill.data.images import ImageFiles

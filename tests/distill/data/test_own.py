@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from image_data import all_images, pixels
 from PIL import Image
+from processes import run_group
 from torch.utils.data import IterableDataset
 
-from distill.data.views import all_images, pixels
-from distill.processes import run_group
 from fsp_kernels.distill.config import Data
 from fsp_kernels.distill.data import EvaluationBatches, Splits, load_splits
 from fsp_kernels.distill.data.images import CorruptImageError, check_images

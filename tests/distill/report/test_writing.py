@@ -12,8 +12,7 @@ import markdown
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from distill.report.made_up import (
+from made_up_runs import (
     fsp_phase,
     keep,
     keep_matrices,
@@ -22,6 +21,7 @@ from distill.report.made_up import (
     run_of,
     task_phase,
 )
+
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.report import write_report
 from fsp_kernels.distill.report.results import gather

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scipy.stats import ttest_rel
-
-from distill.report.made_up import (
+from made_up_runs import (
     fsp_phase,
     keep,
     keep_matrices,
@@ -17,6 +15,8 @@ from distill.report.made_up import (
     run_of,
     task_phase,
 )
+from scipy.stats import ttest_rel
+
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.records import Phase
 from fsp_kernels.distill.report.results import Group, Results, gather

@@ -1,11 +1,19 @@
-"""A split's images, seen in the ways that tests ask about them."""
+"""The images of a split as tests compare them, and what the small image folders hold."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fsp_kernels.distill.data import Split
+
+CLASSES = ("eight", "four", "one")
+TRAIN_IMAGES, VAL_IMAGES = 12, 4  # of each class
+
+WriteCifar = Callable[..., Path]
 
 
 def all_images(split: Split) -> Tensor:

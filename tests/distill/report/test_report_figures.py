@@ -6,11 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
-from matplotlib.lines import Line2D
-
-from distill.report.made_up import (
+from made_up_runs import (
     fsp_phase,
     keep,
     keep_matrices,
@@ -19,6 +15,10 @@ from distill.report.made_up import (
     run_of,
     task_phase,
 )
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.lines import Line2D
+
 from fsp_kernels.distill.report.figures import draw_curves, draw_matrices
 from fsp_kernels.distill.report.results import Results, gather
 

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from image_data import WriteCifar, all_images, pixels
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
 
-from distill.data.conftest import WriteCifar
-from distill.data.views import all_images, pixels
 from fsp_kernels.distill.config import Data
 from fsp_kernels.distill.data import Splits, load_splits
 from fsp_kernels.distill.errors import DistillError
