@@ -213,9 +213,10 @@ def _addresses(x, sample, channel, position, BLOCK_C: tl.constexpr, BLOCK_K: tl.
     if x.layout.wide:
         c = c.to(tl.int64)
     if x.layout.flat:
-        offsets = k
-        if x.layout.width != 1:
-            offsets = k * _in_units(x.layout.width, x.layout)
+        # Both ways are multiples of the width, or the compiler would lose its alignment.
+        offsets = (
+            k * x.layout.width if x.layout.width == 1 else k * _in_units(x.layout.width, x.layout)
+        )
     else:
         row = _in_units(x.layout.columns * span, x.layout)
         line = k // row
