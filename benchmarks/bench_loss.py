@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from benchmarks import contenders, workloads
-from benchmarks.cases import measure_case, memory_jobs
+from benchmarks.cases import measure_cases
 from benchmarks.checks import Row
-from benchmarks.memory import add_peaks
 from benchmarks.options import chosen_contenders, chosen_dtypes, chosen_rounds, in_order
 from benchmarks.workloads import Case
 
@@ -36,16 +35,8 @@ def cases(options: Namespace) -> list[Case]:
 
 def measure_part(options: Namespace) -> list[Row]:
     """The rows of ``python -m benchmarks loss``."""
-    rows, jobs = [], []
-    for case in cases(options):
-        found = measure_case(
-            case, chosen_contenders(options), options.device, chosen_rounds(options)
-        )
-        rows += found
-        jobs += memory_jobs(case, found)
-    if options.device == "cpu":
-        add_peaks(jobs)
-    return rows
+    found: list[tuple[Case, dict[str, str]]] = [(case, {}) for case in cases(options)]
+    return measure_cases(found, chosen_contenders(options), options.device, chosen_rounds(options))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

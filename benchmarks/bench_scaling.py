@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from benchmarks import contenders
-from benchmarks.cases import measure_case, memory_jobs
+from benchmarks.cases import measure_cases
 from benchmarks.checks import Row
 from benchmarks.contenders import Contender
-from benchmarks.memory import add_peaks
 from benchmarks.options import chosen_contenders, chosen_dtypes, chosen_rounds
 from benchmarks.workloads import Case, Workload
 
@@ -71,15 +70,8 @@ def points(options: Namespace) -> list[tuple[Axis, int, Case]]:
 
 def measure_part(options: Namespace) -> list[Row]:
     """The rows of ``python -m benchmarks scaling``."""
-    rows, jobs = [], []
-    chosen, rounds = contenders_of(options), chosen_rounds(options)
-    for axis, value, case in points(options):
-        found = measure_case(case, chosen, options.device, rounds, axis=axis.name, value=value)
-        rows += found
-        jobs += memory_jobs(case, found)
-    if options.device == "cpu":
-        add_peaks(jobs)
-    return rows
+    found = [(case, {"axis": axis.name, "value": value}) for axis, value, case in points(options)]
+    return measure_cases(found, contenders_of(options), options.device, chosen_rounds(options))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -5,7 +5,7 @@ A case also has a floor and, on a CPU, jobs that measure peak memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from benchmarks.contenders import Contender
 from benchmarks.floor import floor_facts
 from benchmarks.gpu_timing import copies_beyond_cache
 from benchmarks.measure import NotRun, Rounds, measure
-from benchmarks.memory import Job
+from benchmarks.memory import Job, add_peaks
 from benchmarks.tables import digits
 from benchmarks.workloads import Case
 
@@ -56,6 +56,23 @@ def measure_case(
     found = measure(chosen, Problem(case, device).prepare, device, rounds)
     show(f"{case}", found)
     return [identity | case.identity | row for row in found]
+
+
+def measure_cases(
+    cases: Iterable[tuple[Case, Mapping[str, Any]]],
+    chosen: Sequence[Contender],
+    device: str,
+    rounds: Rounds,
+) -> list[Row]:
+    """Measure contenders on cases, each with what joins its rows; on a CPU also peak memory."""
+    rows, jobs = [], []
+    for case, identity in cases:
+        found = measure_case(case, chosen, device, rounds, **identity)
+        rows += found
+        jobs += memory_jobs(case, found)
+    if device == "cpu":
+        add_peaks(jobs)
+    return rows
 
 
 def show(what: str, rows: Sequence[Row]) -> None:

@@ -157,7 +157,7 @@ Product entry_of(const ProductSpec& spec) {
 }
 
 template <class Group, class Spec>
-class Launch : public Step {
+class Launch : public PreparedLaunch {
  public:
   // programs_of(entry) is the number of blocks that an entry needs.
   template <class ProgramsOf>
@@ -292,7 +292,7 @@ void LaunchSequence::add(const Kernel& kernel, int tile, std::vector<PairSpec> p
   auto launch = std::make_unique<PairLaunch>(device_, what_, kernel, tile, std::move(pairs),
                                              programs_of);
   launch->take_partials(partials_);
-  steps_.push_back(std::move(launch));
+  launches_.push_back(std::move(launch));
 }
 
 void LaunchSequence::add_one_pass(Scalar operand, std::vector<PairSpec> pairs) {
@@ -331,7 +331,7 @@ void LaunchSequence::add_combine(std::vector<PairSpec> pairs) {
 }
 
 void LaunchSequence::add_gradients(Scalar operand, std::vector<ProductSpec> products) {
-  steps_.push_back(std::make_unique<ProductLaunch>(
+  launches_.push_back(std::make_unique<ProductLaunch>(
       device_, what_, kernels_of(operand).gradients, 0, std::move(products), [](const Product& x) {
         return x.samples * divide_up(x.own_channels, GRADIENT_CHANNELS) *
                divide_up(x.positions, GRADIENT_POSITIONS);
@@ -339,14 +339,14 @@ void LaunchSequence::add_gradients(Scalar operand, std::vector<ProductSpec> prod
 }
 
 void LaunchSequence::add_matrix_gradients(std::vector<ProductSpec> products) {
-  steps_.push_back(std::make_unique<ProductLaunch>(
+  launches_.push_back(std::make_unique<ProductLaunch>(
       device_, what_, matrix_gradients_kernel(), 0, std::move(products),
       [](const Product& x) { return int64_t{x.samples} * x.own_channels; }));
 }
 
 std::vector<LaunchDescription> LaunchSequence::launches() const {
   std::vector<LaunchDescription> facts;
-  for (const auto& step : steps_) facts.push_back(step->describe());
+  for (const auto& launch : launches_) facts.push_back(launch->describe());
   const Kernel last = finish_kernel();
   if (partials_ > 0) {
     facts.push_back({last.name, "", 0, THREADS, 1, last.shared_bytes(0, 1), {1}});
@@ -365,8 +365,8 @@ void LaunchSequence::run(uintptr_t stream, const std::vector<uintptr_t>& address
     sum.partials = reinterpret_cast<const float*>(addresses.at(addresses.size() - 2));
     sum.out = reinterpret_cast<float*>(addresses.back());
   }
-  for (const auto& step : steps_) {
-    step->run(queue, addresses, weights, const_cast<float*>(sum.partials));
+  for (const auto& launch : launches_) {
+    launch->run(queue, addresses, weights, const_cast<float*>(sum.partials));
   }
   if (partials_ > 0) {
     const Kernel kernel = finish_kernel();

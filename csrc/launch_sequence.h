@@ -66,9 +66,9 @@ int residual_tile(Scalar operand);
 bool gram_fits(int device, int positions);
 
 // One prepared launch.
-class Step {
+class PreparedLaunch {
  public:
-  virtual ~Step() = default;
+  virtual ~PreparedLaunch() = default;
   virtual LaunchDescription describe() const = 0;
   virtual void run(cudaStream_t stream, const std::vector<uintptr_t>& addresses,
                    const std::vector<float>& weights, float* partials) const = 0;
@@ -105,7 +105,7 @@ class LaunchSequence {
   int device_;
   std::string what_;
   int64_t partials_ = 0;
-  std::vector<std::unique_ptr<Step>> steps_;
+  std::vector<std::unique_ptr<PreparedLaunch>> launches_;
 };
 
 // Write gradients times a factor, which is on the device, to other tensors or in place.

@@ -1,6 +1,6 @@
 """Which pairs of a call share launches, and which launches these are.
 
-``plan.py`` chooses each pair's evaluation. From these, this module derives the steps of the call.
+``plan.py`` chooses each pair's evaluation. From these, this module derives its launch groups.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 
-from fsp_kernels.loss_plan import Limits, PairPlan, Step
+from fsp_kernels.loss_plan import LaunchGroup, Limits, PairPlan
 
 # A pair's evaluation, and the backend's limits for this pair.
 Chosen = tuple[PairPlan, Limits]
 
 
-def steps_of(chosen: Sequence[Chosen]) -> Iterator[Step]:
-    """The steps of a call: pairs that share kernels, at most as many as a launch takes."""
+def launch_groups(chosen: Sequence[Chosen]) -> Iterator[LaunchGroup]:
+    """The groups of a call: pairs that share kernels, at most as many as a launch takes."""
     groups: dict[Hashable, list[int]] = {}
     for index, (pair, limits) in enumerate(chosen):
         key = (pair.evaluation, pair.form, limits.kernels.get(pair.evaluation))
@@ -26,11 +26,11 @@ def steps_of(chosen: Sequence[Chosen]) -> Iterator[Step]:
         members.sort(key=lambda i: (not chosen[i][0].finishes, -chosen[i][0].flops))
         most = chosen[members[0]][1].launch_pairs
         for start in range(0, len(members), most):
-            yield from _steps_of(members[start : start + most], chosen)
+            yield from _by_chunk(members[start : start + most], chosen)
 
 
-def _steps_of(members: Sequence[int], chosen: Sequence[Chosen]) -> Iterator[Step]:
-    """One step for each chunk of samples of pairs that share their launches."""
+def _by_chunk(members: Sequence[int], chosen: Sequence[Chosen]) -> Iterator[LaunchGroup]:
+    """One group for each chunk of samples of pairs that share their launches."""
     pair, limits = chosen[members[0]]
     stores = pair.evaluation in ("tiles", "blocks")
     scratch = sum(chosen[i][0].scratch_bytes for i in members)
@@ -38,11 +38,11 @@ def _steps_of(members: Sequence[int], chosen: Sequence[Chosen]) -> Iterator[Step
     for chunk in range(chunks if stores else 1):
         here = tuple(i for i in members if chunk * chosen[i][0].samples < chosen[i][0].batch)
         launches = _launches([chosen[i][0] for i in here], limits)
-        yield Step(pair.evaluation, pair.form, here, chunk, launches, scratch)
+        yield LaunchGroup(pair.evaluation, pair.form, here, chunk, launches, scratch)
 
 
 def _launches(pairs: Sequence[PairPlan], limits: Limits) -> tuple[str, ...]:
-    """The kernels of a step, in order."""
+    """The kernels of a group, in order."""
     evaluation, form = pairs[0].evaluation, pairs[0].form
     if evaluation == "chunks":
         return ()

@@ -175,7 +175,7 @@ class PairPlan:
     ``samples`` are processed at a time. ``passes`` is 1 if their maps are still in cache for the
     second sweep, and 2 if they are read from memory twice. With ``blas_gradients`` PyTorch's
     batched product computes the gradients from the stored tiles. ``scratch_bytes`` are allocated
-    during the pair's step only, ``pooled_bytes`` for the whole call.
+    while the launches of the pair's group run, ``pooled_bytes`` for the whole call.
     """
 
     batch: int
@@ -262,7 +262,7 @@ class Scaling(NamedTuple):
     dtypes: tuple[torch.dtype, ...]  # that backward returns
 
 
-class Step(NamedTuple):
+class LaunchGroup(NamedTuple):
     """Launches that several pairs of one evaluation share, for one chunk of their samples.
 
     ``pairs`` are the indices of the pairs in the order of a launch. ``launches`` are kernel names.
@@ -285,7 +285,7 @@ class LossPlan:
     """
 
     pairs: tuple[PairPlan, ...]
-    steps: tuple[Step, ...]
+    launch_groups: tuple[LaunchGroup, ...]
     pool: str
     norm: str
     device: str
@@ -327,7 +327,7 @@ class LossPlan:
     def workspace_bytes(self) -> int:
         """Peak bytes of temporary memory, without the gradients."""
         pooled = sum(p.pooled_bytes for p in self.pairs)
-        return pooled + max(step.scratch_bytes for step in self.steps)
+        return pooled + max(group.scratch_bytes for group in self.launch_groups)
 
     @property
     def extra_bytes(self) -> int:
@@ -341,7 +341,7 @@ class LossPlan:
         ``bmm`` is PyTorch's batched product by BLAS. Where kernels cannot pool a map, PyTorch's
         pooling runs before them and its backward after them; these are not listed.
         """
-        names = [name for step in self.steps for name in step.launches]
+        names = [name for group in self.launch_groups for name in group.launches]
         return (*names, "finish") if names else ()
 
     @cached_property

@@ -27,7 +27,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from fsp_kernels.launch_plan import Chosen, steps_of
+from fsp_kernels.launch_plan import Chosen, launch_groups
 from fsp_kernels.loss_plan import (
     HALF,
     Evaluation,
@@ -147,8 +147,8 @@ def _loss_plan(
 ) -> LossPlan:
     pairs = tuple(pair for pair, _ in chosen)
     dtype = accumulation_dtype(*(m.dtype for pair in pairs for m in pair.maps))
-    steps = tuple(steps_of(chosen))
-    return LossPlan(pairs, steps, pool, norm, device.type, backend.name, dtype, precision)
+    groups = tuple(launch_groups(chosen))
+    return LossPlan(pairs, groups, pool, norm, device.type, backend.name, dtype, precision)
 
 
 def _pair_plans(

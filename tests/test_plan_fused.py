@@ -275,16 +275,16 @@ def test_what_is_pooled_before_takes_memory():
 # --- launches -------------------------------------------------------------------------------------
 
 
-def steps_of(*shapes, dtype=FP32):
+def groups_of(*shapes, dtype=FP32):
     specs = [(spec(32, m, s, dtype, True), spec(32, n, s, dtype, True)) for m, n, s in shapes]
     planned = plan_loss(
         tuple(specs), tuple(specs), "max", "frobenius", BACKENDS["triton"], "tf32x3"
     )
-    return [step.pairs for step in planned.steps]
+    return [group.pairs for group in planned.launch_groups]
 
 
 def test_tiles_that_take_other_warps_have_launches_of_their_own():
-    assert steps_of((64, 64, 56), (256, 256, 14), (512, 512, 14)) == [(0,), (2, 1)]
+    assert groups_of((64, 64, 56), (256, 256, 14), (512, 512, 14)) == [(0,), (2, 1)]
 
 
 # --- as it prints ---------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from fsp_kernels.backends.triton import loss as triton_loss
 from fsp_kernels.backends.triton.elementwise import BLOCK
 from fsp_kernels.backends.triton.gram import COMBINED_ROWS
 from fsp_kernels.backends.triton.launch import Launch
-from fsp_kernels.loss_plan import LossPlan, PairPlan, Step
+from fsp_kernels.loss_plan import LaunchGroup, LossPlan, PairPlan
 from fsp_kernels.plan import GRAM_BLOCKS
 from tools import compile_cuda
 from tools.calls import ARCHITECTURES, call_on, instead_of_launches, planned
@@ -359,9 +359,9 @@ def steps_by_work(
             yield loop, amount / (threads * done)
 
 
-def _entries_in(name: str, step: Step, plan: LossPlan) -> list[tuple[int, int]]:
+def _entries_in(name: str, group: LaunchGroup, plan: LossPlan) -> list[tuple[int, int]]:
     """The pairs of a launch; and the map, in a launch with an entry for each gradient."""
-    pairs = [(i, plan.pairs[i]) for i in step.pairs]
+    pairs = [(i, plan.pairs[i]) for i in group.pairs]
     if name == "gradients":
         wanted = [(i, j, x) for i, p in pairs for j, x in enumerate(p.maps)]
         return [(i, j) for i, j, x in wanted if x.gradient_dtype is not None]
@@ -379,20 +379,20 @@ def cuda_launches(maps: list[Tensor], family: str) -> list[Launched]:
     slots = [tensors_at(x, tensors) for x in slots_of(plan)]
     stored = [torch.empty(p.scratch_bytes, dtype=torch.uint8, device="meta") for p in plan.pairs]
 
-    def launched(x: Any, name: str, step: Step) -> Launched:
+    def launched(x: Any, name: str, group: LaunchGroup) -> Launched:
         usage, loops = kernels[x.kernel, x.operand, x.tile]
         parts: list[Part] = []
         reads: list[Tensor] = []
         writes: list[Tensor] = []
         waits = waiting(loops)
         shown = {y.first: y for y in waits}
-        for (i, own), blocks in zip(_entries_in(name, step, plan), x.blocks, strict=True):
+        for (i, own), blocks in zip(_entries_in(name, group, plan), x.blocks, strict=True):
             pair, of = plan.pairs[i], slots[i]
             touched = [y for y in of if y is not None]
             # Elements of pooled maps are read one by one.
             pooled = any(y.pooled_size is not None for y in pair.maps)
             kinds = taken(loops, touched[0].element_size() if pooled else unit_of(touched))
-            samples = min(pair.samples, pair.batch - step.chunk * pair.samples)
+            samples = min(pair.samples, pair.batch - group.chunk * pair.samples)
             each = blocks // samples
             work = work_of(name, pair, own, each, plan.precision)
             steps = [*steps_by_work(kinds, work, each * x.threads)]
@@ -411,9 +411,9 @@ def cuda_launches(maps: list[Tensor], family: str) -> list[Launched]:
             shown |= {y.first: y for some in kinds.values() for y in some}
         return _launched(x, usage, [shown[i] for i in sorted(shown)], parts, reads, writes)
 
-    steps = [(name, step) for step in plan.steps for name in step.launches]
+    named = [(name, group) for group in plan.launch_groups for name in group.launches]
     *others, last = facts
-    found = [launched(x, *of) for x, of in zip(others, steps, strict=True)]
+    found = [launched(x, *of) for x, of in zip(others, named, strict=True)]
     return [*found, _launched(last, kernels[last.kernel, "", 0][0], [], [Part(1, 1, [])], [], [])]
 
 

@@ -10,7 +10,7 @@ from fsp_kernels.distill.config import Config, SoftTargets, Training
 
 
 @dataclass(frozen=True)
-class Stage:
+class TrainingStage:
     """One run of an optimiser; it minimises the sum of the losses that are asked for.
 
     Attributes:
@@ -64,17 +64,17 @@ class Arm(NamedTuple):
     fsp: bool = False
     kd: bool = False
 
-    def stages(self, config: Config, count: Callable[[Training], int]) -> tuple[Stage, ...]:
+    def stages(self, config: Config, count: Callable[[Training], int]) -> tuple[TrainingStage, ...]:
         """The stages, by a recipe and a function that counts the steps of a training."""
         first, second = count(config.stage1), count(config.stage2)
         fsp, kd = config.fsp.beta if self.fsp else 0.0, config.kd if self.kd else None
         if self.two_stages:
             return (
-                Stage("stage 1", "stage1", config.stage1, first, task=False, fsp=1.0),
-                Stage("stage 2", "stage2", config.stage2, second, kd=kd),
+                TrainingStage("stage 1", "stage1", config.stage1, first, task=False, fsp=1.0),
+                TrainingStage("stage 2", "stage2", config.stage2, second, kd=kd),
             )
         steps = first + second if self.all_steps else second
-        return (Stage("task", "stage2", config.stage2, steps, fsp=fsp, kd=kd),)
+        return (TrainingStage("task", "stage2", config.stage2, steps, fsp=fsp, kd=kd),)
 
 
 ARMS = {

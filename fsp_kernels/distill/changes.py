@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fsp_kernels.distill.arms import Stage
+from fsp_kernels.distill.arms import TrainingStage
 from fsp_kernels.distill.config import Training
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.schedule import rate
@@ -26,7 +26,7 @@ _FREE = (
 _FREE_OF_A_STAGE = ("steps", "stop", "learning_rate", "schedule", "milestones", "decay", "warmup")
 
 
-def settings_of(stages: Sequence[Stage]) -> dict[str, Any]:
+def settings_of(stages: Sequence[TrainingStage]) -> dict[str, Any]:
     """The settings of stages, by the section of the recipe that each is trained by.
 
     ``steps`` is the number of steps of the stage, also where the recipe gives epochs.
@@ -58,7 +58,7 @@ def check_changes(
     place: Path,
     before: Tree,
     now: Tree,
-    stages: Sequence[Stage],
+    stages: Sequence[TrainingStage],
     done: int | None = None,
     step: int = 0,
 ) -> None:
@@ -87,7 +87,7 @@ def check_changes(
         )
 
 
-def _same_rates(before: Tree, stage: Stage, step: int) -> bool:
+def _same_rates(before: Tree, stage: TrainingStage, step: int) -> bool:
     """Whether the first ``step`` steps of a stage had the learning rates of ``stage``."""
     section = before.get(stage.section)
     if section is None or step > stage.steps:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fsp_kernels.distill.arms import Stage
+from fsp_kernels.distill.arms import TrainingStage
 from fsp_kernels.distill.config import Fsp, Pair
 from fsp_kernels.distill.errors import DistillError, explain
 from fsp_kernels.distill.evaluation import by_batch_statistics
@@ -44,7 +44,7 @@ def check_logits(
 
 def check_steps(
     model: nn.Module,
-    stages: Sequence[Stage],
+    stages: Sequence[TrainingStage],
     images: Tensor,
     where: str,
     fsp: Fsp,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fsp_kernels import fsp_matrix
-from fsp_kernels.distill.arms import Stage
+from fsp_kernels.distill.arms import TrainingStage
 from fsp_kernels.distill.config import Config
 from fsp_kernels.distill.data import Batch, EvaluationBatches, Split, Splits
 from fsp_kernels.distill.objective import Objective, Targets
@@ -77,7 +77,9 @@ class Evaluations:
         # Every process measures all of these; with the teacher's matrices (B, m, n) of each batch.
         self._fsp_batches: dict[str, tuple[EvaluationBatches, list[Matrices]]] = {}
 
-    def figures(self, stage: Stage, objective: Objective, split: str | None = None) -> Figures:
+    def figures(
+        self, stage: TrainingStage, objective: Objective, split: str | None = None
+    ) -> Figures:
         """What ``task`` gives, what ``fsp`` gives, or both, by the losses of the stage."""
         found: Figures = {}
         if stage.fsp:
@@ -88,7 +90,7 @@ class Evaluations:
             network.train()
         return found
 
-    def stopping_loss(self, stage: Stage, objective: Objective) -> float:
+    def stopping_loss(self, stage: TrainingStage, objective: Objective) -> float:
         """The stage's loss on the validation split, without soft targets."""
         found = self.figures(stage, objective, "validation")
         return found.get("loss", 0.0) + stage.fsp * found.get("fsp_loss", 0.0)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fsp_kernels import fsp_loss
-from fsp_kernels.distill.arms import Stage
+from fsp_kernels.distill.arms import TrainingStage
 from fsp_kernels.distill.config import Fsp, Pair, SoftTargets
 from fsp_kernels.distill.pairs import Maps, Projection, channels_first
 from fsp_kernels.distill.taps import FeatureTaps
@@ -82,7 +82,7 @@ class Objective(nn.Module):
     def __init__(
         self,
         network: nn.Module,
-        stage: Stage,
+        stage: TrainingStage,
         pairs: Sequence[Pair],
         fsp: Fsp,
         projection: Projection | None,

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from fsp_kernels import checks, fsp_matrix
 from fsp_kernels.distill.config import Pair
 from fsp_kernels.distill.errors import DistillError, prefixed
-from fsp_kernels.distill.stages import Stage, evaluation_mode, maps_within, run, stages_of, trace
+from fsp_kernels.distill.stages import (
+    NetworkStage,
+    evaluation_mode,
+    maps_within,
+    run,
+    stages_of,
+    trace,
+)
 from fsp_kernels.distill.taps import FeatureTaps
 
 Paths = tuple[str, str]
@@ -164,7 +171,7 @@ def _auto_pairs(student: nn.Module, teacher: nn.Module, image: Tensor) -> tuple[
     )
 
 
-def _stages(model: nn.Module, image: Tensor, role: str) -> list[Stage]:
+def _stages(model: nn.Module, image: Tensor, role: str) -> list[NetworkStage]:
     runs = trace(model, image, role)
     stages = stages_of(runs, image)
     if not stages:
@@ -177,7 +184,9 @@ def _stages(model: nn.Module, image: Tensor, role: str) -> list[Stage]:
     return stages
 
 
-def _match(ours: list[Stage], theirs: list[Stage]) -> list[tuple[Stage, Stage]]:
+def _match(
+    ours: list[NetworkStage], theirs: list[NetworkStage]
+) -> list[tuple[NetworkStage, NetworkStage]]:
     """As many stages in both: in order. Else those of equal size; else from the last backwards."""
     if len(ours) != len(theirs):
         by_size = {stage.size: stage for stage in theirs}

@@ -67,7 +67,7 @@ class Map(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Stage(NamedTuple):
+class NetworkStage(NamedTuple):
     """The first and the last map of one spatial size."""
 
     first: Map
@@ -126,7 +126,7 @@ def trace(model: nn.Module, image: Tensor, role: str = "student") -> list[Module
     return entries
 
 
-def stages_of(runs: list[ModuleRun], image: Tensor) -> list[Stage]:
+def stages_of(runs: list[ModuleRun], image: Tensor) -> list[NetworkStage]:
     """The stages of a traced network, in the order of execution.
 
     A stage has all maps of one spatial size from modules that ran once, were not overwritten and do
@@ -142,7 +142,7 @@ def stages_of(runs: list[ModuleRun], image: Tensor) -> list[Stage]:
         depth = min(_depth(found) for found in maps)
         last = [found for found in maps if _depth(found) == depth][-1]
         if maps[0] != last:
-            stages.append(Stage(maps[0], last))
+            stages.append(NetworkStage(maps[0], last))
     return stages
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fsp_kernels.distill import checkpoint, records
-from fsp_kernels.distill.arms import ARMS, Stage
+from fsp_kernels.distill.arms import ARMS, TrainingStage
 from fsp_kernels.distill.changes import check_changes, settings_of
 from fsp_kernels.distill.config import MOST_STEPS, Config, Data, Training, dump_config
 from fsp_kernels.distill.data import Split, Splits, check_batch_size, load_splits
@@ -185,7 +185,7 @@ class Study:
             needed += [(TEACHER, seed)] + [(SOURCE, seed)] * (self.config.source is not None)
         return needed
 
-    def stages(self, arm: str) -> tuple[Stage, ...]:
+    def stages(self, arm: str) -> tuple[TrainingStage, ...]:
         """The stages of a student, of the teacher or of the source, with their steps."""
         data, _, images = self._data_of(arm)
 
@@ -197,7 +197,9 @@ class Study:
         section, training = "teacher_training", self.config.teacher_training
         if arm == SOURCE and self.config.source is not None:
             section, training = "source.training", self.config.source.training
-        return () if training is None else (Stage("task", section, training, count(training)),)
+        return (
+            () if training is None else (TrainingStage("task", section, training, count(training)),)
+        )
 
     def _data_of(self, arm: str) -> tuple[Data, Splits, Split]:
         """How a network's data are read, all of them, and the images that it is trained on."""

@@ -16,7 +16,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast
 from torch import nn
 
 from fsp_kernels.distill import checkpoint
-from fsp_kernels.distill.arms import Stage
+from fsp_kernels.distill.arms import TrainingStage
 from fsp_kernels.distill.changes import check_changes, differing
 from fsp_kernels.distill.checkpoint import Series, State, flatten
 from fsp_kernels.distill.config import Data, Pair
@@ -55,7 +55,7 @@ class Job:
     arm: str
     label: str
     seed: int
-    stages: tuple[Stage, ...]
+    stages: tuple[TrainingStage, ...]
     data: Data
     images: Split
     folder: Path

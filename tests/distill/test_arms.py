@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fsp_kernels.distill.arms import ARMS, Stage
+from fsp_kernels.distill.arms import ARMS, TrainingStage
 from fsp_kernels.distill.config import Config, Training
 
 
@@ -12,7 +12,7 @@ def count(training: Training) -> int:
     return training.steps or 1000 * (training.epochs or 0)
 
 
-def stages(config: Config, arm: str) -> tuple[Stage, ...]:
+def stages(config: Config, arm: str) -> tuple[TrainingStage, ...]:
     return ARMS[arm].stages(config, count)
 
 

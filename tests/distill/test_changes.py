@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from fsp_kernels.distill.arms import ARMS, Stage
+from fsp_kernels.distill.arms import ARMS, TrainingStage
 from fsp_kernels.distill.changes import check_changes, differing, settings_of
 from fsp_kernels.distill.config import Config, load_config
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.settings import to_tree
 
 
-def described(config: Config, arm: str) -> tuple[tuple[Stage, ...], dict[str, object]]:
+def described(config: Config, arm: str) -> tuple[tuple[TrainingStage, ...], dict[str, object]]:
     stages = ARMS[arm].stages(config, lambda training: training.steps or 0)
     tree = to_tree(config)
     names = ("data", "student", "execution", "evaluation")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fsp_kernels.distill.arms import Stage
+from fsp_kernels.distill.arms import TrainingStage
 from fsp_kernels.distill.config import Fsp, Pair, SoftTargets, Training
 from fsp_kernels.distill.dry_run import check_logits, check_steps
 from fsp_kernels.distill.errors import DistillError
@@ -22,9 +22,9 @@ from fsp_kernels.distill.pairs import check_pairs
 
 IMAGES = torch.randn(2, 1, 8, 8)
 TRAINING = Training(steps=1, learning_rate=0.1)
-TASK = Stage("task", "stage2", TRAINING, 1)
-FSP = Stage("stage 1", "stage1", TRAINING, 1, task=False, fsp=1.0)
-ALL = Stage("all", "stage2", TRAINING, 1, fsp=1.0, kd=SoftTargets())
+TASK = TrainingStage("task", "stage2", TRAINING, 1)
+FSP = TrainingStage("stage 1", "stage1", TRAINING, 1, task=False, fsp=1.0)
+ALL = TrainingStage("all", "stage2", TRAINING, 1, fsp=1.0, kd=SoftTargets())
 PAIR = Pair(student=("stage1.0.relu1", "stage2"), teacher=("stage1.0.relu1", "stage2"))
 NO_WEIGHT = "no weight that its loss depends on requires a gradient"
 
@@ -118,7 +118,7 @@ def test_logits_that_are_not_finite_are_refused_in_the_mode_that_counts() -> Non
 @pytest.mark.parametrize("stages", [[TASK], [FSP], [FSP, TASK], [ALL]])
 @pytest.mark.parametrize("projection", [False, True])
 def test_a_network_that_can_be_trained_stays_as_it_was(
-    stages: list[Stage], projection: bool
+    stages: list[TrainingStage], projection: bool
 ) -> None:
     model = Draws()
     given = around(model, projection)

@@ -13,7 +13,7 @@ from studies import open_study
 
 from fsp_kernels import reference
 from fsp_kernels.distill import evaluation
-from fsp_kernels.distill.arms import Stage
+from fsp_kernels.distill.arms import TrainingStage
 from fsp_kernels.distill.data import EvaluationBatches
 from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.evaluation import Evaluations, by_batch_statistics
@@ -24,12 +24,12 @@ from fsp_kernels.distill.teacher import LiveTeacher
 
 
 @pytest.fixture
-def stage(study: Study) -> Stage:
+def stage(study: Study) -> TrainingStage:
     return study.stages("two-stage")[0]
 
 
 @pytest.fixture
-def objective(study: Study, stage: Stage) -> Objective:
+def objective(study: Study, stage: TrainingStage) -> Objective:
     network = study.runtime.new_network(study.config.student, study.splits, 5, "student")
     return Objective(network, stage, study.pairs, study.config.fsp, None).train()
 
@@ -80,7 +80,7 @@ def test_the_fsp_loss_is_that_of_the_definition_by_the_batchs_statistics(
 
 
 def test_measuring_moves_no_weight_no_statistic_and_no_mode(
-    evaluations: Evaluations, objective: Objective, stage: Stage
+    evaluations: Evaluations, objective: Objective, stage: TrainingStage
 ) -> None:
     before = {name: x.clone() for name, x in objective.state_dict().items()}
     modes = [module.training for module in objective.modules()]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fsp_kernels import reference
-from fsp_kernels.distill.arms import Stage
+from fsp_kernels.distill.arms import TrainingStage
 from fsp_kernels.distill.config import Fsp, Pair, SoftTargets, Training
 from fsp_kernels.distill.models import CifarResNet
 from fsp_kernels.distill.objective import Objective, Tapped, Targets, task_loss
@@ -21,11 +21,11 @@ PAIRS = (
 TRAINING = Training(steps=1, learning_rate=0.1)
 
 
-def stage(**kinds: object) -> Stage:
-    return Stage("test", "stage1", TRAINING, 1, **kinds)  # type: ignore[arg-type]
+def stage(**kinds: object) -> TrainingStage:
+    return TrainingStage("test", "stage1", TRAINING, 1, **kinds)  # type: ignore[arg-type]
 
 
-def objective(of: Stage, projection: Projection | None = None) -> Objective:
+def objective(of: TrainingStage, projection: Projection | None = None) -> Objective:
     torch.manual_seed(1)
     network = CifarResNet(8, in_channels=1).train()
     return Objective(network, of, PAIRS, Fsp(), projection)

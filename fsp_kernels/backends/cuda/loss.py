@@ -19,7 +19,7 @@ from fsp_kernels.backends.cuda.entries import PlannedPair
 from fsp_kernels.backends.cuda.extension import index_of, module, scalar_of
 from fsp_kernels.backends.devices import raw_stream
 from fsp_kernels.backends.tensors import slots_of, tensors_at
-from fsp_kernels.loss_plan import LossPlan, Step
+from fsp_kernels.loss_plan import LaunchGroup, LossPlan
 from fsp_kernels.plan import FP32_BYTES
 
 _ALIGNMENT = 16  # bytes: each workspace begins at a multiple of it
@@ -35,15 +35,15 @@ class PreparedLoss:
             for i, (p, slots) in enumerate(zip(plan.pairs, all_slots, strict=True))
         ]
         self._launches = module().LaunchSequence(index_of(tensors[0]), _description(plan))
-        # One tensor holds the workspaces of a step and, behind them, the partial losses. The next
-        # step reuses the memory of the workspaces. For each pair: the offsets, in bytes, of its
+        # One tensor holds the workspaces of a group and, behind them, the partial losses. The next
+        # group reuses the memory of the workspaces. For each pair: the offsets, in bytes, of its
         # workspace and of its slopes.
         workspaces = [(0, p.slopes_offset) for p in pairs]
         partials = 0
-        for step in plan.steps:
-            self._add(step, [pairs[i] for i in step.pairs])
+        for group in plan.launch_groups:
+            self._add(group, [pairs[i] for i in group.pairs])
             stop = 0
-            for i in step.pairs if step.chunk == 0 else ():
+            for i in group.pairs if group.chunk == 0 else ():
                 workspaces[i] = stop, stop + pairs[i].slopes_offset
                 stop += math.ceil(plan.pairs[i].scratch_bytes / _ALIGNMENT) * _ALIGNMENT
             partials = max(partials, stop)
@@ -70,11 +70,11 @@ class PreparedLoss:
         self._launches(raw_stream(tensors[0].device), addresses, weights)
         return result
 
-    def _add(self, step: Step, pairs: Sequence[PlannedPair]) -> None:
+    def _add(self, group: LaunchGroup, pairs: Sequence[PlannedPair]) -> None:
         scalar, launches = scalar_of(pairs[0].operand), self._launches
-        if step.evaluation == "tiles":
-            self._add_tiles(scalar, pairs, step.chunk)
-        elif step.form == "gram":
+        if group.evaluation == "tiles":
+            self._add_tiles(scalar, pairs, group.chunk)
+        elif group.form == "gram":
             launches.add_gram([p.one_pass_entry() for p in pairs])
         else:
             launches.add_one_pass(scalar, [p.one_pass_entry() for p in pairs])

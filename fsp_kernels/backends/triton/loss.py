@@ -35,16 +35,16 @@ from fsp_kernels.backends.triton.tiles import (
     fsp_matrix_gradients,
     fsp_residual,
 )
-from fsp_kernels.loss_plan import LossPlan, Step
+from fsp_kernels.loss_plan import LaunchGroup, LossPlan
 from fsp_kernels.plan import GRAM_BLOCKS
 
 Run = Callable[[int, Sequence[Tensor], Sequence[float]], None]
 
 
 class PreparedLoss:
-    """The launches of a plan, step by step.
+    """The launches of a plan, group by group.
 
-    A step is called with a list of all maps, the wanted gradients and, last, the partial losses.
+    A group is called with a list of all maps, the wanted gradients and, last, the partial losses.
     """
 
     def __init__(self, plan: LossPlan, tensors: Sequence[Tensor]):
@@ -57,7 +57,9 @@ class PreparedLoss:
         ]
         self._partials_place = len(tensors)
         self._partials = 0
-        self._steps = [self._prepare(step, [pairs[i] for i in step.pairs]) for step in plan.steps]
+        self._groups = [
+            self._prepare(group, [pairs[i] for i in group.pairs]) for group in plan.launch_groups
+        ]
         self._finish = Launch(fsp_finish, 1, 8, self._partials, BLOCK)
 
     def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -65,8 +67,8 @@ class PreparedLoss:
         factors = list(map(truediv, weights, self._divisors))
         partials = tensors[0].new_empty(self._partials, dtype=torch.float32)
         tensors = [*tensors, partials]
-        for step in self._steps:
-            step(stream, tensors, factors)
+        for run in self._groups:
+            run(stream, tensors, factors)
         result = tensors[0].new_empty((), dtype=torch.float32)
         self._finish(stream, (partials, result))
         return result
@@ -76,12 +78,12 @@ class PreparedLoss:
         self._partials += count
         return self._partials - count
 
-    def _prepare(self, step: Step, pairs: Sequence[PlannedPair]) -> Run:
+    def _prepare(self, group: LaunchGroup, pairs: Sequence[PlannedPair]) -> Run:
         slots = tuple(self._slots[p.index] for p in pairs)
-        if step.evaluation == "one pass":
+        if group.evaluation == "one pass":
             return _OnePass(pairs, slots, self._partials_place, self._take_partials)
-        stored = _Tiles if step.evaluation == "tiles" else _GramBlocks
-        return stored(pairs, slots, self._partials_place, step.chunk, self._take_partials)
+        stored = _Tiles if group.evaluation == "tiles" else _GramBlocks
+        return stored(pairs, slots, self._partials_place, group.chunk, self._take_partials)
 
 
 class _OnePass:
