@@ -46,7 +46,7 @@ MapSpec map_spec(int slot, Scalar scalar, Strides strides, int64_t rows, int64_t
 PairSpec pair_spec(std::array<OptionalMap, 4> maps, std::array<OptionalMap, 4> gradients,
                    OptionalMap out, int64_t out_part, int64_t samples, int64_t first_sample,
                    Sizes channels, Sizes positions, int parts, Residual residual, Norm norm,
-                   bool split, bool finishes, int weight, float factor) {
+                   bool split, bool finishes, int index, float factor) {
   Pair pair{};
   pair.out_part = out_part;
   pair.samples = size("samples", samples);
@@ -60,7 +60,7 @@ PairSpec pair_spec(std::array<OptionalMap, 4> maps, std::array<OptionalMap, 4> g
   pair.split = split;
   pair.finishes = finishes;
   pair.factor = factor;
-  return {pair, maps, gradients, out, weight};
+  return {pair, maps, gradients, out, index};
 }
 
 ProductSpec product_spec(OptionalMap own, MapSpec gradient, OptionalMap other, MapSpec slope,
@@ -81,18 +81,19 @@ ProductSpec product_spec(OptionalMap own, MapSpec gradient, OptionalMap other, M
 // arguments before it releases the lock, and the result or the error afterwards.
 using WithoutGil = py::call_guard<py::gil_scoped_release>;
 
-// addresses of gradient and result, number of elements, dtypes of gradient and result
-using ScaledTuple = std::tuple<uintptr_t, uintptr_t, int64_t, Scalar, Scalar>;
+// addresses of gradient and result, number of elements, dtypes of gradient and result, place of
+// the factor
+using ScaledTuple = std::tuple<uintptr_t, uintptr_t, int64_t, Scalar, Scalar, int>;
 
 void scale_tuples(int device, uintptr_t stream, const std::vector<ScaledTuple>& tensors,
-                  uintptr_t factor, bool in_place) {
+                  uintptr_t factors, bool in_place) {
   std::vector<Scaled> scaled;
   scaled.reserve(tensors.size());
-  for (const auto& [from, out, size, from_scalar, out_scalar] : tensors) {
+  for (const auto& [from, out, size, from_scalar, out_scalar, place] : tensors) {
     scaled.push_back({reinterpret_cast<const void*>(from), reinterpret_cast<void*>(out), size,
-                      from_scalar, out_scalar});
+                      from_scalar, out_scalar, place});
   }
-  scale(device, stream, scaled, factor, in_place);
+  scale(device, stream, scaled, factors, in_place);
 }
 
 }  // namespace
@@ -125,7 +126,7 @@ PYBIND11_MODULE(_cuda, module) {
   py::class_<PairSpec>(module, "Pair", py::module_local())
       .def(py::init(&pair_spec), py::kw_only(), "maps"_a, "gradients"_a, "out"_a, "out_part"_a,
            "samples"_a, "first_sample"_a, "channels"_a, "positions"_a, "parts"_a,
-           "residual"_a, "norm"_a, "split"_a, "finishes"_a, "weight"_a, "factor"_a);
+           "residual"_a, "norm"_a, "split"_a, "finishes"_a, "index"_a, "factor"_a);
   py::class_<ProductSpec>(module, "Product", py::module_local())
       .def(py::init(&product_spec), py::kw_only(), "own"_a, "gradient"_a, "other"_a, "slope"_a,
            "samples"_a, "first_sample"_a, "channels"_a, "positions"_a, "split"_a, "ratio"_a);
@@ -138,7 +139,7 @@ PYBIND11_MODULE(_cuda, module) {
       .def_readonly("shared_bytes", &LaunchDescription::shared_bytes)
       .def_readonly("blocks", &LaunchDescription::blocks);
   py::class_<LaunchSequence>(module, "LaunchSequence", py::module_local())
-      .def(py::init<int, std::string>(), "device"_a, "what"_a)
+      .def(py::init<int, std::string, bool>(), "device"_a, "what"_a, "by_pair"_a = false)
       .def("add_one_pass", &LaunchSequence::add_one_pass, "operand"_a, "pairs"_a)
       .def("add_gram", &LaunchSequence::add_gram, "pairs"_a)
       .def("add_residual", &LaunchSequence::add_residual, "operand"_a, "pairs"_a)
@@ -151,6 +152,7 @@ PYBIND11_MODULE(_cuda, module) {
 
   module.attr("most_pairs") = Pairs::most;
   module.attr("most_products") = Products::most;
+  module.attr("most_sums") = Sums::most;
   module.def("why_not_on", &why_not_on, "device"_a, "stream"_a, WithoutGil(),
              "Load the kernels on a device. CUDA's reason if they do not run there, else empty.");
   module.def("shared_bytes", &shared_bytes,
@@ -161,6 +163,6 @@ PYBIND11_MODULE(_cuda, module) {
              "Channels of the smallest tile for one pass; 0 if there is none.");
   module.def("residual_tile", &residual_tile, "operand"_a, "Channels of a stored tile.");
   module.def("gram_fits", &gram_fits, "device"_a, "positions"_a);
-  module.def("scale", &scale_tuples, "device"_a, "stream"_a, "tensors"_a, "factor"_a,
+  module.def("scale", &scale_tuples, "device"_a, "stream"_a, "tensors"_a, "factors"_a,
              "in_place"_a, WithoutGil());
 }

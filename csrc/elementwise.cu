@@ -15,7 +15,7 @@ Kernel combine_kernel() {
 Kernel matrix_gradients_kernel() {
   return kernel_of<Products, fsp_matrix_gradients>("fsp_matrix_gradients", no_shared_bytes);
 }
-Kernel finish_kernel() { return kernel_of<Sum, fsp_finish>("fsp_finish", sums_shared_bytes); }
+Kernel finish_kernel() { return kernel_of<Sums, fsp_finish>("fsp_finish", sums_shared_bytes); }
 Kernel scale_kernel() { return kernel_of<Scales, fsp_scale>("fsp_scale", no_shared_bytes); }
 
 }  // namespace fsp

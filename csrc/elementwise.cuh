@@ -1,5 +1,5 @@
-// Kernels that multiply no matrices: the gradient of a ready matrix from stored slopes; the sum of
-// the partial losses, which ends forward; the scaling of gradients in backward.
+// Kernels that multiply no matrices: the gradient of a ready matrix from stored slopes; the sums of
+// the partial losses, which end forward; the scaling of gradients in backward.
 #pragma once
 
 #include "accumulator.cuh"
@@ -24,12 +24,15 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// Add all partial losses in a fixed order, in one block.
-__global__ void __launch_bounds__(THREADS) fsp_finish(const __grid_constant__ Sum sum) {
+// Add ranges of the partial losses, each in a fixed order and in one block.
+__global__ void __launch_bounds__(THREADS) fsp_finish(const __grid_constant__ Sums sums) {
+  const Sum sum = sums.entries[blockIdx.x];
   float total = 0;
-  for (int64_t i = threadIdx.x; i < sum.count; i += THREADS) total += sum.partials[i];
+  for (int64_t i = sum.start + threadIdx.x; i < sum.stop; i += THREADS) {
+    total += sums.partials[i];
+  }
   total = block_sum(total, reinterpret_cast<float*>(shared_memory()));
-  if (threadIdx.x == 0) *sum.out = total;
+  if (threadIdx.x == 0) sums.out[blockIdx.x] = total;
 }
 
 // Four elements at a time, then the rest.
@@ -67,12 +70,13 @@ __device__ void scale_all(const Scaled& x, float factor) {
 
 // out = gradient * factor for each pair of tensors. In place, a factor of 1 is skipped.
 //
-// The factor is read on the device, so the host need not wait for it. Each block works on all
+// Factors are read on the device, so the host need not wait for them. Each block works on all
 // tensors.
 __global__ void __launch_bounds__(THREADS) fsp_scale(const __grid_constant__ Scales scales) {
-  const float factor = *scales.factor;
+  float factor = 0;
   for (int i = 0; i < scales.count; ++i) {
     const Scaled& x = scales.entries[i];
+    if (i == 0 || x.place != scales.entries[i - 1].place) factor = scales.factors[x.place];
     // A gradient that was held in another dtype must be written even if the factor is 1.
     if (scales.in_place && x.from == x.to && factor == 1) continue;
     switch (x.from) {

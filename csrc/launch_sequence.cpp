@@ -121,7 +121,7 @@ void place(Map& map, const OptionalMap& spec, const std::vector<uintptr_t>& addr
 
 void place(Pair& pair, const PairSpec& spec, const std::vector<uintptr_t>& addresses,
            const std::vector<float>& weights) {
-  pair.factor *= weights.at(spec.weight);
+  pair.factor *= weights.at(spec.index);
   for (int i = 0; i < 4; ++i) {
     place(pair.maps[i], spec.maps[i], addresses);
     place(pair.gradients[i], spec.gradients[i], addresses);
@@ -186,12 +186,14 @@ class Launch : public PreparedLaunch {
     shared_bytes_ = kernel.shared_bytes(tile, group_.stages);
   }
 
-  // Give each entry its places for partial losses: the next ones after `count`, which it updates.
-  void take_partials(int64_t& count) {
-    for (int i = 0; i < group_.count; ++i) {
-      if (!group_.entries[i].finishes) continue;
-      group_.entries[i].partial = count;
-      count += group_.entries[i].programs;
+  void place_partials(std::map<int, int64_t>& next) override {
+    if constexpr (std::is_same_v<Spec, PairSpec>) {
+      for (int i = 0; i < group_.count; ++i) {
+        if (!group_.entries[i].finishes) continue;
+        int64_t& place = next[specs_[i].index];
+        group_.entries[i].partial = place;
+        place += group_.entries[i].programs;
+      }
     }
   }
 
@@ -280,8 +282,8 @@ bool gram_fits(int device, int positions) {
   return positions <= GRAM_POSITIONS && fits(device, gram_kernel_64(), 0);
 }
 
-LaunchSequence::LaunchSequence(int device, std::string what)
-    : device_(device), what_(std::move(what)) {
+LaunchSequence::LaunchSequence(int device, std::string what, bool by_pair)
+    : device_(device), what_(std::move(what)), by_pair_(by_pair) {
   // Throws if there is no such device.
   attribute(device_, cudaDevAttrComputeCapabilityMajor, what_);
 }
@@ -289,10 +291,24 @@ LaunchSequence::LaunchSequence(int device, std::string what)
 template <class ProgramsOf>
 void LaunchSequence::add(const Kernel& kernel, int tile, std::vector<PairSpec> pairs,
                   ProgramsOf programs_of) {
-  auto launch = std::make_unique<PairLaunch>(device_, what_, kernel, tile, std::move(pairs),
-                                             programs_of);
-  launch->take_partials(partials_);
-  launches_.push_back(std::move(launch));
+  launches_.push_back(std::make_unique<PairLaunch>(device_, what_, kernel, tile, std::move(pairs),
+                                                   programs_of));
+  place_partials();
+}
+
+// Places of a pair are neighbours, so that they can be added alone.
+void LaunchSequence::place_partials() {
+  std::map<int, int64_t> next;
+  for (const auto& launch : launches_) launch->place_partials(next);
+  partials_ = 0;
+  sums_.clear();
+  for (auto& [pair, count] : next) {
+    sums_.push_back({partials_, partials_ + count});
+    count = partials_;
+    partials_ = sums_.back().stop;
+  }
+  for (const auto& launch : launches_) launch->place_partials(next);
+  if (!by_pair_ && partials_ > 0) sums_ = {{0, partials_}};
 }
 
 void LaunchSequence::add_one_pass(Scalar operand, std::vector<PairSpec> pairs) {
@@ -348,8 +364,9 @@ std::vector<LaunchDescription> LaunchSequence::launches() const {
   std::vector<LaunchDescription> facts;
   for (const auto& launch : launches_) facts.push_back(launch->describe());
   const Kernel last = finish_kernel();
-  if (partials_ > 0) {
-    facts.push_back({last.name, "", 0, THREADS, 1, last.shared_bytes(0, 1), {1}});
+  for (size_t first = 0; first < sums_.size(); first += Sums::most) {
+    const auto blocks = static_cast<int>(std::min<size_t>(sums_.size() - first, Sums::most));
+    facts.push_back({last.name, "", 0, THREADS, 1, last.shared_bytes(0, 1), {blocks}});
   }
   return facts;
 }
@@ -360,22 +377,25 @@ void LaunchSequence::run(uintptr_t stream, const std::vector<uintptr_t>& address
   check(on.status, what_);
   const auto queue = reinterpret_cast<cudaStream_t>(stream);
   check(load_kernels(device_, queue), what_);
-  Sum sum{nullptr, nullptr, partials_};
+  float *partials = nullptr, *out = nullptr;
   if (partials_ > 0) {
-    sum.partials = reinterpret_cast<const float*>(addresses.at(addresses.size() - 2));
-    sum.out = reinterpret_cast<float*>(addresses.back());
+    partials = reinterpret_cast<float*>(addresses.at(addresses.size() - 2));
+    out = reinterpret_cast<float*>(addresses.back());
   }
   for (const auto& launch : launches_) {
-    launch->run(queue, addresses, weights, const_cast<float*>(sum.partials));
+    launch->run(queue, addresses, weights, partials);
   }
-  if (partials_ > 0) {
-    const Kernel kernel = finish_kernel();
-    check(kernel.launch(&sum, 1, kernel.shared_bytes(0, 1), queue),
+  const Kernel kernel = finish_kernel();
+  for (size_t first = 0; first < sums_.size(); first += Sums::most) {
+    const size_t count = std::min<size_t>(sums_.size() - first, Sums::most);
+    Sums sums{{}, partials, out + first};
+    std::copy_n(sums_.begin() + first, count, sums.entries);
+    check(kernel.launch(&sums, static_cast<int>(count), kernel.shared_bytes(0, 1), queue),
           kernel.name + (" on " + what_));
   }
 }
 
-void scale(int device, uintptr_t stream, const std::vector<Scaled>& tensors, uintptr_t factor,
+void scale(int device, uintptr_t stream, const std::vector<Scaled>& tensors, uintptr_t factors,
            bool in_place) {
   // Enough blocks to saturate memory, but so few that starting them for a factor of 1 costs
   // nothing.
@@ -390,7 +410,7 @@ void scale(int device, uintptr_t stream, const std::vector<Scaled>& tensors, uin
   for (size_t first = 0; first < tensors.size(); first += Scales::most) {
     Scales scales{};
     scales.count = static_cast<int>(std::min<size_t>(tensors.size() - first, Scales::most));
-    scales.factor = reinterpret_cast<const float*>(factor);
+    scales.factors = reinterpret_cast<const float*>(factors);
     scales.in_place = in_place;
     int64_t largest = 1;
     for (int i = 0; i < scales.count; ++i) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -25,7 +26,7 @@ struct PairSpec {
   Pair pair;  // without addresses, weight and place of losses
   std::array<OptionalMap, 4> maps, gradients;
   OptionalMap out;
-  int weight;  // index in the list of weights that a call passes
+  int index;  // of the pair, and of its weight in the list that a call passes
 };
 
 struct ProductSpec {
@@ -70,14 +71,17 @@ class PreparedLaunch {
  public:
   virtual ~PreparedLaunch() = default;
   virtual LaunchDescription describe() const = 0;
+  // Give the entries the next places of their pairs for partial losses; updates `next`, by pair.
+  virtual void place_partials(std::map<int, int64_t>& next) = 0;
   virtual void run(cudaStream_t stream, const std::vector<uintptr_t>& addresses,
                    const std::vector<float>& weights, float* partials) const = 0;
 };
 
 class LaunchSequence {
  public:
-  // `what` describes the call in error messages.
-  LaunchSequence(int device, std::string what);
+  // `what` describes the call in error messages. There is a loss of each pair if `by_pair`, else
+  // one of all.
+  LaunchSequence(int device, std::string what, bool by_pair);
 
   void add_one_pass(Scalar operand, std::vector<PairSpec> pairs);
   void add_gram(std::vector<PairSpec> pairs);
@@ -93,7 +97,7 @@ class LaunchSequence {
   int64_t partials() const { return partials_; }
 
   // Launch everything on a stream. If there are partial losses, the last two addresses are those of
-  // the partial losses and of their sum.
+  // the partial losses and of their sums.
   void run(uintptr_t stream, const std::vector<uintptr_t>& addresses,
            const std::vector<float>& weights) const;
 
@@ -101,15 +105,18 @@ class LaunchSequence {
   // programs_of(pair) is the number of blocks that a pair needs.
   template <class ProgramsOf>
   void add(const Kernel& kernel, int tile, std::vector<PairSpec> pairs, ProgramsOf programs_of);
+  void place_partials();
 
   int device_;
   std::string what_;
+  bool by_pair_;
   int64_t partials_ = 0;
+  std::vector<Sum> sums_;
   std::vector<std::unique_ptr<PreparedLaunch>> launches_;
 };
 
-// Write gradients times a factor, which is on the device, to other tensors or in place.
-void scale(int device, uintptr_t stream, const std::vector<Scaled>& tensors, uintptr_t factor,
+// Write gradients times factors, which are on the device, to other tensors or in place.
+void scale(int device, uintptr_t stream, const std::vector<Scaled>& tensors, uintptr_t factors,
            bool in_place);
 
 }  // namespace fsp

@@ -84,23 +84,30 @@ using Products = Group<Product, 12>;
 static_assert(sizeof(Pairs) <= 4096 && sizeof(Products) <= 4096);
 
 // elementwise.cuh
-struct Sum {
+struct Sum {  // of the partial losses from start to stop - 1
+  int64_t start, stop;
+};
+
+struct Sums {
+  static constexpr int most = 32;
+  Sum entries[most];
   const float* partials;
   float* out;
-  int64_t count;
 };
+static_assert(sizeof(Sums) <= 4096);
 
 struct Scaled {
   const void* gradient;
   void* out;
   int64_t size;
   Scalar from, to;
+  int32_t place;  // of its factor
 };
 
 struct Scales {
   static constexpr int most = 100;
   Scaled entries[most];
-  const float* factor;
+  const float* factors;
   int32_t count;
   bool in_place;
 };

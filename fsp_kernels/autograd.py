@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import (
 )
 
 from fsp_kernels.backends import get_backend, planned_backend
+from fsp_kernels.backends.tensors import elements_of
 from fsp_kernels.loss_plan import LossPlan
 
 _BY_MATRICES = (
@@ -110,7 +111,8 @@ class FSPLossFunction(torch.autograd.Function):
         keep = _keeps_graph()
         plan: LossPlan = ctx.plan
         if _is_differentiated(incoming):
-            scaled = scaled_by_torch(ctx.gradients, plan.scaling.dtypes, incoming, ctx.wanted)
+            how = plan.scaling.dtypes, plan.scaling.factors
+            scaled = scaled_by_torch(ctx.gradients, *how, incoming, ctx.wanted)
         else:
             scaled = planned_backend(plan).scale(ctx.gradients, plan.scaling, incoming, not keep)
         if not keep:
@@ -140,16 +142,20 @@ _is_batched = torch._C._functorch.is_legacy_batchedtensor  # e.g. by ``is_grads_
 def scaled_by_torch(
     gradients: Sequence[Tensor],
     dtypes: Sequence[torch.dtype],
+    factors: Sequence[int],
     incoming: Tensor,
     maps: Sequence[Tensor],
 ) -> list[Tensor]:
     """``gradients * incoming`` by PyTorch, differentiable in ``incoming``.
 
+    ``incoming`` is a scalar, or ``(pairs,)``; ``factors`` says which of its elements.
+
     The derivative by ``maps`` is not known. Asking for it raises an error instead of giving zero.
     """
     if torch.is_grad_enabled():
         incoming = incoming + _SecondDerivative.apply(*maps)
-    return [(g * incoming).to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
+    each = elements_of(incoming)
+    return [(g * each[i]).to(dtype) for g, i, dtype in zip(gradients, factors, dtypes, strict=True)]
 
 
 class _SecondDerivative(torch.autograd.Function):

@@ -20,6 +20,7 @@ from fsp_kernels.loss_plan import MapSpec, PairSpec, TeacherSpec, by_network
 
 POOLS = ("max", "avg")
 NORMS = ("frobenius", "mse", "column")
+REDUCTIONS = ("sum", "none")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 RANKS = (3, 4, 5)
 # By argument: what to write if it is a dict of feature maps, and what is expected.
@@ -120,10 +121,11 @@ def check_loss(
                 )
 
 
-def check_options(pool: Any, norm: Any) -> None:
+def check_options(pool: Any, norm: Any, reduction: Any = "sum") -> None:
     """Raise ``ValueError`` unless ``pool`` and ``norm`` are known."""
     check_choice("pool", pool, POOLS)
     check_choice("norm", norm, NORMS)
+    check_choice("reduction", reduction, REDUCTIONS)
 
 
 def check_channel_dim(channel_dim: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
@@ -79,6 +79,7 @@ def fsp_loss(
     weights: Sequence[float] | Tensor | None = None,
     pool: str = "max",
     norm: str = "frobenius",
+    reduction: str = "sum",
     backend: str | None = None,
     channel_dim: int | None = None,
 ) -> Tensor:
@@ -103,18 +104,21 @@ def fsp_loss(
         weights: ``lambda_i >= 0``, one for each pair; ``None`` for ones. Numbers, or a 1-D
             floating-point tensor on the CPU or on the maps' device. A tensor on the CPU that
             requires no gradient is read like numbers. The values of any other tensor are neither
-            read nor checked. Each pair is then evaluated on its own, which takes more launches, and
-            the weights get a gradient if they require one.
+            read nor checked; the weights get a gradient if they require one.
         pool: how the larger map of a pair is pooled to the smaller: ``"max"`` or ``"avg"``.
         norm: ``"frobenius"``, the batch mean of the sum of squares (the paper); ``"mse"``, the mean
             over batch and entries (RepDistiller, Knowledge-Distillation-Zoo); ``"column"``, the
             batch mean of the sum over columns of their L2 norms (torchdistill).
+        reduction: ``"sum"`` for the weighted sum over the pairs; ``"none"`` for the weighted loss
+            of each pair, ``(pairs,)``, at the same cost: to log them, or to combine them by weights
+            that a network learns. Each has its own gradient.
         backend: a name of :func:`available_backends`, or ``None`` for the best that works.
         channel_dim: the axis of all maps' channels, 1 or -1, as in :func:`fsp_matrix`; maps of
             three axes need it, ready matrices do not.
 
     Returns:
-        A scalar, fp64 if any input is, else fp32; never negative.
+        A scalar, or ``(pairs,)`` with ``reduction="none"``; fp64 if any input is, else fp32; never
+        negative.
 
         With ``eps`` the rounding error and ``s = (||a - c|| ||b|| + ||c|| ||b - d||) / K`` for
         pooled maps ``a, b`` of the student and ``c, d`` of the teacher, the residual ``G^S - G^T``
@@ -137,7 +141,7 @@ def fsp_loss(
     """
     checks.check_not_traced()
     maps, ready = checks.flatten_pairs(student, teacher, channel_dim)
-    checks.check_options(pool, norm)
+    checks.check_options(pool, norm, reduction)
     requested = requested_backend(backend)
     lambdas: tuple[float, ...] | Tensor = (1.0,) * len(ready)
     if weights is not None:
@@ -145,12 +149,20 @@ def fsp_loss(
     if isinstance(lambdas, Tensor) or needs_operator(maps):
         checks.check_loss(*checks.specs_of(maps, ready), channel_dim)
         if isinstance(lambdas, Tensor) and not _is_readable(lambdas):
-            one = partial(fsp_loss, pool=pool, norm=norm, backend=backend, channel_dim=channel_dim)
-            losses = [one([s], [t]) for s, t in zip(student, teacher, strict=True)]
-            stacked = torch.stack(losses)
-            return (stacked * lambdas.to(stacked)).sum()
-        return _loss_operator(maps, ready, lambdas, pool, norm, requested)
-    return planned_loss(_plan_here(maps, ready, pool, norm, requested, channel_dim), lambdas, maps)
+            losses = fsp_loss(
+                student,
+                teacher,
+                pool=pool,
+                norm=norm,
+                reduction="none",
+                backend=backend,
+                channel_dim=channel_dim,
+            )
+            weighted = losses * lambdas.to(losses)
+            return weighted if reduction == "none" else weighted.sum()
+        return _loss_operator(maps, ready, lambdas, pool, norm, reduction, requested)
+    plan = _plan_here(maps, ready, pool, norm, reduction, requested, channel_dim)
+    return planned_loss(plan, lambdas, maps)
 
 
 def explain(
@@ -171,7 +183,7 @@ def explain(
     maps, ready = checks.flatten_pairs(student, teacher, channel_dim)
     checks.specs_of(maps, ready)  # raises if a map is not a dense tensor
     checks.check_options(pool, norm)
-    return _plan_here(maps, ready, pool, norm, requested_backend(backend), channel_dim)
+    return _plan_here(maps, ready, pool, norm, "sum", requested_backend(backend), channel_dim)
 
 
 _METADATA_OF = attrgetter("shape", "dtype", "device", "layout", "requires_grad")
@@ -182,6 +194,7 @@ def _plan_here(
     ready: tuple[bool, ...],
     pool: str,
     norm: str,
+    reduction: str,
     requested: str | None,
     channel_dim: int | None,
 ) -> LossPlan:
@@ -197,7 +210,7 @@ def _plan_here(
     except RuntimeError:  # a tensor without strides
         checks.check_loss(*checks.specs_of(maps, ready), channel_dim)
         raise
-    options = pool, norm, requested, channel_dim
+    options = pool, norm, reduction, requested, channel_dim
     return _checked_plan(metadata, strides, ready, *options, all_or_none, fp32_precision())
 
 
@@ -208,6 +221,7 @@ def _checked_plan(
     ready: Sequence[bool],
     pool: str,
     norm: str,
+    reduction: str,
     requested: str | None,
     channel_dim: int | None,
     all_or_none: bool | None,
@@ -223,7 +237,8 @@ def _checked_plan(
         specs = [spec._replace(requires_grad=all_or_none) for spec in specs]
     student, teacher = by_network(specs, ready)
     checks.check_loss(student, teacher, channel_dim)
-    return plan_loss(student, teacher, pool, norm, _select(requested, specs), precision)
+    backend = _select(requested, specs)
+    return plan_loss(student, teacher, pool, norm, backend, precision, reduction)
 
 
 def _select(requested: str | None, maps: Sequence[MapSpec | Tensor]) -> Backend:
@@ -264,6 +279,7 @@ def _loss_operator(
     weights: tuple[float, ...] | Tensor,
     pool: str,
     norm: str,
+    reduction: str,
     requested: str | None,
 ) -> Tensor:
     # Inside a functorch transform a tensor does not know whether an outer level wants its gradient.
@@ -271,6 +287,7 @@ def _loss_operator(
     needs = [enabled and (any_map or x.requires_grad) for x in maps]
     backend = _select(requested, maps).name
     numbers, changing = ([], weights) if isinstance(weights, Tensor) else (list(weights), None)
-    outputs = torch.ops.fsp.loss(maps, list(ready), needs, numbers, pool, norm, backend, changing)
+    options = pool, norm, backend, changing, reduction
+    outputs = torch.ops.fsp.loss(maps, list(ready), needs, numbers, *options)
     loss: Tensor = outputs[0]
     return loss

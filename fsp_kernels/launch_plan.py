@@ -21,9 +21,9 @@ def launch_groups(chosen: Sequence[Chosen]) -> Iterator[LaunchGroup]:
         key = (pair.evaluation, pair.form, limits.kernels.get(pair.evaluation))
         groups.setdefault(key, []).append(index)
     for members in groups.values():
-        # Pairs whose loss the first launch computes come first. Among these, pairs with most flops
-        # come first: small ones then fill the device while the last large ones end.
-        members.sort(key=lambda i: (not chosen[i][0].finishes, -chosen[i][0].flops))
+        # Pairs with most flops come first: small ones then fill the device while the last large
+        # ones end.
+        members.sort(key=lambda i: -chosen[i][0].flops)
         most = chosen[members[0]][1].launch_pairs
         for start in range(0, len(members), most):
             yield from _by_chunk(members[start : start + most], chosen)

@@ -30,6 +30,7 @@ Pool = Literal["none", "max", "avg"]
 HALF = (torch.float16, torch.bfloat16)
 # The most elements of a pooling window for kernels that pool while they read: they unroll it.
 GPU_WINDOW = 64
+LAUNCH_SUMS = 32  # losses of pairs that a launch of fused backends adds
 
 
 class MapSpec(NamedTuple):
@@ -69,6 +70,15 @@ def by_network(specs: Iterable[MapSpec], ready: Iterable[bool]) -> tuple[Any, An
         student.append((next(remaining), next(remaining)))
         teacher.append((next(remaining),) if is_matrix else (next(remaining), next(remaining)))
     return tuple(student), tuple(teacher)
+
+
+def factors_of(ready: Iterable[bool], wanted: Iterable[int], by_pair: bool) -> tuple[int, ...]:
+    """For each wanted gradient, by index of its map: which incoming gradient it is multiplied by.
+
+    It is that of the map's pair, or the only one. ``ready`` is as in :func:`by_network`.
+    """
+    pair_of = [i for i, is_matrix in enumerate(ready) for _ in range(3 if is_matrix else 4)]
+    return tuple(pair_of[i] if by_pair else 0 for i in wanted)
 
 
 @dataclass(frozen=True)
@@ -260,6 +270,7 @@ class Scaling(NamedTuple):
     sizes: tuple[int, ...]  # elements of each
     held: tuple[torch.dtype, ...]  # between forward and backward
     dtypes: tuple[torch.dtype, ...]  # that backward returns
+    factors: tuple[int, ...]  # which of the incoming gradients each is multiplied by
 
 
 class LaunchGroup(NamedTuple):
@@ -280,6 +291,7 @@ class LaunchGroup(NamedTuple):
 class LossPlan:
     """The evaluation of one :func:`fsp_kernels.fsp_loss` call; ``print`` it to read it.
 
+    ``reduction`` is ``"sum"`` for the loss of all pairs together, ``"none"`` for one of each pair.
     ``compute_dtype`` is the dtype in which products are accumulated and the dtype of the loss.
     ``precision`` says how fp32 maps are multiplied on tensor cores: ``"tf32x3"`` or ``"tf32"``.
     """
@@ -288,6 +300,7 @@ class LossPlan:
     launch_groups: tuple[LaunchGroup, ...]
     pool: str
     norm: str
+    reduction: str
     device: str
     backend: str
     compute_dtype: torch.dtype
@@ -342,7 +355,8 @@ class LossPlan:
         pooling runs before them and its backward after them; these are not listed.
         """
         names = [name for group in self.launch_groups for name in group.launches]
-        return (*names, "finish") if names else ()
+        sums = len(self.pairs) if self.by_pair else 1
+        return (*names, *("finish",) * math.ceil(sums / LAUNCH_SUMS)) if names else ()
 
     @cached_property
     def maps(self) -> tuple[MapPlan, ...]:
@@ -362,7 +376,15 @@ class LossPlan:
             sizes=tuple(math.prod(m.shape) for m in maps),
             held=tuple(m.gradient_dtype for m in maps if m.gradient_dtype is not None),
             dtypes=tuple(m.dtype for m in maps),
+            factors=factors_of(
+                [len(p.teacher) == 1 for p in self.pairs], self.wanted, self.by_pair
+            ),
         )
+
+    @property
+    def by_pair(self) -> bool:
+        """Whether the result is one loss ``(pairs,)`` for each pair, instead of their sum."""
+        return self.reduction == "none"
 
     @cached_property
     def fused_windows(self) -> bool:

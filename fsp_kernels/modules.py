@@ -20,6 +20,7 @@ class FSPLoss(nn.Module):
             values of a tensor may change without a new compilation.
         pool: ``"max"`` or ``"avg"``.
         norm: ``"frobenius"``, ``"mse"`` or ``"column"``.
+        reduction: ``"sum"``, or ``"none"`` for the loss of each pair.
         channel_dim: the axis of the maps' channels, 1 or -1; maps of three axes need it.
 
     Raises:
@@ -31,10 +32,11 @@ class FSPLoss(nn.Module):
         weights: Sequence[float] | Tensor | None = None,
         pool: str = "max",
         norm: str = "frobenius",
+        reduction: str = "sum",
         channel_dim: int | None = None,
     ):
         super().__init__()
-        checks.check_options(pool, norm)
+        checks.check_options(pool, norm, reduction)
         checks.check_channel_dim(channel_dim)
         if isinstance(weights, Tensor):
             checks.check_weight_tensor(weights, None)
@@ -43,23 +45,28 @@ class FSPLoss(nn.Module):
         self.weights = weights
         self.pool = pool
         self.norm = norm
+        self.reduction = reduction
         self.channel_dim = channel_dim
 
     def forward(self, student: Sequence[Pair], teacher: Sequence[Pair | Tensor]) -> Tensor:
-        """The loss, a scalar, of the pairs of both networks; see :func:`fsp_kernels.fsp_loss`."""
+        """The loss of the pairs of both networks; see :func:`fsp_kernels.fsp_loss`."""
         return fsp_loss(
             student,
             teacher,
             weights=self.weights,
             pool=self.pool,
             norm=self.norm,
+            reduction=self.reduction,
             channel_dim=self.channel_dim,
         )
 
     def extra_repr(self) -> str:
         options = f"weights={self.weights}, pool={self.pool!r}, norm={self.norm!r}"
-        where = "" if self.channel_dim is None else f", channel_dim={self.channel_dim}"
-        return options + where
+        if self.reduction != "sum":
+            options += f", reduction={self.reduction!r}"
+        if self.channel_dim is not None:
+            options += f", channel_dim={self.channel_dim}"
+        return options
 
 
 def pairs_of(features: Sequence[Tensor]) -> list[Pair]:

@@ -30,7 +30,7 @@ from fsp_kernels.autograd import (
 from fsp_kernels.backends import get_backend, planned_backend
 from fsp_kernels.backends.devices import fp32_precision
 from fsp_kernels.checks import check_weights
-from fsp_kernels.loss_plan import LossPlan, MapSpec, by_network
+from fsp_kernels.loss_plan import LossPlan, MapSpec, by_network, factors_of
 from fsp_kernels.plan import accumulation_dtype, gradient_dtype, plan_loss
 
 _LIBRARY = torch.library.Library("fsp", "DEF")
@@ -42,10 +42,10 @@ _LIBRARY.define(
 # `maps` are flattened pair by pair, student before teacher. `ready[i]` says that the teacher of
 # pair i is a ready FSP matrix, `needs[j]` that maps[j] needs a gradient. Returns the loss and these
 # gradients. Weights that change from call to call are passed as `changing`, a CPU tensor, instead
-# of `weights`.
+# of `weights`. The reduction "none" gives one loss of each pair, (pairs,).
 _LIBRARY.define(
     "loss(Tensor[] maps, bool[] ready, bool[] needs, float[] weights, str pool, str norm, "
-    "str backend, Tensor? changing=None) -> (Tensor, Tensor[])"
+    "str backend, Tensor? changing=None, str reduction='sum') -> (Tensor, Tensor[])"
 )
 
 
@@ -89,10 +89,11 @@ def _loss(
     norm: str,
     backend: str,
     changing: Tensor | None = None,
+    reduction: str = "sum",
 ) -> tuple[Tensor, list[Tensor]]:
     if changing is not None:
         weights = check_weights(changing.tolist(), len(ready))
-    plan = _plan(maps, ready, needs, pool, norm, backend)
+    plan = _plan(maps, ready, needs, pool, norm, backend, reduction)
     with torch.no_grad(), outside_autocast(plan.device):
         return planned_backend(plan).loss(maps, plan, weights)
 
@@ -100,20 +101,22 @@ def _loss(
 @torch.library.register_fake("fsp::loss", lib=_LIBRARY)
 def _loss_fake(
     maps: Sequence[Tensor],
-    ready: Sequence[bool],  # noqa: ARG001
+    ready: Sequence[bool],
     needs: Sequence[bool],
     weights: Sequence[float],  # noqa: ARG001
     pool: str,  # noqa: ARG001
     norm: str,  # noqa: ARG001
     backend: str,  # noqa: ARG001
     changing: Tensor | None = None,  # noqa: ARG001
+    reduction: str = "sum",
 ) -> tuple[Tensor, list[Tensor]]:
     gradients = [
         torch.empty_like(x, dtype=gradient_dtype(x.dtype))
         for x, need in zip(maps, needs, strict=True)
         if need
     ]
-    return maps[0].new_empty((), dtype=accumulation_dtype(*(x.dtype for x in maps))), gradients
+    shape = (len(ready),) if reduction == "none" else ()
+    return maps[0].new_empty(shape, dtype=accumulation_dtype(*(x.dtype for x in maps))), gradients
 
 
 def _plan(
@@ -123,10 +126,12 @@ def _plan(
     pool: str,
     norm: str,
     backend: str,
+    reduction: str = "sum",
 ) -> LossPlan:
     specs = [MapSpec.of(x)._replace(requires_grad=n) for x, n in zip(maps, needs, strict=True)]
     student, teacher = by_network(specs, ready)
-    return plan_loss(student, teacher, pool, norm, get_backend(backend), fp32_precision())
+    precision = fp32_precision()
+    return plan_loss(student, teacher, pool, norm, get_backend(backend), precision, reduction)
 
 
 # --- autograd -----------------------------------------------------------------------------------
@@ -175,17 +180,19 @@ class _LossFunction(_SingleLevelFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        (_, ctx.needs, *_), *maps = inputs
+        (ready, ctx.needs, *_, reduction), *maps = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*output[1:])
         # Not saved for backward, so that maps may change after the call: only their identity and
         # dtype are needed.
-        ctx.wanted = [x for x, need in zip(maps, ctx.needs, strict=True) if need]
+        wanted = [i for i, need in enumerate(ctx.needs) if need]
+        ctx.wanted = [maps[i] for i in wanted]
+        ctx.factors = factors_of(ready, wanted, reduction == "none")
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor, *_: Any) -> Any:
-        dtypes = [x.dtype for x in ctx.wanted]
-        scaled = iter(scaled_by_torch(ctx.saved_tensors, dtypes, incoming, ctx.wanted))
+        how = [x.dtype for x in ctx.wanted], ctx.factors
+        scaled = iter(scaled_by_torch(ctx.saved_tensors, *how, incoming, ctx.wanted))
         return None, *(next(scaled) if need else None for need in ctx.needs)
 
     @staticmethod
@@ -194,7 +201,19 @@ class _LossFunction(_SingleLevelFunction):
 
 
 @torch.library.impl(_LIBRARY, "loss", "Autograd")
-def _loss_autograd(maps: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, list[Tensor]]:
+def _loss_autograd(
+    maps: Sequence[Tensor],
+    ready: Sequence[bool],
+    needs: Sequence[bool],
+    weights: Sequence[float],
+    pool: str,
+    norm: str,
+    backend: str,
+    changing: Tensor | None = None,
+    reduction: str = "sum",
+) -> tuple[Tensor, list[Tensor]]:
+    # PyTorch leaves out arguments that have their defaults.
+    arguments = ready, needs, weights, pool, norm, backend, changing, reduction
     loss, *gradients = _apply(_LossFunction, arguments, *maps)
     return loss, gradients
 

@@ -104,6 +104,7 @@ def plan_loss(
     norm: str,
     backend: Planned,
     precision: str,
+    reduction: str = "sum",
 ) -> LossPlan:
     """Plan a loss over checked inputs.
 
@@ -114,7 +115,8 @@ def plan_loss(
         next(_pair_plans(s, t, pool, norm, backend, precision))
         for s, t in zip(student, teacher, strict=True)
     ]
-    return _loss_plan(chosen, student[0][0].device, pool, norm, backend, precision)
+    device = student[0][0].device
+    return _loss_plan(chosen, device, pool, norm, backend, precision, reduction)
 
 
 def alternatives(
@@ -144,11 +146,13 @@ def _loss_plan(
     norm: str,
     backend: Planned,
     precision: str,
+    reduction: str = "sum",
 ) -> LossPlan:
     pairs = tuple(pair for pair, _ in chosen)
     dtype = accumulation_dtype(*(m.dtype for pair in pairs for m in pair.maps))
     groups = tuple(launch_groups(chosen))
-    return LossPlan(pairs, groups, pool, norm, device.type, backend.name, dtype, precision)
+    name = backend.name
+    return LossPlan(pairs, groups, pool, norm, reduction, device.type, name, dtype, precision)
 
 
 def _pair_plans(

@@ -60,11 +60,15 @@ def fsp_loss(
     weights: Sequence[float] | None = None,
     pool: str = "max",
     norm: str = "frobenius",
+    reduction: str = "sum",
 ) -> Tensor:
-    """``sum_i lambda_i norm(G_i^S - G_i^T)``; a teacher entry is two maps or a ready matrix."""
+    """``sum_i lambda_i norm(G_i^S - G_i^T)``, or the terms ``(pairs,)`` with the reduction "none".
+
+    A teacher entry is two maps or a ready matrix.
+    """
     weights = [1.0] * len(student) if weights is None else weights
     terms = []
     for pair, target, weight in zip(student, teacher, weights, strict=True):
         g_teacher = target if isinstance(target, Tensor) else fsp_matrix(*target, pool=pool)
         terms.append(weight * residual_norm(fsp_matrix(*pair, pool=pool) - g_teacher, norm))
-    return torch.stack(terms).sum()
+    return torch.stack(terms) if reduction == "none" else torch.stack(terms).sum()

@@ -107,11 +107,12 @@ def tensor(*shape: int, dtype=FP32, layout="contiguous", grad=True) -> torch.Ten
     return LAYOUTS[layout](x).requires_grad_(grad)
 
 
-def scaling_of(gradients: Sequence[torch.Tensor], dtypes=None) -> Scaling:
+def scaling_of(gradients: Sequence[torch.Tensor], dtypes=None, factors=None) -> Scaling:
     """What backward does to gradients that are wanted in these dtypes, by default their own."""
     held = tuple(g.dtype for g in gradients)
     sizes = tuple(g.numel() for g in gradients)
-    return Scaling(sizes, held, held if dtypes is None else tuple(dtypes))
+    factors = (0,) * len(sizes) if factors is None else tuple(factors)
+    return Scaling(sizes, held, held if dtypes is None else tuple(dtypes), factors)
 
 
 def pair_of(

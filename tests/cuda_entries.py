@@ -37,7 +37,7 @@ def plain_product(of: Any, **changes: Any) -> Any:
         "norm": of.Norm.squares,
         "split": False,
         "finishes": False,
-        "weight": 0,
+        "index": 0,
         "factor": 1.0,
     }
     return of.Pair(**(fields | changes))

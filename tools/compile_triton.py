@@ -153,7 +153,7 @@ def compile_variant(variant: Variant) -> list[Usage]:
         call_on(maps, variant.wanted, variant.pool, variant.norm)()
         factor, gradients = torch.empty((), device="meta"), [x.float() for x in maps]
         held, dtypes = (tuple(x.dtype for x in some) for some in (gradients, maps))
-        scaling = Scaling(tuple(map(Tensor.numel, maps)), held, dtypes)
+        scaling = Scaling(tuple(map(Tensor.numel, maps)), held, dtypes, (0,) * len(maps))
         for in_place in (True, False):
             registered_backends()["triton"].scale(gradients, scaling, factor, in_place)
 

@@ -118,13 +118,13 @@ STEPS = {
     "tiles._sum_of_parts": lambda e: e.parts.value,
     "tiles._combine_columns": lambda e: _cdiv(e.m.value, e.block_m.value),
     "tiles._gradient_tile": lambda e: _cdiv(e.other_channels.value, e.block_other.value),
-    "elementwise.fsp_finish": lambda count: _cdiv(count, BLOCK),
+    "elementwise.fsp_finish": lambda losses: _cdiv(losses[1] - losses[0], BLOCK),
 }
 
 
 def _entries_of(launch: Launch) -> Sequence[Any]:
-    first = launch.constants[0]
-    return first if isinstance(first, tuple) else (first,)
+    entries: Sequence[Any] = launch.constants[0]
+    return entries
 
 
 def _programs_of(kernel: str, entry: Any) -> int:

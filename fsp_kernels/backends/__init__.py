@@ -74,7 +74,9 @@ class Backend(Protocol):
     def loss(
         self, maps: Sequence[Tensor], plan: LossPlan, weights: Sequence[float]
     ) -> tuple[Tensor, list[Tensor]]:
-        """The loss (0-dim, ``plan.compute_dtype``) and the gradients that the plan wants.
+        """The loss, of ``plan.compute_dtype``, and the gradients that the plan wants.
+
+        The loss is a scalar, or ``(pairs,)`` if ``plan.by_pair``.
 
         ``maps`` are the tensors of ``plan.pairs``, with the strides in the plan, in one list:
         student first, student second, teacher first, teacher second (or the teacher's ready
@@ -85,7 +87,10 @@ class Backend(Protocol):
     def scale(
         self, gradients: list[Tensor], scaling: Scaling, factor: Tensor, in_place: bool
     ) -> list[Tensor]:
-        """``gradients * factor`` in ``scaling.dtypes``; overwrites them only if ``in_place``."""
+        """``gradients * factor`` in ``scaling.dtypes``; overwrites them only if ``in_place``.
+
+        ``factor`` is a scalar, or ``(pairs,)``; ``scaling.factors`` says which of its elements.
+        """
 
 
 # Best first. A new backend needs a folder and a line here.

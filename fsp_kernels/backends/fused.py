@@ -85,6 +85,7 @@ class FusedBackend:
                 g if in_place and g.dtype == dtype else torch.empty_like(g, dtype=dtype)
                 for g, dtype in zip(gradients, scaling.dtypes, strict=True)
             ]
+        factor = factor.contiguous()
         on_device(factor, self.scale_into, scaled, gradients, scaling, factor, in_place)
         return scaled
 
@@ -97,6 +98,8 @@ class FusedBackend:
         in_place: bool,
     ) -> None:
         """Write ``gradients * factor`` to ``scaled``. Their device is the current one.
+
+        ``factor`` is contiguous.
 
         With ``in_place`` a tensor may be in both lists. If the factor is 1 it may be skipped.
         """

@@ -71,6 +71,11 @@ def tensors_at(slots: Slots, tensors: Sequence[Tensor]) -> list[Tensor | None]:
     return [None if x is None else tensors[x] for x in slots]
 
 
+def elements_of(x: Tensor) -> Sequence[Tensor]:
+    """The elements of a vector, or the scalar itself."""
+    return x.unbind() if x.dim() else (x,)
+
+
 def partner_of(own: int) -> int:
     """The number of the other map of the same network; a, b, c, d are 0, 1, 2, 3."""
     return own ^ 1

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fsp_kernels.backends.tensors import elements_of
 from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan, PairPlan, Scaling
 from fsp_kernels.plan import (
     GPU_GRAM_POSITIONS,
@@ -76,7 +77,7 @@ class TorchBackend:
         self, maps: Sequence[Tensor], plan: LossPlan, weights: Sequence[float]
     ) -> tuple[Tensor, list[Tensor]]:
         remaining = iter(maps)
-        losses: list[Tensor] = []  # one for each chunk
+        losses: list[Tensor] = []
         gradients: list[Tensor] = []
         for pair, weight in zip(plan.pairs, weights, strict=True):
             members = [next(remaining) for _ in pair.maps]
@@ -84,18 +85,26 @@ class TorchBackend:
                 None if m.gradient_dtype is None else torch.empty_like(x, dtype=m.gradient_dtype)
                 for x, m in zip(members, pair.maps, strict=True)
             ]
-            losses += _pair_losses(members, held, pair, plan, weight)
+            losses.append(_pair_loss(members, held, pair, plan, weight))
             gradients += [g for g in held if g is not None]
-        return losses[0] if len(losses) == 1 else torch.stack(losses).sum(), gradients
+        if plan.by_pair:
+            return torch.stack(losses), gradients
+        return _sum(losses), gradients
 
     def scale(
         self, gradients: Sequence[Tensor], scaling: Scaling, factor: Tensor, in_place: bool
     ) -> list[Tensor]:
+        each = elements_of(factor)
+        factors = [each[i] for i in scaling.factors]
         if not in_place:
-            gradients = [g * factor for g in gradients]
-        elif factor.device.type != "cpu" or factor.item() != 1:  # reading it would stall a device
-            gradients = [g.mul_(factor) for g in gradients]
-        return [g.to(dtype) for g, dtype in zip(gradients, scaling.dtypes, strict=True)]
+            scaled = [g * f for g, f in zip(gradients, factors, strict=True)]
+        else:
+            scaled = [
+                # To read a factor would stall a device.
+                g if f.device.type == "cpu" and f.item() == 1 else g.mul_(f)
+                for g, f in zip(gradients, factors, strict=True)
+            ]
+        return [g.to(dtype) for g, dtype in zip(scaled, scaling.dtypes, strict=True)]
 
 
 def _scaled_product(x: Tensor, y: Tensor, positions: int) -> Tensor:
@@ -111,23 +120,27 @@ def _scaled_product(x: Tensor, y: Tensor, positions: int) -> Tensor:
     return torch.baddbmm(unread, x, y, beta=0, alpha=1 / positions).to(dtype)
 
 
-def _pair_losses(
+def _sum(losses: list[Tensor]) -> Tensor:
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+
+def _pair_loss(
     maps: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
     pair: PairPlan,
     plan: LossPlan,
     weight: float,
-) -> list[Tensor]:
-    """The weighted loss of each chunk of a pair, 0-dim; fills ``gradients``."""
+) -> Tensor:
+    """The weighted loss of a pair, a scalar; fills ``gradients``."""
     factor = weight / pair.divisor
     if pair.samples == pair.batch:
-        return [_chunk_loss(maps, gradients, pair, plan, factor)]
+        return _chunk_loss(maps, gradients, pair, plan, factor)
     losses = []
     for start in range(0, pair.batch, pair.samples):
         chunk = slice(start, start + pair.samples)
         parts = [x[chunk] for x in maps], [None if g is None else g[chunk] for g in gradients]
         losses.append(_chunk_loss(*parts, pair, plan, factor))
-    return losses
+    return _sum(losses)
 
 
 def _chunk_loss(

@@ -58,10 +58,17 @@ class FSP(nn.Module):
             ValueError: the numbers of maps differ (the original drops the extra ones).
         """
         _check_same_number(g_s, g_t)
-        return [
-            fsp.fsp_loss([student], [teacher], pool="avg", norm="mse", channel_dim=self.channel_dim)
-            for student, teacher in zip(pairwise(g_s), pairwise(g_t), strict=True)
-        ]
+        if len(g_s) < 2:
+            return []
+        losses = fsp.fsp_loss(
+            list(pairwise(g_s)),
+            list(pairwise(g_t)),
+            pool="avg",
+            norm="mse",
+            reduction="none",
+            channel_dim=self.channel_dim,
+        )
+        return list(losses.unbind())
 
 
 def _check_same_number(student: Sequence[object], teacher: Sequence[object]) -> None:

@@ -121,14 +121,13 @@ class Evaluations:
 
     def fsp(self, objective: Objective, split: str | None = None) -> Figures:
         """``fsp_loss``, weighted and summed over the pairs, and ``fsp_loss/INDEX`` of each pair."""
-        sums, count = [0.0] * len(objective.weights), 0
+        sums, count = torch.zeros(len(objective.weights), dtype=torch.float64), 0
         batches, targets = self._batches_with_targets(split)
         for maps, matrices in zip(self._student_maps(objective, batches), targets, strict=True):
             size = len(matrices[0])
-            losses = objective.fsp_losses(maps, Targets(matrices))
-            sums = [total + loss.item() * size for total, loss in zip(sums, losses, strict=True)]
+            sums += size * objective.fsp_loss(maps, Targets(matrices), "none").double().cpu()
             count += size
-        each = [total / count for total in sums]
+        each = (sums / count).tolist()
         return {"fsp_loss": sum(each)} | {f"fsp_loss/{i}": value for i, value in enumerate(each)}
 
     def teacher_matrices(self) -> Matrices:

@@ -7,7 +7,7 @@ they were computed in, and DDP sees which weights a stage does not use.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -106,23 +106,21 @@ class Objective(nn.Module):
             terms.append(self.stage.fsp * self.fsp_loss(maps, targets))
         return sum(terms[1:], terms[0])
 
-    def fsp_loss(self, maps: Sequence[Maps], targets: Targets, pair: int | None = None) -> Tensor:
-        """The weighted FSP loss of all pairs together, or of one."""
+    def fsp_loss(
+        self, maps: Sequence[Maps], targets: Targets, reduction: Literal["sum", "none"] = "sum"
+    ) -> Tensor:
+        """The weighted FSP loss, a scalar; with the reduction "none" that of each pair (pairs,)."""
         if self.projection is not None:
             maps = self.projection(maps)
-        chosen = slice(None) if pair is None else slice(pair, pair + 1)
         return fsp_loss(
-            maps[chosen],
-            targets.pairs[chosen],
-            weights=self.weights[chosen],
+            maps,
+            targets.pairs,
+            weights=self.weights,
             pool=self.fsp.pool,
             norm=self.fsp.norm,
+            reduction=reduction,
             channel_dim=1,
         )
-
-    def fsp_losses(self, maps: Sequence[Maps], targets: Targets) -> list[Tensor]:
-        """The weighted FSP loss of each pair, scalars."""
-        return [self.fsp_loss(maps, targets, pair) for pair in range(len(self.weights))]
 
 
 def task_loss(

@@ -325,11 +325,13 @@ class NetworkTraining:
             self._seed(Purpose.STEP, micro, self._accelerator.process_index)
             with self._accelerator.autocast():
                 logits, maps = objective.student.uncompiled(batch.images)
-                losses = objective.fsp_losses(maps, self._targets(batch))
+                losses = []
+                if self._stage.fsp:
+                    losses = objective.fsp_loss(maps, self._targets(batch), "none").tolist()
             found += [
-                f"the FSP loss of {' -> '.join(pair.student)} is {loss.item()}"
+                f"the FSP loss of {' -> '.join(pair.student)} is {loss}"
                 for pair, loss in zip(self._job.pairs, losses, strict=False)
-                if not math.isfinite(loss.item())
+                if not math.isfinite(loss)
             ]
             if not bool(logits.isfinite().all()):
                 found.append("the student's logits are not finite")

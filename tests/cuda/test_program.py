@@ -63,7 +63,7 @@ def launch(machine: Machine, device: int) -> None:
 def scale(machine: Machine, device: int) -> None:
     factor, gradient = torch.ones(()), torch.ones(4)
     fp32 = machine.module.Scalar.fp32
-    tensors = [(gradient.data_ptr(), gradient.data_ptr(), 4, fp32, fp32)]
+    tensors = [(gradient.data_ptr(), gradient.data_ptr(), 4, fp32, fp32, 0)]
     machine.module.scale(device, 0, tensors, factor.data_ptr(), False)
 
 

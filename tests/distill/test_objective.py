@@ -133,9 +133,9 @@ def test_each_pairs_loss_adds_up_to_the_whole(
 ) -> None:
     ours = objective(stage(task=False, fsp=1.0))
     _, maps = ours.student(batch[0])
-    each = ours.fsp_losses(maps, targets)
-    assert len(each) == 2
-    torch.testing.assert_close(torch.stack(each).sum(), ours.fsp_loss(maps, targets))
+    each = ours.fsp_loss(maps, targets, "none")
+    assert each.shape == (2,)
+    torch.testing.assert_close(each.sum(), ours.fsp_loss(maps, targets))
 
 
 def test_a_stage_without_fsp_taps_nothing() -> None:

@@ -98,7 +98,7 @@ def launched(backend, programs, monkeypatch):
             kernels.extend(x.kernel for x in program._launches.launches)
             partials = program._launches.partials
         else:
-            partials = program._partials
+            partials = program._partials.count
         return tuple(name.removeprefix("fsp_") for name in kernels), memory.most - 4 * partials
 
     return of

@@ -127,7 +127,8 @@ def test_each_launch_sees_tensors_of_the_same_dtypes_every_time(monkeypatch):
 
 def sum_of(partials):
     result = partials.new_empty(())
-    Launch(elementwise.fsp_finish, 1, 8, len(partials), elementwise.BLOCK)(
+    ranges = ((0, len(partials)),)
+    Launch(elementwise.fsp_finish, 1, 8, ranges, 0, 1, elementwise.BLOCK)(
         raw_stream(partials.device), (partials, result)
     )
     return result.double()

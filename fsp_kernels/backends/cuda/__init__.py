@@ -77,17 +77,15 @@ class CudaBackend(FusedBackend):
     ) -> None:
         kernels = module()
         described = [
-            (g.data_ptr(), out.data_ptr(), *size_and_dtypes)
-            for g, out, size_and_dtypes in zip(
-                gradients, scaled, _sizes_and_dtypes(kernels, scaling), strict=True
-            )
+            (g.data_ptr(), out.data_ptr(), *rest)
+            for g, out, rest in zip(gradients, scaled, _described(kernels, scaling), strict=True)
         ]
         stream = raw_stream(factor.device)
         kernels.scale(index_of(factor), stream, described, factor.data_ptr(), in_place)
 
 
 @lru_cache(maxsize=1024)
-def _sizes_and_dtypes(kernels: Any, scaling: Scaling) -> list[tuple[int, Any, Any]]:  # noqa: ARG001
-    """For each gradient: its elements, the dtype it is held in and the dtype wanted."""
+def _described(kernels: Any, scaling: Scaling) -> list[tuple[int, Any, Any, int]]:  # noqa: ARG001
+    """For each gradient: elements, dtype it is held in, dtype wanted, place of its factor."""
     held, wanted = (map(scalar_of, dtypes) for dtypes in (scaling.held, scaling.dtypes))
-    return list(zip(scaling.sizes, held, wanted, strict=True))
+    return list(zip(scaling.sizes, held, wanted, scaling.factors, strict=True))

@@ -163,6 +163,6 @@ class PlannedPair:
             norm=module().Norm.column if self.plan.norm == "column" else module().Norm.squares,
             split=self._split,
             finishes=finishes,
-            weight=self._index,
+            index=self._index,
             factor=1 / self.plan.divisor,
         )

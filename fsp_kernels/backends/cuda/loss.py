@@ -34,7 +34,10 @@ class PreparedLoss:
             PlannedPair(i, p, tensors_at(slots, tensors), plan.precision)
             for i, (p, slots) in enumerate(zip(plan.pairs, all_slots, strict=True))
         ]
-        self._launches = module().LaunchSequence(index_of(tensors[0]), _description(plan))
+        self._launches = module().LaunchSequence(
+            index_of(tensors[0]), _description(plan), by_pair=plan.by_pair
+        )
+        self._result_shape = (len(pairs),) if plan.by_pair else ()
         # One tensor holds the workspaces of a group and, behind them, the partial losses. The next
         # group reuses the memory of the workspaces. For each pair: the offsets, in bytes, of its
         # workspace and of its slopes.
@@ -62,7 +65,7 @@ class PreparedLoss:
 
     def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         scratch = tensors[0].new_empty(self._scratch, dtype=torch.float32)
-        result = tensors[0].new_empty((), dtype=torch.float32)
+        result = tensors[0].new_empty(self._result_shape, dtype=torch.float32)
         start = scratch.data_ptr()
         unordered = list(map(Tensor.data_ptr, tensors))
         unordered += [start + offset for offset in self._offsets]

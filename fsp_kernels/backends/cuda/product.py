@@ -75,7 +75,7 @@ def _prepared_product(
         norm=module().Norm.squares,
         split=splits([x_dtype, y_dtype], precision),
         finishes=False,
-        weight=0,
+        index=0,
         factor=1.0,
     )
     launches = module().LaunchSequence(device, f"{batch} products ({m}, {r}) x ({r}, {columns})")

@@ -1,4 +1,4 @@
-"""The sum of the partial losses, which ends forward, and the scaling of gradients in backward."""
+"""The sums of the partial losses, which end forward, and the scaling of gradients in backward."""
 
 from __future__ import annotations
 
@@ -19,32 +19,45 @@ BLOCK = 1024  # fp32 elements: 16 bytes for each thread of 8 warps
 
 
 @triton.jit
-def fsp_finish(partials, out, count, BLOCK: tl.constexpr):
-    """The sum of ``partials (count,)`` in a fixed order, by one program. It is never negative.
+def fsp_finish(partials, out, ranges, first, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """``out[first + i]`` is the sum of the partial losses in range number i; it is not negative.
 
-    In Gram form rounding errors may be larger than the loss, so the sum may be below zero: then the
-    result is zero, or NaN if the sum is -Inf after an overflow.
+    A program adds a range in a fixed order. In Gram form rounding errors may be larger than the
+    loss, so the sum may be below zero: then the result is zero, or NaN if the sum is -Inf after an
+    overflow.
     """
-    total = tl.zeros((BLOCK,), tl.float32)
-    index = tl.arange(0, BLOCK)
-    for start in range(0, count, BLOCK):
-        total += tl.load(partials + start + index, start + index < count, other=0.0)
-    loss = tl.sum(total)
-    tl.store(out, tl.where(loss < 0, 0 * loss, loss))
+    for i in tl.static_range(COUNT):
+        if tl.program_id(0) == i:
+            begin, stop = ranges[i]
+            total = tl.zeros((BLOCK,), tl.float32)
+            for start in range(begin, stop, BLOCK):
+                index = start + tl.arange(0, BLOCK)
+                total += tl.load(partials + index, index < stop, other=0.0)
+            loss = tl.sum(total)
+            tl.store(out + first + i, tl.where(loss < 0, 0 * loss, loss))
 
 
 @triton.jit
 def fsp_scale(
-    pointers, factor, sizes, IN_PLACE: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr
+    pointers,
+    factors,
+    sizes,
+    places,
+    IN_PLACE: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """``out = gradient * factor`` for each pair of pointers. In place, a factor of 1 is skipped.
 
-    The factor is read on the device, so the host need not wait for it. Each program works on all
-    tensors.
+    ``places`` says which of ``factors`` each takes. They are read on the device, so the host need
+    not wait for them. Each program works on all tensors.
     """
-    value = tl.load(factor).to(tl.float32)
+    value = tl.load(factors + places[0]).to(tl.float32)
     for i in tl.static_range(COUNT):
         gradient, out = pointers[i]
+        if i > 0:  # noqa: SIM102  (the compiler decides both)
+            if places[i] != places[i - 1]:
+                value = tl.load(factors + places[i]).to(tl.float32)
         # A gradient that was held in another dtype must be written even if the factor is 1.
         if (not IN_PLACE) | (gradient.dtype != out.dtype) | (value != 1):
             first = tl.program_id(0).to(tl.int64) * BLOCK  # so that the loop counts in 64 bits
@@ -87,7 +100,8 @@ def _scale_launches(
         sizes = scaling.sizes[start : start + _MOST_TENSORS]
         grid = min(_PROGRAMS, triton.cdiv(max(sizes), BLOCK))
         pointers = tuple((start + i, count + start + i) for i in range(len(sizes)))
-        constants = sizes, in_place, len(sizes), BLOCK
+        factors = tuple(map(tl.constexpr, scaling.factors[start : start + _MOST_TENSORS]))
+        constants = sizes, factors, in_place, len(sizes), BLOCK
         places = pointers, 2 * count
         launches.append(Launch(fsp_scale, grid, _WARPS, *constants, places=places))
     return launches

@@ -84,7 +84,8 @@ class PlannedPair:
         c = self._configuration("residual", max(m, n))
         samples, start = self._samples_of(chunk)
         tiles = triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n)
-        if c.block_n > c.block_m and samples * self.plan.parts * tiles < GPU_PROGRAMS:
+        # The last chunk may be smaller, but its tiles are those of the others.
+        if c.block_n > c.block_m and self.plan.samples * self.plan.parts * tiles < GPU_PROGRAMS:
             c = c._replace(block_n=c.block_m)  # more programs, to fill a device
         return self._entry(c, samples, start, self.plan.parts, self.plan.finishes), c.warps
 

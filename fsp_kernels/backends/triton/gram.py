@@ -74,7 +74,7 @@ def _write_block(pointers, workspace, entry, INDEX: tl.constexpr, sample, part):
 
 
 @triton.jit
-def fsp_gram_combine(workspaces, partials, entries, first, COUNT: tl.constexpr, factors):
+def fsp_gram_combine(workspaces, partials, entries, places, COUNT: tl.constexpr, factors):
     """Add the parts of some rows of a sample's blocks; write their loss and the operands.
 
     ``workspaces`` holds for each pair that of the blocks and that of the operands. The operands of
@@ -90,7 +90,7 @@ def fsp_gram_combine(workspaces, partials, entries, first, COUNT: tl.constexpr, 
             sample = index // groups
             rows = index % groups * COMBINED_ROWS + tl.arange(0, COMBINED_ROWS)
             loss = _combine_rows(workspaces[i], entries[i], factors[i], sample, rows)
-            tl.store(partials + first + program, loss * factors[i])
+            tl.store(partials + places[i] + program - start, loss * factors[i])
         start = stop
 
 

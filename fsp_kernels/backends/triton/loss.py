@@ -35,7 +35,7 @@ from fsp_kernels.backends.triton.tiles import (
     fsp_matrix_gradients,
     fsp_residual,
 )
-from fsp_kernels.loss_plan import LaunchGroup, LossPlan
+from fsp_kernels.loss_plan import LAUNCH_SUMS, LaunchGroup, LossPlan
 from fsp_kernels.plan import GRAM_BLOCKS
 
 Run = Callable[[int, Sequence[Tensor], Sequence[float]], None]
@@ -55,35 +55,67 @@ class PreparedLoss:
             PlannedPair(i, pair, tensors_at(slots, tensors), family, plan.precision)
             for i, (pair, slots) in enumerate(zip(plan.pairs, self._slots, strict=True))
         ]
-        self._partials_place = len(tensors)
-        self._partials = 0
+        self._partials = partials = _Partials(len(tensors))
         self._groups = [
-            self._prepare(group, [pairs[i] for i in group.pairs]) for group in plan.launch_groups
+            _prepare(group, [pairs[i] for i in group.pairs], self._slots, partials)
+            for group in plan.launch_groups
         ]
-        self._finish = Launch(fsp_finish, 1, 8, self._partials, BLOCK)
+        self._result_shape = (len(pairs),) if plan.by_pair else ()
+        sums = partials.ranges(len(pairs)) if plan.by_pair else ((0, partials.count),)
+        self._finish = []
+        for first in range(0, len(sums), LAUNCH_SUMS):
+            ranges = sums[first : first + LAUNCH_SUMS]
+            constants = ranges, first, len(ranges), BLOCK
+            self._finish.append(Launch(fsp_finish, len(ranges), 8, *constants))
 
     def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         stream = raw_stream(tensors[0].device)
         factors = list(map(truediv, weights, self._divisors))
-        partials = tensors[0].new_empty(self._partials, dtype=torch.float32)
+        partials = tensors[0].new_empty(self._partials.count, dtype=torch.float32)
         tensors = [*tensors, partials]
         for run in self._groups:
             run(stream, tensors, factors)
-        result = tensors[0].new_empty((), dtype=torch.float32)
-        self._finish(stream, (partials, result))
+        result = tensors[0].new_empty(self._result_shape, dtype=torch.float32)
+        for finish in self._finish:
+            finish(stream, (partials, result))
         return result
 
-    def _take_partials(self, count: int) -> int:
-        """Reserve places for ``count`` partial losses. Returns the first."""
-        self._partials += count
-        return self._partials - count
 
-    def _prepare(self, group: LaunchGroup, pairs: Sequence[PlannedPair]) -> Run:
-        slots = tuple(self._slots[p.index] for p in pairs)
-        if group.evaluation == "one pass":
-            return _OnePass(pairs, slots, self._partials_place, self._take_partials)
-        stored = _Tiles if group.evaluation == "tiles" else _GramBlocks
-        return stored(pairs, slots, self._partials_place, group.chunk, self._take_partials)
+class _Partials:
+    """The places of the partial losses. Those of a pair are neighbours, of all its samples.
+
+    ``slot`` is the index of their tensor in the list of a call.
+    """
+
+    def __init__(self, slot: int):
+        self.slot = slot
+        self.count = 0
+        self._ranges: dict[int, tuple[int, int]] = {}
+
+    def place(self, pair: PlannedPair, entry: Entry, each: int) -> int:
+        """The first place of an entry, which has ``each`` partial losses for a sample."""
+        if pair.index not in self._ranges:
+            start = self.count
+            self.count += each * pair.plan.batch
+            self._ranges[pair.index] = start, self.count
+        return self._ranges[pair.index][0] + each * entry.first_sample
+
+    def ranges(self, pairs: int) -> tuple[tuple[int, int], ...]:
+        """Start and stop of each pair's."""
+        return tuple(self._ranges[i] for i in range(pairs))
+
+
+def _prepare(
+    group: LaunchGroup,
+    pairs: Sequence[PlannedPair],
+    all_slots: Sequence[Slots],
+    partials: _Partials,
+) -> Run:
+    slots = tuple(all_slots[p.index] for p in pairs)
+    if group.evaluation == "one pass":
+        return _OnePass(pairs, slots, partials)
+    stored = _Tiles if group.evaluation == "tiles" else _GramBlocks
+    return stored(pairs, slots, group.chunk, partials)
 
 
 class _OnePass:
@@ -93,14 +125,15 @@ class _OnePass:
         self,
         pairs: Sequence[PlannedPair],
         slots: tuple[Slots, ...],
-        partials: int,
-        take_partials: Callable[[int], int],
+        partials: _Partials,
     ):
         self._indices = [p.index for p in pairs]
         entries, warps = _entries_and_warps([p.one_pass_entry() for p in pairs])
         grid = sum(e.samples for e in entries)
-        constants = entries, take_partials(grid), len(entries)
-        self._launch = Launch(fsp_one_pass, grid, warps, *constants, places=(slots, partials))
+        losses = tuple(partials.place(p, e, 1) for p, e in zip(pairs, entries, strict=True))
+        constants = entries, losses, len(entries)
+        places: Places = slots, partials.slot
+        self._launch = Launch(fsp_one_pass, grid, warps, *constants, places=places)
 
     def __call__(self, stream: int, tensors: Sequence[Tensor], factors: Sequence[float]) -> None:
         self._launch(stream, tensors, tuple([factors[i] for i in self._indices]))
@@ -113,9 +146,8 @@ class _GramBlocks:
         self,
         pairs: Sequence[PlannedPair],
         slots: tuple[Slots, ...],
-        partials: int,
         chunk: int,
-        take_partials: Callable[[int], int],
+        partials: _Partials,
     ):
         self._indices = [p.index for p in pairs]
         entries, warps = _entries_and_warps([p.gram_entry(chunk) for p in pairs])
@@ -124,7 +156,7 @@ class _GramBlocks:
         self._stored = [
             (number, GRAM_BLOCKS, k, k) for number, k in zip(programs, sides, strict=True)
         ]
-        place = count(partials + 1)
+        place = count(partials.slot + 1)
         blocks = tuple(next(place) for _ in pairs)
         operands = tuple(next(place) if e.operand_count.value else None for e in entries)
         self._stored += [
@@ -135,11 +167,11 @@ class _GramBlocks:
 
         grid = GRAM_BLOCKS * sum(programs)
         self._gram = Launch(fsp_gram, grid, warps, entries, len(entries), places=(slots, blocks))
-        grid = sum(
-            e.samples * k // COMBINED_ROWS.value for e, k in zip(entries, sides, strict=True)
-        )
-        constants = entries, take_partials(grid), len(entries)
-        places: Places = tuple(zip(blocks, operands, strict=True)), partials
+        each = [k // COMBINED_ROWS.value for k in sides]
+        grid = sum(e.samples * programs for e, programs in zip(entries, each, strict=True))
+        losses = tuple(map(partials.place, pairs, entries, each))
+        constants = entries, losses, len(entries)
+        places: Places = tuple(zip(blocks, operands, strict=True)), partials.slot
         self._combine = Launch(fsp_gram_combine, grid, 4, *constants, places=places)
         wanted = [sum(m.gradient_dtype is not None for m in p.plan.maps) for p in pairs]
         grid = sum(number * n for number, n in zip(programs, wanted, strict=True))
@@ -164,11 +196,9 @@ class _Tiles:
         self,
         pairs: Sequence[PlannedPair],
         slots: tuple[Slots, ...],
-        partials: int,
         chunk: int,
-        take_partials: Callable[[int], int],
+        partials: _Partials,
     ):
-        # Pairs whose loss the first launch computes come first, so their partial losses do too.
         self._indices = [p.index for p in pairs]
         entries, warps = _entries_and_warps([p.residual_entry(chunk) for p in pairs])
         self._slopes = [
@@ -179,27 +209,29 @@ class _Tiles:
             None if p.plan.finishes else (e.parts.value, *shape)
             for p, e, (shape, _) in zip(pairs, entries, self._slopes, strict=True)
         ]
-        place = count(partials + 1)
+        place = count(partials.slot + 1)
         parts = [None if shape is None else next(place) for shape in self._parts]
         slopes = [None if dtype is None else next(place) for _, dtype in self._slopes]
 
-        programs = [e.samples * e.parts.value * _tiles(e) for e in entries]
-        grid = sum(programs)
-        with_loss = [number for p, number in zip(pairs, programs, strict=True) if p.plan.finishes]
-        first = take_partials(sum(with_loss))
+        grid = sum(e.samples * e.parts.value * _tiles(e) for e in entries)
+        losses = tuple(
+            partials.place(p, e, e.parts.value * _tiles(e)) if p.plan.finishes else 0
+            for p, e in zip(pairs, entries, strict=True)
+        )
         written = tuple(s if p is None else p for s, p in zip(slopes, parts, strict=True))
-        places: Places = (slots, written, partials)
+        places: Places = (slots, written, partials.slot)
         self._residual = Launch(
-            fsp_residual, grid, warps, entries, first, len(entries), places=places
+            fsp_residual, grid, warps, entries, losses, len(entries), places=places
         )
 
         self._combined = [i for i, p in enumerate(pairs) if not p.plan.finishes]
         if self._combined:
             chosen = tuple(pairs[i].combine_entry(entries[i]) for i in self._combined)
-            grid = sum(_combined_tiles(e) for e in chosen)
-            first = take_partials(grid)
-            places = tuple((parts[i], slopes[i]) for i in self._combined), partials
-            self._combine = Launch(fsp_combine, grid, 4, chosen, first, len(chosen), places=places)
+            each = [_combined_tiles(e) for e in chosen]
+            grid = sum(e.samples * programs for e, programs in zip(chosen, each, strict=True))
+            losses = tuple(map(partials.place, [pairs[i] for i in self._combined], chosen, each))
+            places = tuple((parts[i], slopes[i]) for i in self._combined), partials.slot
+            self._combine = Launch(fsp_combine, grid, 4, chosen, losses, len(chosen), places=places)
 
         found = [
             (
@@ -282,9 +314,9 @@ def _tiles(entry: Entry) -> int:
 
 
 def _combined_tiles(entry: Entry) -> int:
-    """How many programs of fsp_combine an entry needs: one for each tile, or block of columns."""
-    columns = triton.cdiv(entry.n.value, entry.block_n.value)
-    return entry.samples * (columns if entry.norm.value == "column" else _tiles(entry))
+    """Programs of fsp_combine for a sample: one for each tile, or block of columns."""
+    columns: int = triton.cdiv(entry.n.value, entry.block_n.value)
+    return columns if entry.norm.value == "column" else _tiles(entry)
 
 
 def _gradient_tiles(entry: GradientEntry) -> int:

@@ -29,15 +29,18 @@ from fsp_kernels.backends.triton.residual import (
 
 
 @triton.jit
-def fsp_one_pass(pointers, partials, entries, first, COUNT: tl.constexpr, factors):
-    """Write weighted losses, one for each program, to ``partials``, and all wanted gradients."""
+def fsp_one_pass(pointers, partials, entries, places, COUNT: tl.constexpr, factors):
+    """Write weighted losses, one for each program, to ``partials``, and all wanted gradients.
+
+    The losses of an entry begin at its place.
+    """
     program = tl.program_id(0)
     start = 0
     for i in tl.static_range(COUNT):
         stop = start + entries[i].samples
         if (program >= start) & (program < stop):
             loss = _sample_loss(pointers[i], entries[i], factors[i], program - start)
-            tl.store(partials + first + program, loss)
+            tl.store(partials + places[i] + program - start, loss)
         start = stop
 
 

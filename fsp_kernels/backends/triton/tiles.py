@@ -54,7 +54,7 @@ class GradientEntry(NamedTuple):
 
 
 @triton.jit
-def fsp_residual(pointers, workspaces, partials, entries, first, COUNT: tl.constexpr, factors):
+def fsp_residual(pointers, workspaces, partials, entries, places, COUNT: tl.constexpr, factors):
     """Write the losses of tiles, and their slopes to the workspaces ``(samples, m, n)``.
 
     A pair without a workspace has no slopes. A pair without ``finishes`` has no losses here, and
@@ -78,7 +78,7 @@ def fsp_residual(pointers, workspaces, partials, entries, first, COUNT: tl.const
             slot = part * entries[i].samples + sample
             if entries[i].finishes:
                 loss, slope = loss_and_slope(tile, entries[i].norm)
-                tl.store(partials + first + program, loss * factors[i])
+                tl.store(partials + places[i] + program - start, loss * factors[i])
                 tile = scaled_slope(slope, 2 * factors[i], entries[i])
             if workspaces[i] is not None:
                 _store_tile(tile, workspaces[i], entries[i], slot, row, column)
@@ -86,7 +86,7 @@ def fsp_residual(pointers, workspaces, partials, entries, first, COUNT: tl.const
 
 
 @triton.jit
-def fsp_combine(workspaces, partials, entries, first, COUNT: tl.constexpr, factors):
+def fsp_combine(workspaces, partials, entries, places, COUNT: tl.constexpr, factors):
     """Add the parts of a tile, or of a block of columns; write its loss and slopes.
 
     ``workspaces`` holds for each pair that of the parts and that of the slopes. The slopes may be
@@ -107,7 +107,7 @@ def fsp_combine(workspaces, partials, entries, first, COUNT: tl.constexpr, facto
                 loss = _combine_columns(workspaces[i], entries[i], factors[i], sample, column)
             else:
                 loss = _combine_tile(workspaces[i], entries[i], factors[i], sample, row, column)
-            tl.store(partials + first + program, loss * factors[i])
+            tl.store(partials + places[i] + program - start, loss * factors[i])
         start = stop
 
 
