@@ -16,7 +16,7 @@ from benchmarks.checks import Row, Truth, as_results, gradients_of, maps_of
 from benchmarks.measure import Rounds, without_garbage_collection
 from benchmarks.peers import Loss
 from benchmarks.workloads import Pairs
-from fsp_kernels.distill.taps import FeatureTaps
+from fsp_kernels.features.taps import FeatureTaps
 
 # The networks see the same batch in every step. A larger rate would train them, and later rounds
 # would time other maps. The optimiser's work is the same at any rate.

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from fsp_kernels.distill import checkpoint, records
 from fsp_kernels.distill.config import load_config
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.interruption import InterruptedRunError, Interruption
 from fsp_kernels.distill.models import CifarResNet
 from fsp_kernels.distill.monitor import Monitor
 from fsp_kernels.distill.study import Study
+from fsp_kernels.errors import DistillError
 
 TINY_RECIPE = """\
 seeds: [0, 1]

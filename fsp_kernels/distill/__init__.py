@@ -1,8 +1,5 @@
-"""The reference trainer: FSP distillation end to end (extra ``train``, script ``fsp-distill``).
+"""The reference trainer: FSP distillation end to end (extra ``train``, script ``fsp-distill``)."""
 
-``FeatureTaps`` needs PyTorch only; everything else needs the extra.
-"""
-
-from fsp_kernels.distill.taps import FeatureTaps
+from fsp_kernels.features.taps import FeatureTaps
 
 __all__ = ["FeatureTaps"]

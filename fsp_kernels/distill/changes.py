@@ -8,9 +8,9 @@ from typing import Any
 
 from fsp_kernels.distill.arms import TrainingStage
 from fsp_kernels.distill.config import Training
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.schedule import rate
 from fsp_kernels.distill.settings import is_within, read, to_tree
+from fsp_kernels.errors import DistillError
 
 Tree = Mapping[str, Any]
 

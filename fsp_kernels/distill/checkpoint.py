@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fsp_kernels.distill.errors import DamagedError, DistillError
 from fsp_kernels.distill.records import FORMAT, Phase, another_version_error
 from fsp_kernels.distill.storage import replacing
+from fsp_kernels.errors import DamagedError, DistillError
 
 _KEPT = 2  # checkpoints of a run: if the newest is damaged, the one before serves
 

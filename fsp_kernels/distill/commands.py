@@ -17,12 +17,12 @@ from rich.markup import escape
 from fsp_kernels.distill import export as exporting
 from fsp_kernels.distill import inspection, records
 from fsp_kernels.distill.config import ArmName, Config, Network, load_config
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.interruption import InterruptedRunError, Interruption
 from fsp_kernels.distill.models import build_model
 from fsp_kernels.distill.monitor import Monitor
 from fsp_kernels.distill.report import write_report
 from fsp_kernels.distill.study import Study
+from fsp_kernels.errors import DistillError
 
 _RUNS = Path("runs")
 

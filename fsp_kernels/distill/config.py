@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, Discriminator, Field, Strict, Tag, model_validator
 
-from fsp_kernels.distill.errors import did_you_mean
 from fsp_kernels.distill.settings import (
     Settings,
     is_within,
@@ -20,6 +19,7 @@ from fsp_kernels.distill.settings import (
     to_tree,
     wrong,
 )
+from fsp_kernels.errors import did_you_mean
 
 T = TypeVar("T")
 

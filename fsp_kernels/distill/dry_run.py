@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from fsp_kernels.distill.arms import TrainingStage
 from fsp_kernels.distill.config import Fsp, Pair
-from fsp_kernels.distill.errors import DistillError, explain
 from fsp_kernels.distill.evaluation import by_batch_statistics
 from fsp_kernels.distill.objective import Objective, Tapped, Targets
-from fsp_kernels.distill.pairs import PairShapes, Projection
-from fsp_kernels.distill.paths import choices, describe
 from fsp_kernels.distill.seeds import kept_generators
-from fsp_kernels.distill.stages import evaluation_mode, run
+from fsp_kernels.errors import DistillError, explain
+from fsp_kernels.features.pairs import PairShapes, Projection
+from fsp_kernels.features.paths import choices, describe
+from fsp_kernels.features.stages import evaluation_mode, run
 
 
 def check_logits(

@@ -14,9 +14,9 @@ from fsp_kernels.distill.arms import TrainingStage
 from fsp_kernels.distill.config import Config
 from fsp_kernels.distill.data import Batch, EvaluationBatches, Split, Splits
 from fsp_kernels.distill.objective import Objective, Targets
-from fsp_kernels.distill.pairs import Maps
 from fsp_kernels.distill.runtime import Runtime
 from fsp_kernels.distill.teacher import LiveTeacher
+from fsp_kernels.features.pairs import Maps
 
 _MATRIX_BYTES = 256 << 20
 _BATCH = 512

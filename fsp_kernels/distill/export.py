@@ -13,10 +13,10 @@ from torch import nn
 from fsp_kernels.distill import checkpoint, records
 from fsp_kernels.distill.config import Config
 from fsp_kernels.distill.data import Splits, load_splits
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.models import build_model
 from fsp_kernels.distill.settings import read
 from fsp_kernels.distill.storage import check_writable, replacing, write_text
+from fsp_kernels.errors import DistillError
 
 _BATCH = 4
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from fsp_kernels.distill.errors import DistillError, did_you_mean, explain
+from fsp_kernels.errors import DistillError, did_you_mean, explain
 
 
 def find_callable(

@@ -13,11 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from fsp_kernels.distill.config import Pair
-from fsp_kernels.distill.errors import DistillError
-from fsp_kernels.distill.pairs import PairShapes, check_pairs, resolve_pairs
-from fsp_kernels.distill.paths import tensors_in
-from fsp_kernels.distill.stages import ModuleRun, stages_of, trace
+from fsp_kernels.errors import DistillError
+from fsp_kernels.features.pairs import PairLike, PairShapes, PathPair, check_pairs, find_pairs
+from fsp_kernels.features.paths import tensors_in
+from fsp_kernels.features.stages import ModuleRun, stages_of, trace
 
 _LARGEST = 1024  # channels, height or width; all maps of a network are in memory at once
 _SHOWN = 2  # tensors in one note
@@ -58,11 +57,11 @@ def print_inspection(
     networks = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
     tables = [_module_table(model, image, role) for role, model in networks.items()]
     both = student, student if teacher is None else teacher
-    found: dict[str, tuple[Pair, ...]] = {}
+    found: dict[str, tuple[PathPair, ...]] = {}
     hints = []
     for source in _SOURCES:
         try:
-            found[source] = resolve_pairs(source, *both, image)
+            found[source] = find_pairs(source, *both, image)
         except DistillError as error:
             hints.append(str(error))
     if found:
@@ -76,7 +75,7 @@ def print_inspection(
         console.print(*tables)
 
 
-def pairs_yaml(pairs: Sequence[Pair]) -> str:
+def pairs_yaml(pairs: Sequence[PairLike]) -> str:
     """The pairs as a recipe has them."""
     tree = [{"student": list(pair.student), "teacher": list(pair.teacher)} for pair in pairs]
     return yaml.safe_dump({"pairs": tree}, sort_keys=False, default_flow_style=None, width=1000)
@@ -90,7 +89,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _pair_table(
-    found: dict[str, tuple[Pair, ...]], student: nn.Module, teacher: nn.Module, image: Tensor
+    found: dict[str, tuple[PathPair, ...]], student: nn.Module, teacher: nn.Module, image: Tensor
 ) -> Table:
     table = _table("Pairs", "from", "student", "teacher", "verdict")
     for source, pairs in found.items():

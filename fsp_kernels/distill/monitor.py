@@ -25,7 +25,7 @@ from rich.text import Text
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.errors import DistillError
 
 _SECONDS_BETWEEN_LINES = 30.0  # in a log, which has no bars
 _LEAST_HEIGHT = 128  # pixels of a picture, which TensorBoard does not enlarge

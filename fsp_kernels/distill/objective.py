@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fsp_kernels import fsp_loss
 from fsp_kernels.distill.arms import TrainingStage
 from fsp_kernels.distill.config import Fsp, Pair, SoftTargets
-from fsp_kernels.distill.pairs import Maps, Projection, channels_first
-from fsp_kernels.distill.taps import FeatureTaps
+from fsp_kernels.features.pairs import Maps, Projection, channels_first
+from fsp_kernels.features.taps import FeatureTaps
 
 
 class Targets(NamedTuple):

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fsp_kernels.distill.errors import DamagedError, DistillError
 from fsp_kernels.distill.storage import write_text
+from fsp_kernels.errors import DamagedError, DistillError
 
 RECORD = "run.json"
 MODEL = "model.safetensors"

@@ -12,11 +12,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fsp_kernels.distill.config import Config, Network
 from fsp_kernels.distill.data import Splits
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.interruption import Interruption
 from fsp_kernels.distill.models import build_model
 from fsp_kernels.distill.monitor import Monitor
 from fsp_kernels.distill.seeds import Purpose, seed_everything
+from fsp_kernels.errors import DistillError
 
 # Variables by which accelerate launch asks for what the trainer does not do.
 _REFUSED = (

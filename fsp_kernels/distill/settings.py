@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from fsp_kernels.distill.errors import DistillError, did_you_mean
+from fsp_kernels.errors import DistillError, did_you_mean
 
 M = TypeVar("M", bound="Settings")
 Lines = dict[str, int]

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.errors import DistillError
 
 _LOCK = ".lock"
 _UNFINISHED = ".unfinished-"  # prefix of files that are being written

@@ -11,16 +11,14 @@ from torch import nn
 from fsp_kernels.distill import checkpoint, records
 from fsp_kernels.distill.arms import ARMS, TrainingStage
 from fsp_kernels.distill.changes import check_changes, settings_of
-from fsp_kernels.distill.config import MOST_STEPS, Config, Data, Training, dump_config
+from fsp_kernels.distill.config import MOST_STEPS, Config, Data, Pair, Training, dump_config
 from fsp_kernels.distill.data import Split, Splits, check_batch_size, load_splits
 from fsp_kernels.distill.dry_run import check_logits, check_steps
 from fsp_kernels.distill.environment import describe_environment
-from fsp_kernels.distill.errors import DamagedError, DistillError
 from fsp_kernels.distill.evaluation import Evaluations
 from fsp_kernels.distill.interruption import Interruption
 from fsp_kernels.distill.models import build_model, load_weights, parameter_count
 from fsp_kernels.distill.monitor import Monitor
-from fsp_kernels.distill.pairs import check_pairs, resolve_pairs
 from fsp_kernels.distill.records import MATRICES, MODEL, RECORD, Phase, Run
 from fsp_kernels.distill.runtime import Runtime
 from fsp_kernels.distill.settings import to_tree
@@ -35,6 +33,8 @@ from fsp_kernels.distill.storage import (
 )
 from fsp_kernels.distill.teacher import CachedTeacher, LiveTeacher, Teacher, load_or_make_cache
 from fsp_kernels.distill.train import Job, NetworkTraining
+from fsp_kernels.errors import DamagedError, DistillError
+from fsp_kernels.features.pairs import check_pairs, find_pairs
 
 MARKER = "config.yaml"
 TEACHER, SOURCE = "teacher", "source"
@@ -346,7 +346,14 @@ class Study:
         trained = config.teacher_training is not None
         check_logits(student, images, classes, "student")
         check_logits(teacher, images, classes, TEACHER, trained=trained)
-        self.pairs = resolve_pairs(config.pairs, student, teacher, image)
+        self.pairs = (
+            config.pairs
+            if isinstance(config.pairs, tuple)
+            else tuple(
+                Pair(student=pair.student, teacher=pair.teacher)
+                for pair in find_pairs(config.pairs, student, teacher, image)
+            )
+        )
         self.shapes = check_pairs(self.pairs, student, teacher, image, config.fsp.projection)
         check_steps(teacher, self.stages(TEACHER), images, TEACHER, config.fsp)
         # Stages with equal losses differ in nothing that is checked.

@@ -14,10 +14,10 @@ from fsp_kernels import fsp_matrix
 from fsp_kernels.distill import checkpoint
 from fsp_kernels.distill.config import Config, Pair
 from fsp_kernels.distill.data import Batch, EvaluationBatches, Split
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.objective import Tapped, Targets
 from fsp_kernels.distill.settings import to_tree
 from fsp_kernels.distill.storage import check_writable
+from fsp_kernels.errors import DistillError
 
 
 class LiveTeacher:

@@ -21,12 +21,10 @@ from fsp_kernels.distill.changes import check_changes, differing
 from fsp_kernels.distill.checkpoint import Series, State, flatten
 from fsp_kernels.distill.config import Data, Pair
 from fsp_kernels.distill.data import Batch, Split, training_batches
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.evaluation import Evaluations, by_batch_statistics, move_to_device
 from fsp_kernels.distill.interruption import InterruptedRunError
 from fsp_kernels.distill.monitor import Watch
 from fsp_kernels.distill.objective import Objective, Targets
-from fsp_kernels.distill.pairs import PairShapes, Projection
 from fsp_kernels.distill.records import MATRICES, Phase
 from fsp_kernels.distill.runtime import Runtime
 from fsp_kernels.distill.schedule import Patience, make_optimizer, rate, set_rate
@@ -34,6 +32,8 @@ from fsp_kernels.distill.seeds import Purpose, seed_everything
 from fsp_kernels.distill.settings import to_tree
 from fsp_kernels.distill.storage import require_agreement
 from fsp_kernels.distill.teacher import Teacher
+from fsp_kernels.errors import DistillError
+from fsp_kernels.features.pairs import PairShapes, Projection
 
 
 @dataclass(frozen=True)

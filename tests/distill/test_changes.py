@@ -9,8 +9,8 @@ import pytest
 from fsp_kernels.distill.arms import ARMS, TrainingStage
 from fsp_kernels.distill.changes import check_changes, differing, settings_of
 from fsp_kernels.distill.config import Config, load_config
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.settings import to_tree
+from fsp_kernels.errors import DistillError
 
 
 def described(config: Config, arm: str) -> tuple[tuple[TrainingStage, ...], dict[str, object]]:

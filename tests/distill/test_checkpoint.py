@@ -21,9 +21,9 @@ from torch.optim import Optimizer
 from fsp_kernels.distill import checkpoint
 from fsp_kernels.distill.checkpoint import Series, State, flatten
 from fsp_kernels.distill.config import Training
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.records import Phase
 from fsp_kernels.distill.schedule import make_optimizer
+from fsp_kernels.errors import DistillError
 
 DTYPES = (
     torch.float64,

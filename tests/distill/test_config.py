@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fsp_kernels.distill.config import Config, dump_config, load_config
-from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.errors import DistillError
 
 
 def test_the_name_is_that_of_the_file_unless_given(recipe: Path) -> None:

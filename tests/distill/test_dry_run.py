@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from fsp_kernels.distill.arms import TrainingStage
 from fsp_kernels.distill.config import Fsp, Pair, SoftTargets, Training
 from fsp_kernels.distill.dry_run import check_logits, check_steps
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.models import CifarResNet
-from fsp_kernels.distill.pairs import check_pairs
+from fsp_kernels.errors import DistillError
+from fsp_kernels.features.pairs import check_pairs
 
 IMAGES = torch.randn(2, 1, 8, 8)
 TRAINING = Training(steps=1, learning_rate=0.1)

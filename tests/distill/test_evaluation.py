@@ -15,12 +15,12 @@ from fsp_kernels import reference
 from fsp_kernels.distill import evaluation
 from fsp_kernels.distill.arms import TrainingStage
 from fsp_kernels.distill.data import EvaluationBatches
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.evaluation import Evaluations, by_batch_statistics
 from fsp_kernels.distill.models import CifarResNet
 from fsp_kernels.distill.objective import Objective, Tapped
 from fsp_kernels.distill.study import Study
 from fsp_kernels.distill.teacher import LiveTeacher
+from fsp_kernels.errors import DistillError
 
 
 @pytest.fixture

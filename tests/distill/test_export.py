@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from fsp_kernels.distill import checkpoint, export, records
 from fsp_kernels.distill.config import Network
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.export import export_run
 from fsp_kernels.distill.models import build_model
 from fsp_kernels.distill.study import Study
+from fsp_kernels.errors import DistillError
 
 NAMES = ["model.safetensors", "model.pt2", "model.json"]
 # torch.export cannot follow a branch on the input.

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from fsp_kernels.distill import pairs
 from fsp_kernels.distill.config import Pair
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.inspection import blank_image, pairs_yaml, print_inspection
 from fsp_kernels.distill.models import CifarResNet, WideResNet
 from fsp_kernels.distill.settings import read
+from fsp_kernels.errors import DistillError
 
 
 class Splitter(nn.Module):
@@ -157,7 +157,7 @@ def test_maps_within_tuples_are_named_where_there_are_no_others() -> None:
 
 
 def test_a_network_that_cannot_take_the_input_is_refused() -> None:
-    with pytest.raises(DistillError, match=r"^student\.model: cannot take images of 3 x 32 x 32"):
+    with pytest.raises(DistillError, match=r"^student: cannot take images of 3 x 32 x 32"):
         printed(nn.Sequential(nn.Conv2d(1, 4, 3)))
 
 

@@ -12,7 +12,7 @@ from fsp_kernels.distill.arms import TrainingStage
 from fsp_kernels.distill.config import Fsp, Pair, SoftTargets, Training
 from fsp_kernels.distill.models import CifarResNet
 from fsp_kernels.distill.objective import Objective, Tapped, Targets, task_loss
-from fsp_kernels.distill.pairs import PairShapes, Projection
+from fsp_kernels.features.pairs import PairShapes, Projection
 
 PAIRS = (
     Pair(student=("stage1.0.relu1", "stage1"), teacher=("unused", "unused"), weight=2.0),

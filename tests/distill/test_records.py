@@ -9,7 +9,7 @@ import pytest
 from made_up_runs import fsp_phase, run_of, task_phase
 
 from fsp_kernels.distill import records
-from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.errors import DistillError
 
 
 def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from fsp_kernels.distill.config import Config, Pair, Training, load_config
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.settings import load_yaml, override, parse_yaml, read, to_tree
+from fsp_kernels.errors import DistillError
 
 TRAINING = {"steps": 3, "learning_rate": 0.1}
 PAIR = {"student": ["a", "b"], "teacher": ["c", "d"]}

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.storage import (
     check_writable,
     is_in_use,
@@ -21,6 +20,7 @@ from fsp_kernels.distill.storage import (
     replacing,
     write_text,
 )
+from fsp_kernels.errors import DistillError
 
 
 def full(*_: object) -> None:

@@ -17,12 +17,12 @@ from studies import files_under, open_study
 from fsp_kernels import fsp_matrix
 from fsp_kernels.distill import records
 from fsp_kernels.distill.data import EvaluationBatches
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.export import export_run
 from fsp_kernels.distill.models import CifarResNet
 from fsp_kernels.distill.objective import Tapped
 from fsp_kernels.distill.records import MATRICES, MODEL, RECORD, Run
 from fsp_kernels.distill.study import Study
+from fsp_kernels.errors import DistillError
 
 ARMS = ("baseline", "baseline-long", "two-stage")
 

@@ -34,11 +34,11 @@ from studies import (
 from torch import Tensor, nn
 
 from fsp_kernels.distill import checkpoint, records, storage
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.evaluation import Evaluations
 from fsp_kernels.distill.interruption import InterruptedRunError, Interruption
 from fsp_kernels.distill.models import CifarResNet
 from fsp_kernels.distill.monitor import Monitor
+from fsp_kernels.errors import DistillError
 
 pytestmark = pytest.mark.usefixtures("_quick_collections")
 STUDENT = ("two-stage", 0)

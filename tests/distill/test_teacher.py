@@ -12,10 +12,10 @@ from studies import open_study
 from fsp_kernels import fsp_loss, fsp_matrix
 from fsp_kernels.distill import teacher as teachers
 from fsp_kernels.distill.data import Batch, EvaluationBatches
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.models import CifarResNet
 from fsp_kernels.distill.study import Study
 from fsp_kernels.distill.teacher import CachedTeacher, LiveTeacher, load_or_make_cache
+from fsp_kernels.errors import DistillError
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from studies import GROUP_NORM_NET, open_study, results
 from torch import Tensor, nn
 
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.evaluation import Evaluations
 from fsp_kernels.distill.models import CifarResNet
 from fsp_kernels.distill.records import Phase
@@ -18,6 +17,7 @@ from fsp_kernels.distill.runtime import synchronise_batch_norm
 from fsp_kernels.distill.study import Study
 from fsp_kernels.distill.teacher import LiveTeacher
 from fsp_kernels.distill.train import Job, NetworkTraining
+from fsp_kernels.errors import DistillError
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

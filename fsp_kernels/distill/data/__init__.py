@@ -17,7 +17,7 @@ from fsp_kernels.distill.data.batches import (
 )
 from fsp_kernels.distill.data.images import Say
 from fsp_kernels.distill.data.sources import SOURCES, Collection, Labelled, draw, own
-from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.errors import DistillError
 
 __all__ = [
     "Batch",

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset, default_convert
 
 from fsp_kernels.distill.data.images import augment
 from fsp_kernels.distill.data.sources import Collection, Labelled, Moments
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.seeds import mixed
+from fsp_kernels.errors import DistillError
 
 Key = int | tuple[int, int]  # an index, or an index and the seed of the image's augmentation
 

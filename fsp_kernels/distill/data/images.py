@@ -24,9 +24,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from fsp_kernels.distill.config import Data
-from fsp_kernels.distill.errors import DistillError, explain
-from fsp_kernels.distill.paths import describe
 from fsp_kernels.distill.seeds import mixed
+from fsp_kernels.errors import DistillError, explain
+from fsp_kernels.features.paths import describe
 
 Say = Callable[[str], None]
 Transform = Callable[[Tensor], Tensor]  # of pixels (C, H, W)

@@ -25,9 +25,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from fsp_kernels.distill.config import Data
 from fsp_kernels.distill.data import images
 from fsp_kernels.distill.data.images import ImageFiles, OwnImages, Say, Source, Transform
-from fsp_kernels.distill.errors import DistillError, explain
 from fsp_kernels.distill.imports import find_callable
-from fsp_kernels.distill.paths import describe
+from fsp_kernels.errors import DistillError, explain
+from fsp_kernels.features.paths import describe
 
 Moments = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of each channel
 

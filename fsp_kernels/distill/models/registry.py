@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fsp_kernels.distill.errors import DistillError, did_you_mean, explain, prefixed
 from fsp_kernels.distill.imports import find_callable
 from fsp_kernels.distill.models.cifar import CifarResNet, WideResNet
 from fsp_kernels.distill.models.weights import load_weights, read_weights
-from fsp_kernels.distill.paths import parse_path, select
+from fsp_kernels.errors import DistillError, did_you_mean, explain, prefixed
+from fsp_kernels.features.paths import parse_path, select
 
 if TYPE_CHECKING:
     # Networks can be built where the packages that read recipes are not installed.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.errors import DistillError
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # What torch.compile and FSDP put into the names of the modules that they wrap, wherever those are.

@@ -18,7 +18,7 @@ from fsp_kernels.distill.data import (
     load_splits,
     training_batches,
 )
-from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.errors import DistillError
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 
 from fsp_kernels.distill.config import Data
 from fsp_kernels.distill.data import Splits, load_splits
-from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.errors import DistillError
 
 
 def load(root: Path, dataset: str = "cifar10", **settings: object) -> Splits:

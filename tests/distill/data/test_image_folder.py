@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 from fsp_kernels.distill.config import Data
 from fsp_kernels.distill.data import EvaluationBatches, Splits, load_splits
 from fsp_kernels.distill.data.images import ImageFiles
-from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.errors import DistillError
 
 RAMP = np.arange(0, 256, 16).repeat(2).reshape(4, 8).astype(np.uint8)
 

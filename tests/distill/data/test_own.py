@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset
 from fsp_kernels.distill.config import Data
 from fsp_kernels.distill.data import EvaluationBatches, Splits, load_splits
 from fsp_kernels.distill.data.images import CorruptImageError, check_images
-from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.errors import DistillError
 
 THIS = f"{__name__}:returned"
 Sets = tuple[Any, Any, Any]

@@ -21,7 +21,7 @@ from torch import Tensor
 from fsp_kernels.distill.config import Data
 from fsp_kernels.distill.data import Split, Splits, load_splits, sources
 from fsp_kernels.distill.data.sources import Labelled, draw
-from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.errors import DistillError
 
 # Numbers quoted in a report are about these images; no new version of a package may move them.
 HELD_OUT_DIGESTS = {"digits": "f142a2ec7a95062d", "mnist5k": "64d4149bf7887d28"}

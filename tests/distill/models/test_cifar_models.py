@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fsp_kernels.distill.models import CifarResNet, WideResNet, parameter_count
-from fsp_kernels.distill.taps import FeatureTaps
+from fsp_kernels.features.taps import FeatureTaps
 
 # The first paper rounds to a hundredth of a million, the second to a tenth.
 PUBLISHED = {

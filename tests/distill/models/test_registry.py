@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fsp_kernels.distill.config import Network
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.models import CifarResNet, WideResNet, build_model, parameter_count
 from fsp_kernels.distill.models.registry import SelectLogits
+from fsp_kernels.errors import DistillError
 
 TIMM = pytest.mark.skipif("not __import__('importlib').util.find_spec('timm')", reason="needs timm")
 TORCHVISION = pytest.mark.skipif(

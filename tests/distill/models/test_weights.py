@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fsp_kernels.distill.config import Network
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.models import CifarResNet, build_model, load_weights, read_weights
+from fsp_kernels.errors import DistillError
 
 State = dict[str, Tensor]
 

@@ -17,9 +17,9 @@ from made_up_runs import (
 )
 from scipy.stats import ttest_rel
 
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.records import Phase
 from fsp_kernels.distill.report.results import Group, Results, gather
+from fsp_kernels.errors import DistillError
 
 
 def test_runs_of_one_arm_are_one_group_in_the_order_of_seeds(tmp_path: Path) -> None:

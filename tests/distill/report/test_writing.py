@@ -22,11 +22,11 @@ from made_up_runs import (
     task_phase,
 )
 
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.report import write_report
 from fsp_kernels.distill.report.results import gather
 from fsp_kernels.distill.report.writing import escaped, headlines, render
 from fsp_kernels.distill.study import Study
+from fsp_kernels.errors import DistillError
 
 COMMAND = "fsp-distill compare '<b>|*`' && echo\n# no heading"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 # Code in these folders is not the user's: Python, installed packages, and this package.
 _LIBRARIES = [
     *(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
-    Path(__file__).parents[1],
+    Path(__file__).parent,
 ]
 # The messages of these errors are clear without the name of the error.
 _PLAIN = (ValueError, TypeError, RuntimeError, ImportError, SyntaxError)

@@ -1,4 +1,4 @@
-"""Choosing the pairs of feature maps for the FSP matrices, and checking that networks fit."""
+"""Pairs of feature maps: finding them, checking that networks fit, projecting channels."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from fsp_kernels import checks, fsp_matrix
-from fsp_kernels.distill.config import Pair
-from fsp_kernels.distill.errors import DistillError, prefixed
-from fsp_kernels.distill.stages import (
+from fsp_kernels import checks
+from fsp_kernels.errors import DistillError, prefixed
+from fsp_kernels.features.stages import (
+    Inputs,
     NetworkStage,
     evaluation_mode,
+    first_of,
     maps_within,
     run,
     stages_of,
     trace,
 )
-from fsp_kernels.distill.taps import FeatureTaps
+from fsp_kernels.features.taps import FeatureTaps
+from fsp_kernels.functional import fsp_matrix
 
 Paths = tuple[str, str]
 Maps = tuple[Tensor, Tensor]
@@ -50,6 +52,28 @@ _SHOWN = 4  # paths in one message
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
+class PathPair(NamedTuple):
+    """The two maps of one FSP matrix in each network, by module path.
+
+    ``channel_dim`` is the axis of their channels, as in :func:`fsp_kernels.fsp_loss`.
+    """
+
+    student: Paths
+    teacher: Paths
+    channel_dim: int | None = None
+
+
+class PairLike(Protocol):
+    """What has the attributes of a :class:`PathPair`."""
+
+    @property
+    def student(self) -> Paths: ...
+    @property
+    def teacher(self) -> Paths: ...
+    @property
+    def channel_dim(self) -> int | None: ...
+
+
 @dataclass(frozen=True)
 class PairShapes:
     """Channels ``(m, n)`` of the first and the second map of one pair, and their spatial sizes."""
@@ -60,29 +84,28 @@ class PairShapes:
     teacher_sizes: tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def resolve_pairs(
-    pairs: Literal["auto", "family"] | tuple[Pair, ...],
-    student: nn.Module,
-    teacher: nn.Module,
-    image: Tensor,
-) -> tuple[Pair, ...]:
-    """The pairs that a recipe means.
+def find_pairs(
+    how: Literal["auto", "family"], student: nn.Module, teacher: nn.Module, example: Inputs
+) -> tuple[PathPair, ...]:
+    """The pairs that two networks offer.
 
     Args:
-        pairs: ``auto`` for the first and the last map of each stage of equal spatial size, as
-            ``stages.stages_of`` finds them; ``family`` for those of a known architecture; or the
-            pairs themselves.
+        how: ``"auto"`` for the first and the last map of each stage of equal spatial size, as
+            ``stages.stages_of`` finds them; ``"family"`` for those of a known architecture.
         student, teacher: left as they were.
-        image: ``(1, C, H, W)``, on the networks' device.
+        example: what both networks take, on their device; for ``"auto"`` it begins with images
+            ``(B, C, H, W)``.
 
     Raises:
-        DistillError: there are none, or ``family`` has other numbers of them in both networks.
+        DistillError: there are none, or ``"family"`` has other numbers of them in both networks.
     """
-    if pairs == "auto":
-        return _auto_pairs(student, teacher, image)
-    if pairs == "family":
+    if how == "family":
         return _family_pairs(student, teacher)
-    return tuple(pairs)
+    ours, theirs = _stages(student, example, "student"), _stages(teacher, example, "teacher")
+    return tuple(
+        PathPair((s.first.path, s.last.path), (t.first.path, t.last.path))
+        for s, t in _match(ours, theirs)
+    )
 
 
 def family_paths(model: nn.Module) -> tuple[Paths, ...] | None:
@@ -96,25 +119,25 @@ def family_paths(model: nn.Module) -> tuple[Paths, ...] | None:
 
 
 def check_pairs(
-    pairs: Sequence[Pair],
+    pairs: Sequence[PairLike],
     student: nn.Module,
     teacher: nn.Module,
-    image: Tensor,
+    example: Inputs,
     projection: bool,
 ) -> list[PairShapes]:
     """Check that both networks have the maps, and that the FSP matrices of each pair fit.
 
     Args:
-        pairs: as ``resolve_pairs`` gives them.
+        pairs: as ``find_pairs`` gives them, or others.
         student, teacher: left as they were.
-        image: ``(1, C, H, W)``, on the networks' device.
+        example: what both networks take, on their device.
         projection: the student's channels may differ from the teacher's.
 
     Raises:
         DistillError: they do not; the message names the pair.
     """
-    students = _run_pairs(pairs, "student", student, image)
-    teachers = _run_pairs(pairs, "teacher", teacher, image)
+    students = _run_pairs(pairs, "student", student, example)
+    teachers = _run_pairs(pairs, "teacher", teacher, example)
     found = []
     for index, (ours, theirs) in enumerate(zip(students, teachers, strict=True)):
         m, n = (x.shape[1] for x in ours)
@@ -122,8 +145,8 @@ def check_pairs(
         if (m, n) != (wanted_m, wanted_n) and not projection:
             raise DistillError(
                 f"pairs.{index}: the student's FSP matrix is {m} x {n}, the teacher's "
-                f"{wanted_m} x {wanted_n}; their feature maps must have equal channels or "
-                "fsp.projection be true"
+                f"{wanted_m} x {wanted_n}; their feature maps must have equal channels, or "
+                "projection must be true"
             )
         our_sizes, their_sizes = (
             (tuple(x.shape[2:]), tuple(y.shape[2:])) for x, y in (ours, theirs)
@@ -163,16 +186,13 @@ class Projection(nn.Module):
         return list(zip(maps[::2], maps[1::2], strict=True))
 
 
-def _auto_pairs(student: nn.Module, teacher: nn.Module, image: Tensor) -> tuple[Pair, ...]:
-    ours, theirs = _stages(student, image, "student"), _stages(teacher, image, "teacher")
-    return tuple(
-        Pair(student=(s.first.path, s.last.path), teacher=(t.first.path, t.last.path))
-        for s, t in _match(ours, theirs)
-    )
-
-
-def _stages(model: nn.Module, image: Tensor, role: str) -> list[NetworkStage]:
-    runs = trace(model, image, role)
+def _stages(model: nn.Module, example: Inputs, role: str) -> list[NetworkStage]:
+    image = first_of(example)
+    if not isinstance(image, Tensor) or image.dim() != 4:
+        raise DistillError(
+            "pairs: auto needs an example that begins with images (B, C, H, W); name the pairs"
+        )
+    runs = trace(model, example, role)
     stages = stages_of(runs, image)
     if not stages:
         within = ", ".join(maps_within(runs, image)[:_SHOWN])
@@ -197,7 +217,7 @@ def _match(
     return list(zip(ours[-count:], theirs[-count:], strict=True))
 
 
-def _family_pairs(student: nn.Module, teacher: nn.Module) -> tuple[Pair, ...]:
+def _family_pairs(student: nn.Module, teacher: nn.Module) -> tuple[PathPair, ...]:
     known = ", ".join(re.sub(r"\..*\.", " ", name) for name in FAMILIES)
     found = []
     for role, model in (("student", student), ("teacher", teacher)):
@@ -213,10 +233,12 @@ def _family_pairs(student: nn.Module, teacher: nn.Module) -> tuple[Pair, ...]:
             f"pairs: family has {len(found[0])} of the student and {len(found[1])} of the "
             "teacher, must have as many of both; there is auto"
         )
-    return tuple(Pair(student=s, teacher=t) for s, t in zip(*found, strict=True))
+    return tuple(PathPair(s, t) for s, t in zip(*found, strict=True))
 
 
-def _run_pairs(pairs: Sequence[Pair], role: str, model: nn.Module, image: Tensor) -> list[Maps]:
+def _run_pairs(
+    pairs: Sequence[PairLike], role: str, model: nn.Module, example: Inputs
+) -> list[Maps]:
     """The maps (B, C, *spatial) of each pair of one network, which runs once."""
     found = []
     with ExitStack() as stack:
@@ -226,7 +248,7 @@ def _run_pairs(pairs: Sequence[Pair], role: str, model: nn.Module, image: Tensor
             with prefixed(f"pairs.{index}.{role}"):
                 taps = FeatureTaps(model, getattr(pair, role))
             all_taps.append(stack.enter_context(taps))
-        run(model, image, role)
+        run(model, example, role)
         for index, (pair, taps) in enumerate(zip(pairs, all_taps, strict=True)):
             with prefixed(f"pairs.{index}.{role}"):
                 maps = taps.take_pairs()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fsp_kernels.distill.errors import DistillError
+from fsp_kernels.errors import DistillError
 
 _SIDE = re.compile(r"(input|output)((?:\[[^\[\]]+\]|\.\w+)*)")
 _KEY = re.compile(r"\[([^\[\]]+)\]|\.(\w+)")

@@ -1,9 +1,9 @@
-"""The outputs of a network's modules for one image, and its stages of equal spatial size."""
+"""The outputs of a network's modules for an example, and its stages of equal spatial size."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fsp_kernels.distill.errors import DistillError, explain
-from fsp_kernels.distill.paths import tensors_in
+from fsp_kernels.errors import DistillError, explain
+from fsp_kernels.features.paths import tensors_in
 
 # Modules that compute but do not activate. They, and sequences of them alone, give raw maps, which
 # are not the features of a stage.
@@ -90,29 +90,44 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
             module.training = True
 
 
-def run(model: nn.Module, images: Tensor, role: str) -> object:
+# What a network is called with: one tensor, or all its arguments by place or by keyword.
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+
+def run(model: nn.Module, inputs: Inputs, role: str) -> object:
     """The output of one forward pass.
 
     Raises:
-        DistillError: the network cannot take such images; the message names ``role``.
+        DistillError: the network cannot take such inputs; the message names ``role``.
     """
     try:
-        return model(images)
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
     except DistillError:
         raise
     except Exception as error:
-        size = " x ".join(map(str, images.shape[1:]))
-        raise DistillError(
-            f"{role}.model: cannot take images of {size}: {explain(error)}"
-        ) from error
+        first = first_of(inputs)
+        what = "the example"
+        if isinstance(first, Tensor) and first.dim() == 4:
+            what = f"images of {' x '.join(map(str, first.shape[1:]))}"
+        raise DistillError(f"{role}: cannot take {what}: {explain(error)}") from error
 
 
-def trace(model: nn.Module, image: Tensor, role: str = "student") -> list[ModuleRun]:
+def first_of(inputs: Inputs) -> Any:
+    """The first argument."""
+    if isinstance(inputs, Tensor):
+        return inputs
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs
+    return next(iter(values), None)
+
+
+def trace(model: nn.Module, example: Inputs, role: str = "student") -> list[ModuleRun]:
     """Run ``model`` once in evaluation mode, and tell what each of its submodules did.
 
     Args:
         model: unchanged afterwards.
-        image: ``(1, C, H, W)``.
+        example: what it takes.
         role: of the model, for messages.
     """
     entries = [ModuleRun(path, module) for path, module in model.named_modules() if path]
@@ -122,7 +137,7 @@ def trace(model: nn.Module, image: Tensor, role: str = "student") -> list[Module
         for entry in entries:
             handle = entry.module.register_forward_hook(partial(_record, entry, finished))
             stack.callback(handle.remove)
-        run(model, image, role)
+        run(model, example, role)
     return entries
 
 

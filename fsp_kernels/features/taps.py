@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fsp_kernels.distill.errors import DistillError, did_you_mean
-from fsp_kernels.distill.paths import Path, parse_path, select
+from fsp_kernels.errors import DistillError, did_you_mean
+from fsp_kernels.features.paths import Path, parse_path, select
 
 
 class FeatureTaps:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fsp_kernels.distill.errors import DistillError
-from fsp_kernels.distill.paths import Path, parse_path, select, tensors_in
+from fsp_kernels.errors import DistillError
+from fsp_kernels.features.paths import Path, parse_path, select, tensors_in
 
 X, Y = torch.zeros(1), torch.ones(1)
 Two = namedtuple("Two", ["first", "second"])

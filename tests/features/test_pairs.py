@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fsp_kernels.distill.config import Pair
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.models import CifarResNet, WideResNet
-from fsp_kernels.distill.pairs import (
+from fsp_kernels.errors import DistillError
+from fsp_kernels.features.pairs import (
     PairShapes,
+    PathPair,
     Projection,
     channels_first,
     check_pairs,
-    resolve_pairs,
+    find_pairs,
 )
 
 IMAGE = torch.zeros(1, 3, 32, 32)
@@ -30,9 +30,10 @@ IMAGENET_FAMILY = [
 ]
 
 
-def pair(*paths: str, **settings: Any) -> Pair:
+def pair(*paths: str, channel_dim: int | None = None) -> PathPair:
     """The same two paths in both networks, or the student's and then the teacher's."""
-    return Pair(student=paths[:2], teacher=paths[-2:], **settings)
+    first, second, third, fourth = (*paths, *paths)[:4]
+    return PathPair((first, second), (third, fourth), channel_dim)
 
 
 def conv(channels: int, wanted: int, stride: int = 1) -> nn.Sequential:
@@ -49,7 +50,7 @@ def net(*widths: int) -> nn.Sequential:
 
 
 def resolved(student: nn.Module, teacher: nn.Module, pairs: Any = "auto") -> list[tuple[Any, Any]]:
-    found = resolve_pairs(pairs, student, teacher, IMAGE)
+    found = find_pairs(pairs, student, teacher, IMAGE)
     return [(pair.student, pair.teacher) for pair in found]
 
 
@@ -73,7 +74,7 @@ def test_auto_finds_the_first_and_last_map_of_each_stage() -> None:
     assert resolved(CifarResNet(8), CifarResNet(26)) == both(CIFAR_AUTO)
     models = pytest.importorskip("torchvision.models")
     image = torch.zeros(1, 3, 64, 64)
-    found = resolve_pairs("auto", models.resnet18(), models.resnet34(), image)
+    found = find_pairs("auto", models.resnet18(), models.resnet34(), image)
     assert [(pair.student, pair.teacher) for pair in found] == both(TORCHVISION_AUTO)
 
 
@@ -90,7 +91,7 @@ def test_networks_are_left_as_they_were() -> None:
     student, teacher = CifarResNet(8), CifarResNet(8).eval()
     student.stage2.eval()
     before = {name: x.clone() for name, x in student.state_dict().items()}
-    pairs = resolve_pairs("auto", student, teacher, IMAGE)
+    pairs = find_pairs("auto", student, teacher, IMAGE)
     check_pairs(pairs, student, teacher, IMAGE, projection=False)
     assert student.training
     assert student.stage3[0].bn1.training
@@ -178,7 +179,7 @@ def test_the_pairs_of_families() -> None:
 
 def test_pairs_of_a_family_fit_the_networks_they_are_named_for() -> None:
     student, teacher = CifarResNet(8), WideResNet(10, 1)
-    pairs = resolve_pairs("family", student, teacher, IMAGE)
+    pairs = find_pairs("family", student, teacher, IMAGE)
     check_pairs(pairs, student, teacher, IMAGE, projection=False)
 
 
@@ -192,11 +193,6 @@ def test_networks_without_pairs_of_a_family_are_refused() -> None:
         resolved(shallow, timm.create_model("resnet18"), "family")
     with pytest.raises(DistillError, match="family has 3 of the student and 4 of the teacher"):
         resolved(CifarResNet(8), torchvision.resnet18(), "family")
-
-
-def test_given_pairs_are_taken_as_they_are() -> None:
-    given = (pair("0", "1"),)
-    assert resolve_pairs(given, net(4), net(4), IMAGE) is given
 
 
 def test_checking_gives_channels_and_sizes_of_both_networks() -> None:
@@ -214,7 +210,7 @@ def test_other_channels_are_refused_unless_projected() -> None:
     pairs = [pair("0", "1")]
     message = (
         r"^pairs\.0: the student's FSP matrix is 8 x 8, the teacher's 4 x 4; their feature maps "
-        r"must have equal channels or fsp\.projection be true$"
+        r"must have equal channels, or projection must be true$"
     )
     with pytest.raises(DistillError, match=message):
         check_pairs(pairs, net(8), net(4), IMAGE, projection=False)
@@ -230,7 +226,7 @@ def test_other_channels_are_refused_unless_projected() -> None:
         (pair("0", "2", "0", "1"), r"^pairs\.1\.student: second: has shape \(1, 1024\), expected"),
     ],
 )
-def test_a_pair_that_is_none_is_named(wrong: Pair, message: str) -> None:
+def test_a_pair_that_is_none_is_named(wrong: PathPair, message: str) -> None:
     student = nn.Sequential(*net(4), nn.Flatten())
     with pytest.raises(DistillError, match=message):
         check_pairs([pair("0", "1"), wrong], student, net(4), IMAGE, projection=False)
@@ -264,7 +260,7 @@ def test_maps_of_other_ranks_or_batches_make_no_pair() -> None:
 
 
 def test_a_network_that_cannot_take_the_images_is_named() -> None:
-    with pytest.raises(DistillError, match=r"^teacher\.model: cannot take images of 3 x 32 x 32: "):
+    with pytest.raises(DistillError, match=r"^teacher: cannot take images of 3 x 32 x 32: "):
         check_pairs([], net(4), nn.Conv2d(1, 4, 3), IMAGE, projection=False)
 
 
@@ -273,9 +269,7 @@ def test_any_error_of_a_forward_pass_is_shown_with_the_users_own_lines() -> None
         def forward(self, x: Tensor) -> Tensor:
             return {}[x.shape]
 
-    message = (
-        r"^student\.model: cannot take images of .*: KeyError: .*\n  \S+test_pairs\.py:\d+, in f"
-    )
+    message = r"^student: cannot take images of .*: KeyError: .*\n  \S+test_pairs\.py:\d+, in f"
     with pytest.raises(DistillError, match=message):
         check_pairs([], Looks(), net(4), IMAGE, projection=False)
 

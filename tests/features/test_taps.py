@@ -21,9 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
-from fsp_kernels.distill.errors import DistillError
 from fsp_kernels.distill.models import CifarResNet
-from fsp_kernels.distill.taps import FeatureTaps
+from fsp_kernels.errors import DistillError
+from fsp_kernels.features.taps import FeatureTaps
 
 EXTRAS = ("accelerate", "matplotlib", "rich", "safetensors", "sklearn", "yaml")
 

@@ -1,0 +1,203 @@
+"""A student and its teacher as one module that gives the student's output and the FSP loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fsp_kernels import checks
+from fsp_kernels.features.pairs import (
+    PathPair,
+    Projection,
+    channels_first,
+    check_pairs,
+    find_pairs,
+)
+from fsp_kernels.features.stages import Inputs
+from fsp_kernels.features.taps import FeatureTaps
+from fsp_kernels.modules import FSPLoss
+
+
+class Distilled(NamedTuple):
+    """What a :class:`Distiller` gives.
+
+    Attributes:
+        output: the student's.
+        loss: the FSP loss, a scalar: the sum of ``losses``.
+        losses: the weighted loss of each pair, ``(pairs,)``.
+        teacher_output: the teacher's, without a graph.
+    """
+
+    output: Any
+    loss: Tensor
+    losses: Tensor
+    teacher_output: Any
+
+
+class Distiller(nn.Module):
+    """Runs a student and its teacher on the same inputs and compares their feature maps.
+
+    >>> distiller = fsp.Distiller(student, teacher, example=images[:2])
+    >>> optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
+    >>> output, fsp_loss, *_ = distiller(images)
+    >>> loss = F.cross_entropy(output, labels) + weight * fsp_loss
+
+    The maps are recorded by hooks; :meth:`detach` removes them. The networks stay yours and can be
+    used on their own. The teacher runs in evaluation mode and without a graph. It
+    moves with the module (``to``, ``cuda``, ``half``), but is not a part of it: its weights are
+    neither in ``parameters()`` nor in ``state_dict()``.
+
+    With ``DistributedDataParallel``, wrap the distiller, and set ``find_unused_parameters=True`` if
+    you minimise the FSP loss alone: the student's classifier then has no gradient.
+
+    Args:
+        student, teacher: take the same inputs; if their channels differ, see ``projection``.
+        pairs: which maps make an FSP matrix. ``"auto"`` takes the first and the last map of each
+            spatial size, as in the paper's figure 3; ``"family"`` those of a known ResNet. Or a
+            list with two module paths for each pair, as in ``named_modules()``, that both networks
+            have: ``[("layer1", "layer2"), ...]``; or the student's two and the teacher's two:
+            ``[(("layer1", "layer2"), ("stem", "layer1")), ...]``. :class:`FeatureTaps` says what a
+            path can be. `fsp-distill inspect` prints those of a network.
+        example: inputs to try both networks with, on their device: a tensor, a tuple of arguments
+            or a dict of keywords. ``"auto"`` and ``projection`` need it; otherwise it is a check at
+            once instead of in the first call.
+        projection: learn a 1x1 convolution without bias from the student's channels to the
+            teacher's, wherever they differ. It is a part of the module, so give its parameters to
+            the optimiser; it is not needed after training.
+        weights, pool, norm, channel_dim: as in :func:`fsp_kernels.fsp_loss`.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, a path is not in its network, or the networks
+            do not fit the example or each other; the message says which and what could be done.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        pairs: Literal["auto", "family"] | Sequence[Any] = "auto",
+        *,
+        example: Inputs | None = None,
+        projection: bool = False,
+        weights: Sequence[float] | Tensor | None = None,
+        pool: str = "max",
+        norm: str = "frobenius",
+        channel_dim: int | None = None,
+    ):
+        super().__init__()
+        checks.check_channel_dim(channel_dim)
+        # Maps come to it with their channels first.
+        self.criterion = FSPLoss(weights, pool, norm, "none", channel_dim and 1)
+        for name, network in (("student", student), ("teacher", teacher)):
+            if not isinstance(network, nn.Module):
+                raise TypeError(f"{name}: got {_kind(network)}, expected a torch.nn.Module")
+        if student is teacher:
+            raise ValueError("teacher: is the student itself, expected another network or a copy")
+        if not isinstance(example, (Tensor, tuple, Mapping, type(None))):
+            raise TypeError(
+                f"example: got {_kind(example)}, expected a tensor, a tuple of arguments or a dict "
+                "of keywords"
+            )
+        if isinstance(pairs, str):
+            if pairs not in ("auto", "family"):
+                raise ValueError(
+                    f"pairs: got {pairs!r}, expected 'auto', 'family' or a list of pairs"
+                )
+            if example is None and pairs == "auto":
+                raise ValueError("example: got None, which pairs='auto' needs")
+            found = find_pairs(pairs, student, teacher, example)  # type: ignore[arg-type]
+            self.pairs = tuple(pair._replace(channel_dim=channel_dim) for pair in found)
+        else:
+            self.pairs = _read_pairs(pairs, channel_dim)
+        self.projection = None
+        if example is not None:
+            shapes = check_pairs(self.pairs, student, teacher, example, projection)
+            self.projection = Projection(shapes) if projection else None
+        elif projection:
+            raise ValueError("example: got None, which projection=True needs")
+        if weights is not None and len(weights) != len(self.pairs):
+            raise ValueError(
+                f"weights: got {len(weights)} for {len(self.pairs)} pairs, expected one for each "
+                "pair"
+            )
+        self._taps = tuple(
+            FeatureTaps(network, [path for two in paths for path in two])
+            for network, paths in (
+                (student, [pair.student for pair in self.pairs]),
+                (teacher, [pair.teacher for pair in self.pairs]),
+            )
+        )
+        for taps in self._taps:
+            taps.attach()
+        self.student = student
+        self._teacher = (teacher.eval(),)  # in a tuple, so that it is not a submodule
+        if self.projection is not None:
+            first = next(student.parameters(), None)
+            if first is not None:
+                self.projection.to(first.device)
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The teacher, in evaluation mode."""
+        return self._teacher[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Distilled:
+        """Call both networks with these arguments.
+
+        Raises:
+            DistillError: a map was not recorded or was overwritten in place; the message says
+                which.
+        """
+        for taps in self._taps:
+            taps.attach()  # after a copy or detach(); otherwise they are attached
+        output = self.student(*args, **kwargs)
+        if self.teacher.training:
+            self.teacher.eval()
+        with torch.no_grad():
+            teacher_output = self.teacher(*args, **kwargs)
+        dims = [pair.channel_dim for pair in self.pairs]
+        ours, theirs = (channels_first(taps.take_pairs(), dims) for taps in self._taps)
+        if self.projection is not None:
+            ours = self.projection(ours)
+        losses = self.criterion(ours, theirs)
+        return Distilled(output, losses.sum(), losses, teacher_output)
+
+    def detach(self) -> None:
+        """Remove the hooks from both networks, until the next call."""
+        for taps in self._taps:
+            taps.detach()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
+        super()._apply(fn, recurse)
+        self.teacher._apply(fn)
+        return self
+
+
+def _read_pairs(pairs: Any, channel_dim: int | None) -> tuple[PathPair, ...]:
+    if not isinstance(pairs, (list, tuple)) or not pairs:
+        raise ValueError(f"pairs: got {pairs!r}, expected 'auto', 'family' or a list of pairs")
+    found = []
+    for index, pair in enumerate(pairs):
+        if _is_two(pair, str):
+            found.append(PathPair(tuple(pair), tuple(pair), channel_dim))
+        elif _is_two(pair, (list, tuple)) and all(_is_two(two, str) for two in pair):
+            student, teacher = map(tuple, pair)
+            found.append(PathPair(student, teacher, channel_dim))
+        else:
+            raise ValueError(
+                f"pairs[{index}]: got {pair!r}, expected two module paths, or the student's two "
+                "and the teacher's two"
+            )
+    return tuple(found)
+
+
+def _is_two(value: Any, kind: type | tuple[type, ...]) -> bool:
+    is_sequence = isinstance(value, (list, tuple)) and len(value) == 2
+    return is_sequence and all(isinstance(x, kind) for x in value)
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
