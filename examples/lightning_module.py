@@ -14,8 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from fsp_kernels import FSPLoss
-from fsp_kernels.distill import FeatureTaps
+from fsp_kernels import Distiller
 from fsp_kernels.distill.models import CifarResNet
 
 PAIRS = [(f"stage{i}.0.relu1", f"stage{i}") for i in (1, 2, 3)]  # first and last map of each stage
@@ -26,33 +25,19 @@ class FspDistillation(lightning.LightningModule):
 
     def __init__(self, student: nn.Module, teacher: nn.Module, pairs: list[tuple[str, str]]):
         super().__init__()
-        self.student = student
-        # In a tuple, so that it is not a submodule: it is not trained, nor saved in checkpoints.
-        self.teacher = (teacher,)
-        paths = [path for pair in pairs for path in pair]
-        self.taps = FeatureTaps(student, paths), FeatureTaps(teacher, paths)
-        self.criterion, self.losses = FSPLoss(), []
-
-    def on_fit_start(self) -> None:
-        self.teacher[0].to(self.device).eval()
-        for taps in self.taps:
-            taps.attach()
+        self.distiller, self.losses = Distiller(student, teacher, pairs), []
 
     def training_step(self, batch: list[Tensor]) -> Tensor:
         images, _ = batch
-        self.student(images)
-        with torch.inference_mode():
-            self.teacher[0](images)
-        loss = self.criterion(*(taps.take_pairs() for taps in self.taps))
+        loss = self.distiller(images).loss
         self.losses.append(loss.detach())
         return loss
 
     def on_fit_end(self) -> None:
-        for taps in self.taps:
-            taps.detach()
+        self.distiller.detach()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.student.parameters(), lr=3e-3)
+        return torch.optim.Adam(self.distiller.parameters(), lr=3e-3)
 
 
 class Classifier(lightning.LightningModule):

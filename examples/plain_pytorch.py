@@ -12,11 +12,9 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from fsp_kernels import FSPLoss, pairs_of
-from fsp_kernels.distill import FeatureTaps
+from fsp_kernels import Distiller
 from fsp_kernels.distill.models import CifarResNet
 
-LAYERS = ["relu", "stage1", "stage2", "stage3"]  # each layer and the next are a pair
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -37,20 +35,17 @@ def distil(
     student: nn.Module, teacher: nn.Module, images: Tensor, labels: Tensor, steps: int
 ) -> list[float]:
     """Stage 1: train on the FSP loss alone. Returns the loss of each step."""
-    optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
-    criterion, losses = FSPLoss(), []
-    student.train()
-    teacher.eval()
-    with FeatureTaps(student, LAYERS) as ours, FeatureTaps(teacher, LAYERS) as theirs:
-        for x, _ in batches(images, labels, steps):
-            student(x)
-            with torch.inference_mode():
-                teacher(x)
-            loss = criterion(pairs_of(ours.take()), pairs_of(theirs.take()))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
+    distiller = Distiller(student, teacher, example=images[:2])
+    optimizer = torch.optim.Adam(distiller.parameters(), lr=3e-3)
+    losses = []
+    distiller.train()
+    for x, _ in batches(images, labels, steps):
+        optimizer.zero_grad()
+        loss = distiller(x).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    distiller.detach()
     return losses
 
 

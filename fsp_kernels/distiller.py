@@ -46,7 +46,7 @@ class Distiller(nn.Module):
     >>> loss = F.cross_entropy(output, labels) + weight * fsp_loss
 
     The maps are recorded by hooks; :meth:`detach` removes them. The networks stay yours and can be
-    used on their own. The teacher runs in evaluation mode and without a graph. It
+    used on their own. A call puts the teacher in evaluation mode and runs it without a graph. It
     moves with the module (``to``, ``cuda``, ``half``), but is not a part of it: its weights are
     neither in ``parameters()`` nor in ``state_dict()``.
 
@@ -133,7 +133,7 @@ class Distiller(nn.Module):
         for taps in self._taps:
             taps.attach()
         self.student = student
-        self._teacher = (teacher.eval(),)  # in a tuple, so that it is not a submodule
+        self._teacher = (teacher,)  # in a tuple, so that it is not a submodule
         if self.projection is not None:
             first = next(student.parameters(), None)
             if first is not None:
@@ -141,7 +141,7 @@ class Distiller(nn.Module):
 
     @property
     def teacher(self) -> nn.Module:
-        """The teacher, in evaluation mode."""
+        """The teacher."""
         return self._teacher[0]
 
     def forward(self, *args: Any, **kwargs: Any) -> Distilled:

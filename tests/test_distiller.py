@@ -116,6 +116,11 @@ def test_the_teacher_stays_in_evaluation_mode(student, teacher, images, back):
     assert student.training
 
 
+def test_the_constructor_changes_no_modes(student, teacher, images):
+    fsp.Distiller(student, teacher, example=images)
+    assert all(module.training for module in (*student.modules(), *teacher.modules()))
+
+
 def test_the_teacher_is_no_part_of_the_module(student, teacher):
     distiller = fsp.Distiller(student, teacher, SHARED)
     assert [*distiller.parameters()] == [*student.parameters()]

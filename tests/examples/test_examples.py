@@ -154,7 +154,8 @@ def test_lightning_saves_and_optimises_the_student_alone() -> None:
     module = load("lightning_module")
     student, teacher = CifarResNet(8, in_channels=1), CifarResNet(14, in_channels=1)
     stage = module.FspDistillation(student, teacher, module.PAIRS)
-    assert stage.state_dict().keys() == {f"student.{name}" for name in student.state_dict()}
+    own = {f"distiller.student.{name}" for name in student.state_dict()}
+    assert stage.state_dict().keys() == own
     [group] = stage.configure_optimizers().param_groups
     assert [id(x) for x in group["params"]] == [id(x) for x in student.parameters()]
 
