@@ -11,12 +11,12 @@ import yaml
 from rich.console import Console
 from torch import Tensor, nn
 
-from fsp_kernels.distill import pairs
 from fsp_kernels.distill.config import Pair
 from fsp_kernels.distill.inspection import blank_image, pairs_yaml, print_inspection
 from fsp_kernels.distill.models import CifarResNet, WideResNet
 from fsp_kernels.distill.settings import read
 from fsp_kernels.errors import DistillError
+from fsp_kernels.features import pairs
 
 
 class Splitter(nn.Module):
