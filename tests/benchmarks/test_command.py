@@ -1,5 +1,6 @@
 """``python -m benchmarks`` and ``pytest benchmarks/``, from their options to their files."""
 
+import dataclasses
 import json
 import os
 import platform
@@ -13,7 +14,17 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import contenders, parts, peers, results, workloads
+from benchmarks import (
+    accuracy,
+    bench_plan,
+    bench_scaling,
+    contenders,
+    networks,
+    parts,
+    peers,
+    results,
+    workloads,
+)
 from benchmarks.__main__ import main, parse
 from benchmarks.bench_loss import cases
 from benchmarks.environment import device_slug
@@ -24,12 +35,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def executed(*arguments):
-    """Run Python; without xdist's variables, under which pytest-benchmark turns itself off."""
+    """Run Python; without xdist's variables, under which pytest-benchmark turns itself off.
+
+    On one thread: small maps gain nothing from more.
+    """
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=kept | {"PYTHONPATH": str(ROOT)},
+        env=kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
@@ -129,22 +143,38 @@ def test_results_can_be_drawn_again_and_compared(tmp_path, capsys):
         main(["report", *3 * [str(tmp_path)]])
 
 
+def shrink(monkeypatch):
+    """Have the parts measure few and small maps; the loss is of a workload that is small anyway."""
+    axes = [axis._replace(values=axis.values[:3]) for axis in bench_scaling.AXES["cpu"]]
+    monkeypatch.setitem(bench_scaling.AXES, "cpu", axes)
+    monkeypatch.setitem(bench_plan.CHANNELS, "cpu", (16, 32, 64))
+    monkeypatch.setitem(bench_plan.SIDES, "cpu", (4,))
+    monkeypatch.setattr(accuracy, "QUICK_SHAPES", {"64 @ 9 x 9": (2, 64, 9, 9)})
+    [name] = networks.QUICK
+    small = dataclasses.replace(networks.BY_NAME[name], cpu_batch=2)
+    monkeypatch.setitem(networks.BY_NAME, name, small)
+
+
 @pytest.mark.slow
-def test_a_quick_run_prints_its_tables_and_writes_its_files(tmp_path):
+@pytest.mark.usefixtures("one_thread")
+def test_a_quick_run_prints_its_tables_and_writes_its_files(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command, "in_fresh_process", measure_part)
+    shrink(monkeypatch)
     chosen = ["--workload=cifar-resnet", "--contender=ours (torch)", "--contender=einsum"]
-    done = executed("-m", "benchmarks", "--quick", *chosen, f"--output={tmp_path}")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert main(["--quick", *chosen, f"--output={tmp_path}"]) == 0
+    printed = capsys.readouterr().out
     folder = tmp_path / device_slug()
     figures = {"speedup.png", "scaling.png", "accuracy.png"}
     data = {"results.csv", "environment.json"}
     assert {path.name for path in folder.iterdir()} == {"report.md"} | figures | data
-    assert done.stdout.splitlines()[-1].endswith("accuracy.png")
-    assert "geometric mean" in done.stdout
-    assert "The plan loses" in done.stdout
+    assert printed.splitlines()[-1].endswith("accuracy.png")
+    assert "geometric mean" in printed
+    assert "The plan loses" in printed
     found = results.read(folder)
+    assert set(found.environment) == set(PARTS)
     assert platform.node() not in (folder / "environment.json").read_text().split('"')
-    command = found.environment["loss"]["command"]
-    assert command.startswith("python -m benchmarks --quick --workload=cifar-resnet")
+    recorded = found.environment["loss"]["command"]
+    assert recorded.startswith("python -m benchmarks --quick --workload=cifar-resnet")
     loss = results.records(found.rows[found.rows["part"] == "loss"])
     assert [row["contender"] for row in loss] == ["ours (torch)", "einsum"]
     unsure = (1 << 18) * torch.get_num_threads()
@@ -153,6 +183,7 @@ def test_a_quick_run_prints_its_tables_and_writes_its_files(tmp_path):
         assert row["peak_bytes"] >= row["gradient_bytes"] - unsure
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_gpu_run_keeps_what_was_measured_where_others_fail(monkeypatch, tmp_path, capfd):
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("no room")
@@ -193,14 +224,15 @@ def test_pytest_benchmark_times_contenders_and_compares_runs(tmp_path):
     assert all(entry["extra_info"]["gradient_error"] < 1e-4 for entry in saved["benchmarks"])
 
 
+@pytest.mark.slow
 def test_a_machine_without_pandas_or_matplotlib_can_measure(tmp_path):
     program = (
-        "import sys\n"
+        "import runpy, sys\n"
         "sys.modules['pandas'] = sys.modules['matplotlib'] = None\n"
-        "from benchmarks.__main__ import main\n"
-        f"sys.exit(main(['accuracy', '--quick', '--output={tmp_path}']))"
+        "runpy.run_module('benchmarks', run_name='__main__', alter_sys=True)\n"
     )
-    done = executed("-c", program)
+    chosen = ["--contender=ours (torch)", "--contender=einsum"]
+    done = executed("-c", program, "accuracy", "--quick", *chosen, f"--output={tmp_path}")
     assert done.returncode == 0, done.stderr
     (table,) = tmp_path.glob("*/results.csv")
     assert table.read_text().count("\naccuracy,") > 10
