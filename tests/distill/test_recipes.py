@@ -60,12 +60,12 @@ def test_a_recipe_on_cifar_runs(
     tmp_path: Path,
     write_cifar: WriteCifar,
 ) -> None:
-    root = write_cifar(dataset, images=100)
+    root = write_cifar(dataset, images=10)
     run(recipe, tmp_path, f"data.root={root}", "data.batch_size=8", "data.workers=0")
 
 
 def test_the_recipe_on_a_folder_of_images_runs(tmp_path: Path, folder: Path) -> None:
-    data = [f"root={folder}", "image_size=64", "batch_size=8", "workers=1"]
+    data = [f"root={folder}", "image_size=32", "batch_size=8", "workers=1"]
     overrides = [f"data.{assignment}" for assignment in data]
     # A test has no network to download weights.
     run("transfer-learning-imagefolder", tmp_path, *overrides, "teacher.pretrained=false")
