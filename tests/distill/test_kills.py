@@ -39,7 +39,7 @@ class Killed:
         self.recipe = folder / "tiny.yaml"
         self.recipe.write_text(TINY_RECIPE)
         self._life = self.in_two_processes if processes == 2 else self.alone
-        self._finished(folder / "warm")  # the first process also waits for the imports
+        finish([start(os.getpid)])  # the first process also waits for the imports
         began = time.monotonic()
         self.expected = self._finished(folder / "whole")
         self.seconds = time.monotonic() - began
@@ -129,8 +129,11 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_bits(killed: Killed) -> None:
-    killed.survive(15, random.Random(0))
+@pytest.mark.parametrize("kills", [4, pytest.param(15, marks=pytest.mark.thorough)])
+def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_bits(
+    killed: Killed, kills: int
+) -> None:
+    killed.survive(kills, random.Random(0))
     assert "going on from" in killed.log.read_text()
 
 
@@ -144,5 +147,6 @@ def test_a_run_that_is_killed_while_it_writes_a_checkpoint_ends_with_the_same_bi
 
 
 @pytest.mark.slow
-def test_two_processes_that_are_killed_end_with_the_same_bits(tmp_path: Path) -> None:
-    Killed(tmp_path, processes=2).survive(3, random.Random(2))
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.thorough)])
+def test_two_processes_that_are_killed_end_with_the_same_bits(tmp_path: Path, kills: int) -> None:
+    Killed(tmp_path, processes=2).survive(kills, random.Random(2))
