@@ -5,6 +5,7 @@ tests/, which are imported by their names: ``from tolerances import assert_near`
 tests is a package, so no two test files have the same name.
 """
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -65,6 +66,12 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
     yield  # -k and -m leave out what they do
     items[:] = _kept(items, config)
+
+
+def pytest_collection_finish():
+    """Collections of garbage, of which the trainer has one after each stage, pass over imports."""
+    gc.collect()
+    gc.freeze()
 
 
 def _kept(items, config):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -77,6 +78,7 @@ def finish(group: Sequence[BaseProcess], seconds: float = 300) -> None:
 
 def run_cli(arguments: list[str], log: Path, environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
+    gc.freeze()  # collections pass over what was imported
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -96,6 +98,7 @@ def _member(
     import torch.distributed as dist
 
     os.environ.update(environment)
+    gc.freeze()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     function(rank, *arguments)

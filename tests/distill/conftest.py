@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import io
 import os
@@ -99,15 +98,6 @@ def unfinished(recipe: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "unfinished"
     interrupted(open_study(recipe, folder), TEACHER + STAGE_1 + 4)
     return folder
-
-
-@pytest.fixture(scope="module")
-def _quick_collections() -> Iterator[None]:
-    """The trainer collects garbage after each stage: not all that the tests have ever imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

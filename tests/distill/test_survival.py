@@ -40,7 +40,6 @@ from fsp_kernels.distill.models import CifarResNet
 from fsp_kernels.distill.monitor import Monitor
 from fsp_kernels.errors import DistillError
 
-pytestmark = pytest.mark.usefixtures("_quick_collections")
 STUDENT = ("two-stage", 0)
 
 
@@ -193,8 +192,15 @@ def run_until(signal_number: int, recipe: Path, folder: Path, *options: str) -> 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("heeding_ctrl_c")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("number", "code", "workers"),
+    [
+        (signal.SIGTERM, 143, 0),
+        (signal.SIGINT, 130, 1),
+        pytest.param(signal.SIGTERM, 143, 1, marks=pytest.mark.thorough),
+        pytest.param(signal.SIGINT, 130, 0, marks=pytest.mark.thorough),
+    ],
+)
 def test_the_command_line_obeys_a_signal_with_a_shells_exit_code_and_resumes(
     recipe: Path, tmp_path: Path, number: signal.Signals, code: int, workers: int
 ) -> None:
