@@ -42,6 +42,7 @@ def study_in_terminal(
 def test_no_terminal_notebook_or_path_ends_a_run(tmp_path: Path, encoding: str) -> None:
     (tmp_path / os.fsdecode(b"my r\xff\xc3\xa9cipe.yaml")).write_text(TINY_RECIPE)
     overrides = ("seeds=[0]", "arms=[two-stage]", "--output", "\u03c6")
+    overrides += ("teacher_training.steps=2", "stage1.steps=2", "stage2.steps=2")
     done = study_in_terminal(tmp_path, encoding, b"my r\xff\xc3\xa9cipe.yaml", *overrides)
     assert done.returncode == 0, done.stderr
     assert b"report: \\u03c6/report.md" in done.stdout
