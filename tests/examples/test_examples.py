@@ -90,7 +90,16 @@ def first_stage(script: str, student: nn.Module, teacher: nn.Module) -> list[flo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("elsewhere", [False, True], ids=["in the checkout", "elsewhere"])
+@pytest.mark.parametrize(
+    ("script", "elsewhere"),
+    [
+        ("plain_pytorch", False),
+        ("plain_pytorch", True),
+        ("lightning_module", True),
+        pytest.param("lightning_module", False, marks=pytest.mark.thorough),
+    ],
+    indirect=["script"],
+)
 def test_the_script_distils_and_then_learns_the_task(
     script: str, elsewhere: bool, tmp_path: Path
 ) -> None:
