@@ -161,7 +161,8 @@ def draw_curves(axes: Any, sweep: pd.DataFrame, what: str, column: str, unit: fl
     plain_ticks(axes.xaxis, sorted(sweep["value"].unique()))
     axes.grid(**GRID)
     bottom, top = axes.get_ylim()
-    axes.set_ylim(bottom, top * (top / bottom) ** 0.45)  # lines rise to the right: room above them
+    if bottom > 0:  # not an empty panel
+        axes.set_ylim(bottom, top * (top / bottom) ** 0.45)  # room above lines that rise
     axes.legend(title="order of growth", fontsize=7, title_fontsize=7, loc="upper left")
     axis = sweep["axis"].iloc[0]
     axes.set_xlabel("side of the map" if axis == "size" else axis)

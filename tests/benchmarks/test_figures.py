@@ -74,6 +74,12 @@ def test_scaling_has_times_above_memory_for_each_axis(panels):
     assert batch_memory.get_ylabel() == "peak extra memory in MiB"
 
 
+def test_a_panel_where_no_memory_was_measured_has_no_points(panels):
+    rows = [made_up_results.scaled("size", 1, "einsum", 1.0, peak_bytes=0)]
+    _, memory = panels("scaling.png", "scaling", rows)
+    assert lines(memory)["einsum: -"] == ([], [])
+
+
 def test_accuracy_has_a_line_over_noise_for_each_contender(panels):
     rows = [made_up_results.erring(noise, "einsum", 1e-7 / noise) for noise in (1e-3, 1e-1)]
     (panel,) = panels("accuracy.png", "accuracy", rows)
