@@ -241,7 +241,6 @@ def _in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-@torch.compiler.assume_constant_result
 def _in_function() -> bool:
     """Whether the forward pass of a ``torch.autograd.Function`` is running.
 
@@ -249,6 +248,10 @@ def _in_function() -> bool:
     """
     both_off = not torch.is_grad_enabled() and not torch._C._is_fwd_grad_enabled()
     return both_off and not torch.is_inference_mode_enabled()
+
+
+# What torch.compiler.assume_constant_result does. That would import the compiler, and Triton.
+_in_function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _find(model: nn.Module, text: str) -> nn.Module:
