@@ -94,11 +94,12 @@ def main(steps: int) -> None:
     digits = Digits()
     training, test = Subset(digits, range(1400)), Subset(digits, range(1400, len(digits)))
     teacher, student = vit(layers=4), vit(layers=2)
-    example = {"pixel_values": digits.images[:2], "output_hidden_states": True}
     with tempfile.TemporaryDirectory() as folder:
         options = arguments(steps, folder)
         Trainer(teacher, options, train_dataset=training).train()
         before = accuracy(student, test)
+        images = digits.images[:2].to(teacher.device)
+        example = {"pixel_values": images, "output_hidden_states": True}
         distiller = Distiller(
             student.to(teacher.device), teacher, PAIRS, example=example, channel_dim=-1
         )

@@ -122,7 +122,7 @@ def check_loss(
 
 
 def check_options(pool: Any, norm: Any, reduction: Any = "sum") -> None:
-    """Raise ``ValueError`` unless ``pool`` and ``norm`` are known."""
+    """Raise ``ValueError`` unless ``pool``, ``norm`` and ``reduction`` are known."""
     check_choice("pool", pool, POOLS)
     check_choice("norm", norm, NORMS)
     check_choice("reduction", reduction, REDUCTIONS)
@@ -191,7 +191,7 @@ def check_weight_tensor(
         )
     if device is not None and weights.device.type != "cpu" and weights.device != device:
         raise ValueError(f"weights: is on {weights.device}, expected cpu or {device}, as the maps")
-    _check_count(weights, pairs)
+    check_count(weights, pairs)
 
 
 def check_weights(weights: Any, pairs: int | None) -> tuple[float, ...]:
@@ -203,13 +203,27 @@ def check_weights(weights: Any, pairs: int | None) -> tuple[float, ...]:
     """
     if isinstance(weights, (str, bytes, dict, set)) or not hasattr(weights, "__len__"):
         raise TypeError(f"weights: got {_kind(weights)}, expected a sequence of numbers or None")
-    _check_count(weights, pairs)
+    check_count(weights, pairs)
     for i, weight in enumerate(weights):
         if not isinstance(weight, Real) or isinstance(weight, bool):
             raise TypeError(f"weights[{i}]: got {weight!r}, expected a real number")
         if not _is_nonnegative_float(weight):
             raise ValueError(f"weights[{i}]: got {weight!r}, expected a finite number >= 0")
     return tuple(float(weight) for weight in weights)
+
+
+def check_networks(student: Any, teacher: Any, example: Any) -> None:
+    """Raise unless these are two modules and, if there is one, an example of their inputs."""
+    for name, network in (("student", student), ("teacher", teacher)):
+        if not isinstance(network, torch.nn.Module):
+            raise TypeError(f"{name}: got {_kind(network)}, expected a torch.nn.Module")
+    if student is teacher:
+        raise ValueError("teacher: is the student itself, expected another network or a copy")
+    if not isinstance(example, (Tensor, tuple, Mapping, type(None))):
+        raise TypeError(
+            f"example: got {_kind(example)}, expected a tensor, a tuple of arguments or a dict of "
+            "keywords"
+        )
 
 
 def check_not_traced() -> None:
@@ -243,7 +257,7 @@ def spec_of(name: str, value: Any) -> MapSpec:
     return MapSpec.of(value)
 
 
-def _check_count(weights: Any, pairs: int | None) -> None:
+def check_count(weights: Any, pairs: int | None) -> None:
     if pairs is not None and len(weights) != pairs:
         raise ValueError(
             f"weights: got {len(weights)} for {pairs} pairs, expected one for each pair"

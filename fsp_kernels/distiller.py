@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ class Distiller(nn.Module):
         self,
         student: nn.Module,
         teacher: nn.Module,
-        pairs: Literal["auto", "family"] | Sequence[Any] = "auto",
+        pairs: str | Sequence[Any] = "auto",
         *,
         example: Inputs | None = None,
         projection: bool = False,
@@ -89,40 +89,24 @@ class Distiller(nn.Module):
     ):
         super().__init__()
         checks.check_channel_dim(channel_dim)
+        checks.check_networks(student, teacher, example)
         # Maps come to it with their channels first.
-        self.criterion = FSPLoss(weights, pool, norm, "none", channel_dim and 1)
-        for name, network in (("student", student), ("teacher", teacher)):
-            if not isinstance(network, nn.Module):
-                raise TypeError(f"{name}: got {_kind(network)}, expected a torch.nn.Module")
-        if student is teacher:
-            raise ValueError("teacher: is the student itself, expected another network or a copy")
-        if not isinstance(example, (Tensor, tuple, Mapping, type(None))):
-            raise TypeError(
-                f"example: got {_kind(example)}, expected a tensor, a tuple of arguments or a dict "
-                "of keywords"
-            )
+        self.criterion = FSPLoss(
+            weights, pool, norm, reduction="none", channel_dim=channel_dim and 1
+        )
         if isinstance(pairs, str):
-            if pairs not in ("auto", "family"):
-                raise ValueError(
-                    f"pairs: got {pairs!r}, expected 'auto', 'family' or a list of pairs"
-                )
-            if example is None and pairs == "auto":
-                raise ValueError("example: got None, which pairs='auto' needs")
-            found = find_pairs(pairs, student, teacher, example)  # type: ignore[arg-type]
+            found = find_pairs(pairs, student, teacher, example)
             self.pairs = tuple(pair._replace(channel_dim=channel_dim) for pair in found)
         else:
             self.pairs = _read_pairs(pairs, channel_dim)
+        if weights is not None:
+            checks.check_count(weights, len(self.pairs))
         self.projection = None
         if example is not None:
             shapes = check_pairs(self.pairs, student, teacher, example, projection)
             self.projection = Projection(shapes) if projection else None
         elif projection:
             raise ValueError("example: got None, which projection=True needs")
-        if weights is not None and len(weights) != len(self.pairs):
-            raise ValueError(
-                f"weights: got {len(weights)} for {len(self.pairs)} pairs, expected one for each "
-                "pair"
-            )
         self._taps = tuple(
             FeatureTaps(network, [path for two in paths for path in two])
             for network, paths in (
@@ -137,7 +121,7 @@ class Distiller(nn.Module):
         if self.projection is not None:
             first = next(student.parameters(), None)
             if first is not None:
-                self.projection.to(first.device)
+                self.projection.to(first.device, first.dtype)
 
     @property
     def teacher(self) -> nn.Module:
@@ -197,7 +181,3 @@ def _read_pairs(pairs: Any, channel_dim: int | None) -> tuple[PathPair, ...]:
 def _is_two(value: Any, kind: type | tuple[type, ...]) -> bool:
     is_sequence = isinstance(value, (list, tuple)) and len(value) == 2
     return is_sequence and all(isinstance(x, kind) for x in value)
-
-
-def _kind(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -1,4 +1,4 @@
-"""Errors that a person at the command line reads."""
+"""Errors about networks, recipes and files that a user gave, and the words they are made of."""
 
 from __future__ import annotations
 

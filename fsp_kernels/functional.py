@@ -110,8 +110,8 @@ def fsp_loss(
             over batch and entries (RepDistiller, Knowledge-Distillation-Zoo); ``"column"``, the
             batch mean of the sum over columns of their L2 norms (torchdistill).
         reduction: ``"sum"`` for the weighted sum over the pairs; ``"none"`` for the weighted loss
-            of each pair, ``(pairs,)``, at the same cost: to log them, or to combine them by weights
-            that a network learns. Each has its own gradient.
+            of each pair, ``(pairs,)``, from the same launches: to log them, or to combine them by
+            weights that a network learns. Each has its own gradient.
         backend: a name of :func:`available_backends`, or ``None`` for the best that works.
         channel_dim: the axis of all maps' channels, 1 or -1, as in :func:`fsp_matrix`; maps of
             three axes need it, ready matrices do not.

@@ -20,8 +20,8 @@ class FSPLoss(nn.Module):
             values of a tensor may change without a new compilation.
         pool: ``"max"`` or ``"avg"``.
         norm: ``"frobenius"``, ``"mse"`` or ``"column"``.
-        reduction: ``"sum"``, or ``"none"`` for the loss of each pair.
         channel_dim: the axis of the maps' channels, 1 or -1; maps of three axes need it.
+        reduction: ``"sum"``, or ``"none"`` for the loss of each pair.
 
     Raises:
         TypeError, ValueError: as :func:`fsp_kernels.fsp_loss`, already in the constructor.
@@ -32,8 +32,8 @@ class FSPLoss(nn.Module):
         weights: Sequence[float] | Tensor | None = None,
         pool: str = "max",
         norm: str = "frobenius",
-        reduction: str = "sum",
         channel_dim: int | None = None,
+        reduction: str = "sum",
     ):
         super().__init__()
         checks.check_options(pool, norm, reduction)

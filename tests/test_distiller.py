@@ -193,6 +193,13 @@ def test_channels_are_projected_where_they_differ(images):
     torch.testing.assert_close(found.loss, expected)
 
 
+def test_a_projection_has_the_students_dtype(images):
+    student, teacher = network(4, 6, 3).double(), network(4, 8, 5).double()
+    images = images.double()
+    distiller = fsp.Distiller(student, teacher, SHARED, example=images, projection=True)
+    assert distiller(images).loss.dtype == torch.float64
+
+
 def test_a_projection_is_trained_with_the_student(images):
     student, teacher = network(4, 6, 3), network(4, 8, 5)
     distiller = fsp.Distiller(student, teacher, SHARED, example=images, projection=True)
@@ -297,7 +304,7 @@ WRONG = {
     "no example": (
         {"pairs": "auto"},
         ValueError,
-        r"^example: got None, which pairs='auto' needs$",
+        r"^pairs: auto needs an example that begins with images",
     ),
     "words where images are needed": (
         {"pairs": "auto", "example": torch.ones(2, 3)},

@@ -95,15 +95,13 @@ class TorchBackend:
         self, gradients: Sequence[Tensor], scaling: Scaling, factor: Tensor, in_place: bool
     ) -> list[Tensor]:
         each = elements_of(factor)
-        factors = [each[i] for i in scaling.factors]
-        if not in_place:
-            scaled = [g * f for g, f in zip(gradients, factors, strict=True)]
+        pairs = list(zip(gradients, scaling.factors, strict=True))
+        if in_place:
+            # To read a factor would stall a device.
+            is_one = [f.device.type == "cpu" and f.item() == 1 for f in each]
+            scaled = [g if is_one[i] else g.mul_(each[i]) for g, i in pairs]
         else:
-            scaled = [
-                # To read a factor would stall a device.
-                g if f.device.type == "cpu" and f.item() == 1 else g.mul_(f)
-                for g, f in zip(gradients, factors, strict=True)
-            ]
+            scaled = [g * each[i] for g, i in pairs]
         return [g.to(dtype) for g, dtype in zip(scaled, scaling.dtypes, strict=True)]
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -85,7 +85,7 @@ class PairShapes:
 
 
 def find_pairs(
-    how: Literal["auto", "family"], student: nn.Module, teacher: nn.Module, example: Inputs
+    how: str, student: nn.Module, teacher: nn.Module, example: Inputs | None
 ) -> tuple[PathPair, ...]:
     """The pairs that two networks offer.
 
@@ -97,10 +97,17 @@ def find_pairs(
             ``(B, C, H, W)``.
 
     Raises:
-        DistillError: there are none, or ``"family"`` has other numbers of them in both networks.
+        DistillError: there are none, or ``"family"`` has other numbers of them in both networks;
+            or ``how`` is something else.
     """
     if how == "family":
         return _family_pairs(student, teacher)
+    if how != "auto":
+        raise DistillError(f"pairs: got {how!r}, expected 'auto', 'family' or a list of pairs")
+    if example is None or not _begins_with_images(example):
+        raise DistillError(
+            "pairs: auto needs an example that begins with images (B, C, H, W); name the pairs"
+        )
     ours, theirs = _stages(student, example, "student"), _stages(teacher, example, "teacher")
     return tuple(
         PathPair((s.first.path, s.last.path), (t.first.path, t.last.path))
@@ -186,13 +193,13 @@ class Projection(nn.Module):
         return list(zip(maps[::2], maps[1::2], strict=True))
 
 
+def _begins_with_images(example: Inputs) -> bool:
+    first = first_of(example)
+    return isinstance(first, Tensor) and first.dim() == 4
+
+
 def _stages(model: nn.Module, example: Inputs, role: str) -> list[NetworkStage]:
-    image = first_of(example)
-    if not isinstance(image, Tensor) or image.dim() != 4:
-        raise DistillError(
-            "pairs: auto needs an example that begins with images (B, C, H, W); name the pairs"
-        )
-    runs = trace(model, example, role)
+    runs, image = trace(model, example, role), first_of(example)
     stages = stages_of(runs, image)
     if not stages:
         within = ", ".join(maps_within(runs, image)[:_SHOWN])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from calls import BF16, DEVICE, DTYPES, FP32, ROADS, Regime, check, four_of, scaling_of, tensor
@@ -12,7 +14,9 @@ from fsp_kernels import reference
 from fsp_kernels.backends import get_backend
 from fsp_kernels.backends.devices import raw_stream
 from fsp_kernels.backends.triton import configurations, elementwise, maps, product
+from fsp_kernels.backends.triton.entries import PlannedPair
 from fsp_kernels.backends.triton.launch import Launch
+from fsp_kernels.plan import GPU_PROGRAMS
 
 every_regime = pytest.mark.parametrize("regime", ROADS, indirect=True)
 
@@ -149,3 +153,20 @@ def test_the_sum_takes_every_partial_loss(count):
 def test_a_sum_below_zero_is_zero_and_what_is_not_finite_nan(partials, loss):
     found = sum_of(torch.tensor(partials, device=DEVICE))
     assert found.isnan() if loss is None else found == loss
+
+
+# --- chunks of samples ---------------------------------------------------------------------------
+
+
+def test_a_smaller_last_chunk_has_the_tiles_of_the_others():
+    """Places of partial losses are reserved for as many tiles of each sample."""
+    pair = [tensor(2, 512, 4, 32, dtype=BF16, grad=False) for _ in range(2)]
+    [plan] = fsp.explain([pair], [pair], norm="column", backend="triton").pairs
+    chunk = configurations.configuration_of("residual", "half", "sm_90", "aligned", 512)
+    tiles = (512 // chunk.block_m) * (512 // chunk.block_n)
+    samples = GPU_PROGRAMS // tiles  # as many as need no smaller tiles
+    plan = dataclasses.replace(plan, batch=samples + 1, samples=samples, parts=1)
+    planned = PlannedPair(0, plan, (*pair, *pair, *[None] * 4), "sm_90", "tf32x3")
+    whole, last = (planned.residual_entry(number)[0] for number in (0, 1))
+    assert (whole.samples, last.samples) == (samples, 1)
+    assert last.block_n.value == whole.block_n.value == chunk.block_n > chunk.block_m
