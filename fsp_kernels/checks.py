@@ -34,8 +34,11 @@ _EXPECTED = {
 
 def flatten_pairs(
     student: Any, teacher: Any, channel_dim: int | None = None
-) -> tuple[list[Any], tuple[bool, ...]]:
-    """The maps of a loss in order, and for each pair whether its teacher is a ready matrix.
+) -> tuple[list[Any], tuple[bool, ...], tuple[bool, ...]]:
+    """The maps of a loss in order, and two flags for each pair.
+
+    The first flags say whether the teacher is a ready matrix. The second say whether the pair is
+    symmetric: its two maps are one tensor, in the teacher too if that has maps.
 
     Backends take the maps in this order: pair by pair, student before teacher. Each map is
     ``(B, C, *spatial)``, as a view if ``channel_dim`` is -1. A ready matrix of batch 1 is expanded
@@ -62,20 +65,21 @@ def flatten_pairs(
             "student: got no pairs, expected at least one (first, second) pair of maps"
         )
     maps: list[Any] = []
-    ready = []
+    ready, symmetric = [], []
     for i, entry in enumerate(teacher):
         is_matrix = isinstance(entry, Tensor)
         pair = _checked_pair("student", student, i)
         entry = (entry,) if is_matrix else _checked_pair("teacher", teacher, i)
         if channel_dim == -1:
-            pair = [channels_first(x) for x in pair]
-            entry = entry if is_matrix else [channels_first(x) for x in entry]
+            pair = _views(pair)
+            entry = entry if is_matrix else _views(entry)
         maps += pair
         maps += entry
         ready.append(is_matrix)
+        symmetric.append(pair[0] is pair[1] and (is_matrix or entry[0] is entry[1]))
     if True in ready:
         _expand_matrices(maps, ready)
-    return maps, tuple(ready)
+    return maps, tuple(ready), tuple(symmetric)
 
 
 def specs_of(
@@ -95,6 +99,12 @@ def channels_first(x: Any) -> Any:
     if not isinstance(x, Tensor) or x.is_nested or x.ndim < 3 or x.layout != torch.strided:
         return x
     return x.movedim(-1, 1)
+
+
+def _views(pair: Any) -> tuple[Any, Any]:
+    """:func:`channels_first` of both maps: one view if they are one tensor."""
+    first = channels_first(pair[0])
+    return first, first if pair[0] is pair[1] else channels_first(pair[1])
 
 
 def check_loss(

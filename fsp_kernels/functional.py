@@ -15,8 +15,8 @@ from fsp_kernels import checks
 from fsp_kernels.autograd import matrix, needs_operator, planned_loss
 from fsp_kernels.backends import Backend, requested_backend, select_backend
 from fsp_kernels.backends.devices import fp32_precision
-from fsp_kernels.loss_plan import LossPlan, MapSpec, by_network
-from fsp_kernels.plan import plan_loss
+from fsp_kernels.loss_plan import LossPlan, MapSpec, by_network, seconds_of
+from fsp_kernels.plan import plan_loss, symmetric_pairs
 from fsp_kernels.pooling import match_spatial
 
 Pair = tuple[Tensor, Tensor]
@@ -91,6 +91,9 @@ def fsp_loss(
     that requires a gradient gets it, the teacher's maps too. Under ``torch.no_grad()`` only the
     value is computed.
 
+    A pair may be a map with itself, as in style transfer. If both are the same tensor, in the
+    teacher too unless its matrix is ready, about half of the work is saved.
+
     Args:
         student: pairs ``(first, second)`` of feature maps ``(B, m, *spatial)``,
             ``(B, n, *spatial)``; see :func:`fsp_matrix` for ranks, strides and dtypes, which may
@@ -140,7 +143,7 @@ def fsp_loss(
             loss does not have: the message says what to write instead.
     """
     checks.check_not_traced()
-    maps, ready = checks.flatten_pairs(student, teacher, channel_dim)
+    maps, ready, same = checks.flatten_pairs(student, teacher, channel_dim)
     checks.check_options(pool, norm, reduction)
     requested = requested_backend(backend)
     lambdas: tuple[float, ...] | Tensor = (1.0,) * len(ready)
@@ -160,8 +163,8 @@ def fsp_loss(
             )
             weighted = losses * lambdas.to(losses)
             return weighted if reduction == "none" else weighted.sum()
-        return _loss_operator(maps, ready, lambdas, pool, norm, reduction, requested)
-    plan = _plan_here(maps, ready, pool, norm, reduction, requested, channel_dim)
+        return _loss_operator(maps, ready, same, lambdas, pool, norm, reduction, requested)
+    plan = _plan_here(maps, ready, same, pool, norm, reduction, requested, channel_dim)
     return planned_loss(plan, lambdas, maps)
 
 
@@ -180,10 +183,11 @@ def explain(
     as attributes too. As in the loss itself, gradients count where maps require them and grad mode
     is on. It raises what :func:`fsp_loss` raises.
     """
-    maps, ready = checks.flatten_pairs(student, teacher, channel_dim)
+    maps, ready, same = checks.flatten_pairs(student, teacher, channel_dim)
     checks.specs_of(maps, ready)  # raises if a map is not a dense tensor
     checks.check_options(pool, norm)
-    return _plan_here(maps, ready, pool, norm, "sum", requested_backend(backend), channel_dim)
+    options = pool, norm, "sum", requested_backend(backend), channel_dim
+    return _plan_here(maps, ready, same, *options)
 
 
 _METADATA_OF = attrgetter("shape", "dtype", "device", "layout", "requires_grad")
@@ -192,6 +196,7 @@ _METADATA_OF = attrgetter("shape", "dtype", "device", "layout", "requires_grad")
 def _plan_here(
     maps: Sequence[Tensor],
     ready: tuple[bool, ...],
+    same: tuple[bool, ...],
     pool: str,
     norm: str,
     reduction: str,
@@ -211,7 +216,7 @@ def _plan_here(
         checks.check_loss(*checks.specs_of(maps, ready), channel_dim)
         raise
     options = pool, norm, reduction, requested, channel_dim
-    return _checked_plan(metadata, strides, ready, *options, all_or_none, fp32_precision())
+    return _checked_plan(metadata, strides, ready, same, *options, all_or_none, fp32_precision())
 
 
 @lru_cache(maxsize=1024)
@@ -219,6 +224,7 @@ def _checked_plan(
     metadata: Sequence[tuple[Any, ...]],
     strides: Sequence[tuple[int, ...]],
     ready: Sequence[bool],
+    same: Sequence[bool],
     pool: str,
     norm: str,
     reduction: str,
@@ -238,7 +244,8 @@ def _checked_plan(
     student, teacher = by_network(specs, ready)
     checks.check_loss(student, teacher, channel_dim)
     backend = _select(requested, specs)
-    return plan_loss(student, teacher, pool, norm, backend, precision, reduction)
+    symmetric = symmetric_pairs(same, ready, norm, backend)
+    return plan_loss(student, teacher, pool, norm, backend, precision, reduction, symmetric)
 
 
 def _select(requested: str | None, maps: Sequence[MapSpec | Tensor]) -> Backend:
@@ -276,6 +283,7 @@ def _is_readable(weights: Tensor) -> bool:
 def _loss_operator(
     maps: list[Tensor],
     ready: tuple[bool, ...],
+    same: tuple[bool, ...],
     weights: tuple[float, ...] | Tensor,
     pool: str,
     norm: str,
@@ -285,9 +293,13 @@ def _loss_operator(
     # Inside a functorch transform a tensor does not know whether an outer level wants its gradient.
     any_map, enabled = torch._C._are_functorch_transforms_active(), torch.is_grad_enabled()
     needs = [enabled and (any_map or x.requires_grad) for x in maps]
-    backend = _select(requested, maps).name
+    backend = _select(requested, maps)
+    symmetric = symmetric_pairs(same, ready, norm, backend)
+    for i in seconds_of(ready, symmetric):
+        needs[i] = False
     numbers, changing = ([], weights) if isinstance(weights, Tensor) else (list(weights), None)
-    options = pool, norm, backend, changing, reduction
+    flags = list(symmetric) if any(symmetric) else []
+    options = pool, norm, backend.name, changing, reduction, flags
     outputs = torch.ops.fsp.loss(maps, list(ready), needs, numbers, *options)
     loss: Tensor = outputs[0]
     return loss

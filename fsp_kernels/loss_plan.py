@@ -81,6 +81,15 @@ def factors_of(ready: Iterable[bool], wanted: Iterable[int], by_pair: bool) -> t
     return tuple(pair_of[i] if by_pair else 0 for i in wanted)
 
 
+def seconds_of(ready: Iterable[bool], symmetric: Iterable[bool]) -> tuple[int, ...]:
+    """The indices of the second maps of symmetric pairs: their gradient is part of the firsts'."""
+    found, start = [], 0
+    for is_matrix, same in zip(ready, symmetric, strict=True):
+        found += [start + 1, start + 3][: 1 if is_matrix else 2] if same else []
+        start += 3 if is_matrix else 4
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class MapPlan:
     """One feature map of a pair: the size it is pooled to and the dtype of its gradient.
@@ -185,7 +194,9 @@ class PairPlan:
     ``samples`` are processed at a time. ``passes`` is 1 if their maps are still in cache for the
     second sweep, and 2 if they are read from memory twice. With ``blas_gradients`` PyTorch's
     batched product computes the gradients from the stored tiles. ``scratch_bytes`` are allocated
-    while the launches of the pair's group run, ``pooled_bytes`` for the whole call.
+    while the launches of the pair's group run, ``pooled_bytes`` for the whole call. A ``symmetric``
+    pair is a map with itself, in each network that has maps. Its second maps want no gradient: it
+    is part of the first ones'.
     """
 
     batch: int
@@ -204,10 +215,21 @@ class PairPlan:
     pooled_bytes: int = 0
     slope_dtype: torch.dtype | None = None  # of stored tiles, if gradients are wanted
     blas_gradients: bool = False
+    symmetric: bool = False
 
     @property
     def maps(self) -> tuple[MapPlan, ...]:
         return self.student + self.teacher
+
+    @property
+    def distinct_maps(self) -> tuple[MapPlan, ...]:
+        """The maps without the second ones of a symmetric pair."""
+        return (self.student[0], self.teacher[0]) if self.symmetric else self.maps
+
+    @property
+    def has_symmetric_slope(self) -> bool:
+        """Whether the derivative by ``D`` is symmetric, whatever the maps are."""
+        return self.symmetric and self.norm != "column" and len(self.teacher) == 2
 
     @property
     def positions(self) -> int:
@@ -217,7 +239,7 @@ class PairPlan:
     def bytes_moved(self) -> int:
         """Bytes read and written, at least: maps ``passes`` times, gradients once."""
         reads = self.passes if self.wants_gradients else 1
-        return reads * sum(m.bytes for m in self.maps) + self.gradient_bytes
+        return reads * sum(m.bytes for m in self.distinct_maps) + self.gradient_bytes
 
     @property
     def gradient_bytes(self) -> int:
@@ -352,7 +374,8 @@ class LossPlan:
         """The kernels that a fused backend launches for value and gradients, in order.
 
         ``bmm`` is PyTorch's batched product by BLAS. Where kernels cannot pool a map, PyTorch's
-        pooling runs before them and its backward after them; these are not listed.
+        pooling runs before them and its backward after them. PyTorch also doubles the gradients of
+        symmetric pairs, unless they are products with stored tiles. These are not listed.
         """
         names = [name for group in self.launch_groups for name in group.launches]
         sums = len(self.pairs) if self.by_pair else 1
@@ -379,6 +402,21 @@ class LossPlan:
             factors=factors_of(
                 [len(p.teacher) == 1 for p in self.pairs], self.wanted, self.by_pair
             ),
+        )
+
+    @cached_property
+    def doubled(self) -> tuple[int, ...]:
+        """The wanted gradients that fused backends double after the launches: their places.
+
+        Of a symmetric pair the kernels compute half of the gradient. If it is a product with stored
+        tiles, its factor doubles it.
+        """
+        pairs = [p for p in self.pairs for _ in p.maps]
+        of_wanted = [pairs[i] for i in self.wanted]
+        return tuple(
+            place
+            for place, pair in enumerate(of_wanted)
+            if pair.symmetric and pair.evaluation != "tiles"
         )
 
     @property
@@ -428,7 +466,8 @@ def _table_row(index: int, pair: PairPlan) -> tuple[str, ...]:
         str(pair.batch),
         "{} x {}".format(*pair.channels),
         str(pair.positions),
-        f"{pair.residual}, {pair.form} form, {_evaluation_text(pair)}",
+        f"{'symmetric, ' * pair.symmetric}{pair.residual}, {pair.form} form, "
+        + _evaluation_text(pair),
         f"{pair.samples} samples",
         *_amount_texts(pair.flops, pair.bytes_moved, pair.gradient_bytes + pair.workspace_bytes),
     )

@@ -42,10 +42,13 @@ _LIBRARY.define(
 # `maps` are flattened pair by pair, student before teacher. `ready[i]` says that the teacher of
 # pair i is a ready FSP matrix, `needs[j]` that maps[j] needs a gradient. Returns the loss and these
 # gradients. Weights that change from call to call are passed as `changing`, a CPU tensor, instead
-# of `weights`. The reduction "none" gives one loss of each pair, (pairs,).
+# of `weights`. The reduction "none" gives one loss of each pair, (pairs,). `symmetric[i]` says that
+# the two maps of pair i are one tensor, in each network that has maps. The gradient of the first
+# map is then the whole gradient, and the second must not need any. Without flags no pair is.
 _LIBRARY.define(
     "loss(Tensor[] maps, bool[] ready, bool[] needs, float[] weights, str pool, str norm, "
-    "str backend, Tensor? changing=None, str reduction='sum') -> (Tensor, Tensor[])"
+    "str backend, Tensor? changing=None, str reduction='sum', "
+    "bool[] symmetric=[]) -> (Tensor, Tensor[])"
 )
 
 
@@ -90,10 +93,11 @@ def _loss(
     backend: str,
     changing: Tensor | None = None,
     reduction: str = "sum",
+    symmetric: Sequence[bool] = (),
 ) -> tuple[Tensor, list[Tensor]]:
     if changing is not None:
         weights = check_weights(changing.tolist(), len(ready))
-    plan = _plan(maps, ready, needs, pool, norm, backend, reduction)
+    plan = _plan(maps, ready, needs, pool, norm, backend, reduction, symmetric)
     with torch.no_grad(), outside_autocast(plan.device):
         return planned_backend(plan).loss(maps, plan, weights)
 
@@ -109,6 +113,7 @@ def _loss_fake(
     backend: str,  # noqa: ARG001
     changing: Tensor | None = None,  # noqa: ARG001
     reduction: str = "sum",
+    symmetric: Sequence[bool] = (),  # noqa: ARG001
 ) -> tuple[Tensor, list[Tensor]]:
     gradients = [
         torch.empty_like(x, dtype=gradient_dtype(x.dtype))
@@ -127,11 +132,12 @@ def _plan(
     norm: str,
     backend: str,
     reduction: str = "sum",
+    symmetric: Sequence[bool] = (),
 ) -> LossPlan:
     specs = [MapSpec.of(x)._replace(requires_grad=n) for x, n in zip(maps, needs, strict=True)]
     student, teacher = by_network(specs, ready)
-    precision = fp32_precision()
-    return plan_loss(student, teacher, pool, norm, get_backend(backend), precision, reduction)
+    options = pool, norm, get_backend(backend), fp32_precision(), reduction, tuple(symmetric)
+    return plan_loss(student, teacher, *options)
 
 
 # --- autograd -----------------------------------------------------------------------------------
@@ -180,7 +186,7 @@ class _LossFunction(_SingleLevelFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        (ready, ctx.needs, *_, reduction), *maps = inputs
+        (ready, ctx.needs, *_, reduction, _), *maps = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*output[1:])
         # Not saved for backward, so that maps may change after the call: only their identity and
@@ -211,9 +217,10 @@ def _loss_autograd(
     backend: str,
     changing: Tensor | None = None,
     reduction: str = "sum",
+    symmetric: Sequence[bool] = (),
 ) -> tuple[Tensor, list[Tensor]]:
     # PyTorch leaves out arguments that have their defaults.
-    arguments = ready, needs, weights, pool, norm, backend, changing, reduction
+    arguments = ready, needs, weights, pool, norm, backend, changing, reduction, symmetric
     loss, *gradients = _apply(_LossFunction, arguments, *maps)
     return loss, gradients
 
@@ -231,11 +238,16 @@ def _loss_flops(
     ready: Sequence[bool],
     needs: Sequence[bool],
     weights: Sequence[float],  # noqa: ARG001
-    *options: Any,
+    pool: str,
+    norm: str,
+    backend: str,
+    changing: Tensor | None = None,  # noqa: ARG001
+    reduction: str = "sum",
+    symmetric: Sequence[bool] = (),
     **_: Any,
 ) -> int:
     """The flops of value and gradients: the forward computes both, so backward counts none."""
-    return _plan(maps, ready, needs, *options[:3]).flops
+    return _plan(maps, ready, needs, pool, norm, backend, reduction, symmetric).flops
 
 
 FLOP_FORMULAS.update(

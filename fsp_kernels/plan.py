@@ -13,6 +13,11 @@ and two forms,
 * *gram*: with ``P = [p c]``, ``Q = [b q]``, ``||D||^2 = <P^T P, Q^T Q>``. Only ``K x K`` blocks
   are formed, ``O((m + n) K^2)``: cheaper for few positions and many channels.
 
+A pair of a map with itself, in both networks (``a = b``, ``c = d``), is *symmetric*: ``D`` equals
+its transpose, so the gradients by ``a`` and ``b`` are one product. A backend that ``transposes``
+also takes one product for the difference, ``X + X^T`` with ``X = (a - c) (a + c)^T / 2``, and half
+of the Gram blocks.
+
 The ``limits`` of a backend say what it can do. This module alone chooses among that. It is a pure
 function of metadata, so plans are cached and can be tested for any device without having one.
 :func:`fsp_kernels.explain` shows the result.
@@ -84,6 +89,10 @@ class Planned(Protocol):
 
     name: str
 
+    @property
+    def transposes(self) -> bool:
+        """See :class:`fsp_kernels.backends.Backend`."""
+
     def __hash__(self) -> int: ...  # part of the key of cached plans
 
     def limits(
@@ -105,18 +114,35 @@ def plan_loss(
     backend: Planned,
     precision: str,
     reduction: str = "sum",
+    symmetric: Sequence[bool] = (),
 ) -> LossPlan:
     """Plan a loss over checked inputs.
 
     ``MapSpec.requires_grad`` says which gradients are wanted. ``precision``, ``"tf32x3"`` or
-    ``"tf32"``, says how fp32 maps are multiplied on tensor cores.
+    ``"tf32"``, says how fp32 maps are multiplied on tensor cores. ``symmetric`` says which pairs
+    are evaluated as symmetric ones, see :func:`symmetric_pairs`; none if it is empty.
     """
+    flags = symmetric or (False,) * len(student)
     chosen = [
-        next(_pair_plans(s, t, pool, norm, backend, precision))
-        for s, t in zip(student, teacher, strict=True)
+        next(_pair_plans(s, t, pool, norm, backend, precision, flag))
+        for s, t, flag in zip(student, teacher, flags, strict=True)
     ]
     device = student[0][0].device
     return _loss_plan(chosen, device, pool, norm, backend, precision, reduction)
+
+
+def symmetric_pairs(
+    same: Sequence[bool], ready: Sequence[bool], norm: str, backend: Planned
+) -> tuple[bool, ...]:
+    """Which pairs of a map with itself a backend evaluates as symmetric ones.
+
+    Without transposing it can double the gradient ``S a``, if the slope ``S`` is symmetric. That
+    does not hold for the column norm, nor for ready matrices, which need not be symmetric.
+    """
+    return tuple(
+        x and (backend.transposes or (norm != "column" and not is_matrix))
+        for x, is_matrix in zip(same, ready, strict=True)
+    )
 
 
 def alternatives(
@@ -128,9 +154,12 @@ def alternatives(
     return [_loss_plan([each], device, pool, norm, backend, precision) for each in found]
 
 
-def fewest_flops(student: PairSpec, teacher: TeacherSpec, norm: str = "frobenius") -> int:
+def fewest_flops(
+    student: PairSpec, teacher: TeacherSpec, norm: str = "frobenius", symmetric: bool = False
+) -> int:
     """The flops of a pair's loss in the form that has fewest."""
-    flops = _flops(_plan_maps(student, "max"), _plan_maps(teacher, "max"), norm)
+    maps = [_plan_maps(x, "max", symmetric) for x in (student, teacher)]
+    flops = _flops(maps[0], maps[1], norm, halved=symmetric)
     return student[0].shape[0] * min(flops.values())
 
 
@@ -162,24 +191,28 @@ def _pair_plans(
     norm: str,
     backend: Planned,
     precision: str,
+    symmetric: bool = False,
 ) -> Iterator[Chosen]:
     """All ways to evaluate a pair, best first."""
     device = student[0].device
-    student_maps, teacher_maps = _plan_maps(student, pool), _plan_maps(teacher, pool)
+    student_maps, teacher_maps = (_plan_maps(x, pool, symmetric) for x in (student, teacher))
     maps = (*student_maps, *teacher_maps)
     limits = backend.limits(device, student_maps, teacher_maps, precision)
     batch, m = student[0].shape[:2]
     n = student[1].shape[1]
     compute_dtype = accumulation_dtype(*(plan.dtype for plan in maps))
-    flops = _flops(student_maps, teacher_maps, norm)
     halves = all(dtype in HALF for dtype in multiplied_dtypes(student_maps, teacher_maps))
-    for form in _forms(flops, m, n, student_maps[0].positions, limits):
-        residual = _residual(form, student_maps, teacher_maps, halves and limits.exact_halves)
+    exact = halves and limits.exact_halves
+    halved = symmetric and backend.transposes
+    flops = _flops(student_maps, teacher_maps, norm, exact, halved)
+    for form in _forms(flops, m, n, student_maps[0].positions, limits, halved):
+        residual = _residual(form, student_maps, teacher_maps, exact)
         if "chunks" in limits.evaluations:
-            evaluations = _chunked_evaluations(maps, form, residual, device.type, compute_dtype)
+            how = form, residual, norm, symmetric
+            evaluations = _chunked_evaluations(maps, *how, device.type, compute_dtype)
         else:
             evaluations = _fused_evaluations(m, n, maps, norm, form, limits)
-        for how in evaluations:
+        for found in evaluations:
             plan = PairPlan(
                 batch=batch,
                 channels=(m, n),
@@ -188,15 +221,16 @@ def _pair_plans(
                 norm=norm,
                 residual=residual,
                 form=form,
-                evaluation=how.evaluation,
-                parts=how.parts,
-                slope_dtype=how.slope_dtype,
-                blas_gradients=how.blas_gradients,
-                passes=how.passes,
-                samples=how.samples,
+                evaluation=found.evaluation,
+                parts=found.parts,
+                slope_dtype=found.slope_dtype,
+                blas_gradients=found.blas_gradients,
+                passes=found.passes,
+                samples=found.samples,
                 flops=batch * flops[form],
-                scratch_bytes=how.scratch_bytes,
-                pooled_bytes=how.pooled_bytes,
+                scratch_bytes=found.scratch_bytes,
+                pooled_bytes=found.pooled_bytes,
+                symmetric=symmetric,
             )
             yield plan, limits
 
@@ -238,6 +272,8 @@ def _chunked_evaluations(
     maps: Sequence[MapPlan],
     form: Form,
     residual: Residual,
+    norm: str,
+    symmetric: bool,
     device: str,
     compute_dtype: torch.dtype,
 ) -> Iterator[_Evaluation]:
@@ -245,12 +281,29 @@ def _chunked_evaluations(
     batch, m, n, k = maps[0].shape[0], maps[0].shape[1], maps[1].shape[1], maps[0].positions
     difference = residual == "difference"
     widens = form == "gram" and gram_dtype(device, compute_dtype) != compute_dtype
-    blocks = m * n * compute_dtype.itemsize
+    column = (m + n) * compute_dtype.itemsize  # a position of both differences of a sample
+    no_place = (
+        form == "matrix"
+        and difference
+        and (symmetric or not any(_in_place(x, compute_dtype) for x in maps[:2]))
+    )
+    if symmetric:
+        maps = maps[::2]
     if form == "gram":
-        blocks = _gram_workspace(k, maps, device, compute_dtype)
-    workspace = blocks + sum(
-        _map_workspace(plan, form, compute_dtype, subtracted=difference and i < 2)
-        for i, plan in enumerate(maps)
+        blocks = _gram_workspace(k, maps, device, compute_dtype, symmetric)
+    else:
+        transposes = symmetric and _adds_transpose(maps, residual, norm)
+        blocks = m * n * compute_dtype.itemsize * (2 if transposes else 1)
+    # A symmetric pair in matrix form has a difference and a sum, both beside the gradient's memory.
+    beside = column * k if symmetric and no_place else 0
+    subtracted = len(maps) // 2 if difference and not beside else 0
+    workspace = (
+        blocks
+        + beside
+        + sum(
+            _map_workspace(plan, form, compute_dtype, subtracted=i < subtracted)
+            for i, plan in enumerate(maps)
+        )
     )
     per_sample = workspace + sum(p.bytes + p.gradient_bytes for p in maps) // batch
     kind = "cpu" if device == "cpu" else "cuda"
@@ -259,10 +312,6 @@ def _chunked_evaluations(
         fitting = (CHUNK_BYTES[kind] - GRAM_BLOCK_BYTES) // (per_sample + 16 * k)
     passes = _passes(form, m, n, device, fits=fitting >= CHUNK_SAMPLES[kind])
     chosen = _equal_chunks(batch, max(CHUNK_SAMPLES[kind], fitting))
-    no_place = (
-        form == "matrix" and difference and not any(_in_place(x, compute_dtype) for x in maps[:2])
-    )
-    column = (m + n) * compute_dtype.itemsize  # of both differences, for each sample
     for samples in dict.fromkeys((chosen, batch, min(batch, CHUNK_SAMPLES[kind]))):
         total = samples * workspace
         if widens:
@@ -270,6 +319,12 @@ def _chunked_evaluations(
         if no_place:
             total -= samples * column * (k - difference_block(device, k, samples * column))
         yield _Evaluation("chunks", samples, passes, total)
+
+
+def _adds_transpose(maps: Sequence[MapPlan], residual: Residual, norm: str) -> bool:
+    """Whether a symmetric pair takes a second matrix: a residual or slope plus its transpose."""
+    gradients = any(plan.gradient_dtype is not None for plan in maps)
+    return residual == "difference" or (gradients and (norm == "column" or residual == "ready"))
 
 
 def difference_block(device: str, positions: int, column: int) -> int:
@@ -290,13 +345,17 @@ def gram_channels(samples: int, channels: int, positions: int) -> int:
 
 
 def _gram_workspace(
-    k: int, maps: Sequence[MapPlan], device: str, compute_dtype: torch.dtype
+    k: int, maps: Sequence[MapPlan], device: str, compute_dtype: torch.dtype, symmetric: bool
 ) -> int:
-    """Bytes of a sample's blocks: six, two for each gradient, one more if these are narrower."""
+    """Bytes of a sample's blocks: six, two for each gradient, one more if these are narrower.
+
+    A symmetric pair has five: two of the six are equal.
+    """
     wide = gram_dtype(device, compute_dtype)
     gradients = sum(plan.gradient_dtype is not None for plan in maps)
     one_more = wide.itemsize if gradients and wide != compute_dtype else 0
-    return k * k * (6 * wide.itemsize + 2 * gradients * compute_dtype.itemsize + one_more)
+    blocks = 5 if symmetric else GRAM_BLOCKS
+    return k * k * (blocks * wide.itemsize + 2 * gradients * compute_dtype.itemsize + one_more)
 
 
 def _gram_widening(m: int, n: int, k: int, samples: int, blocks: int) -> int:
@@ -414,9 +473,15 @@ def _pooled_workspace(plan: MapPlan) -> int:
     return plan.shape[1] * plan.positions * width + copy
 
 
-def _plan_maps(specs: TeacherSpec, pool: str) -> tuple[MapPlan, ...]:
-    size = pooled_size(specs[0].shape[2:], specs[-1].shape[2:])
-    return tuple(_plan_map(s, size if len(specs) == 2 else s.shape[2:], pool) for s in specs)
+def _plan_maps(specs: TeacherSpec, pool: str, symmetric: bool = False) -> tuple[MapPlan, ...]:
+    """The plans of a network's maps. The second map of a symmetric pair wants no gradient."""
+    if len(specs) == 1:
+        return (_plan_map(specs[0], specs[0].shape[2:], pool),)
+    first, second = specs
+    if symmetric:
+        second = second._replace(requires_grad=False)
+    size = pooled_size(first.shape[2:], second.shape[2:])
+    return _plan_map(first, size, pool), _plan_map(second, size, pool)
 
 
 def _plan_map(spec: MapSpec, size: Sequence[int], pool: str) -> MapPlan:
@@ -437,31 +502,51 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _flops(student: Sequence[MapPlan], teacher: Sequence[MapPlan], norm: str) -> dict[Form, int]:
-    """Flops per sample, by form."""
+def _flops(
+    student: Sequence[MapPlan],
+    teacher: Sequence[MapPlan],
+    norm: str,
+    exact_products: bool = False,
+    halved: bool = False,
+) -> dict[Form, int]:
+    """Flops per sample, by form. ``halved``: a symmetric pair of a backend that transposes."""
     m, n, k = student[0].shape[1], student[1].shape[1], student[0].positions
-    flops: dict[Form, int] = {"matrix": _matrix_flops(m, n, student, teacher)}
+    one_product = halved and _residual("matrix", student, teacher, exact_products) == "difference"
+    flops: dict[Form, int] = {"matrix": _matrix_flops(m, n, student, teacher, one_product)}
     # The Gram form does not have the columns of D.
     if _have_equal_positions(student, teacher) and norm != "column":
-        flops["gram"] = _gram_flops(m, n, k, (*student, *teacher))
+        flops["gram"] = _gram_flops(m, n, k, (*student, *teacher), halved)
     return flops
 
 
-def _matrix_flops(m: int, n: int, student: Sequence[MapPlan], teacher: Sequence[MapPlan]) -> int:
-    """Flops per sample: a product for each network's residual and for each gradient of a map."""
+def _matrix_flops(
+    m: int, n: int, student: Sequence[MapPlan], teacher: Sequence[MapPlan], one_product: bool
+) -> int:
+    """Flops per sample: a product for each network's residual and for each gradient of a map.
+
+    ``one_product``: both residuals together take one.
+    """
     maps = [*student, *teacher] if len(teacher) == 2 else [*student]
-    products = [pair[0].positions for pair in (student, teacher) if len(pair) == 2]
+    networks = (student,) if one_product else (student, teacher)
+    products = [pair[0].positions for pair in networks if len(pair) == 2]
     products += [plan.positions for plan in maps if plan.gradient_dtype is not None]
     return 2 * m * n * sum(products)
 
 
-def _gram_flops(m: int, n: int, k: int, maps: Sequence[MapPlan]) -> int:
-    """Flops per sample: six ``K x K`` blocks; two ``(C, K) (K, K)`` products for each gradient."""
+def _gram_flops(m: int, n: int, k: int, maps: Sequence[MapPlan], halved: bool) -> int:
+    """Flops per sample: the blocks; two ``(C, K) (K, K)`` products for each gradient."""
     gradients = sum(4 * plan.shape[1] for plan in maps if plan.gradient_dtype is not None)
-    return (6 * (m + n) + gradients) * k * k
+    return _block_flops(m, n, k, halved) + gradients * k * k
 
 
-def _forms(flops: dict[Form, int], m: int, n: int, k: int, limits: Limits) -> list[Form]:
+def _block_flops(m: int, n: int, k: int, halved: bool) -> int:
+    """Flops per sample: three ``K x K`` blocks of each side, or of one."""
+    return 6 * (m if halved else m + n) * k * k
+
+
+def _forms(
+    flops: dict[Form, int], m: int, n: int, k: int, limits: Limits, halved: bool
+) -> list[Form]:
     """The forms that the limits allow, best first."""
     if "gram" not in flops or (limits.gram_positions is not None and k > limits.gram_positions):
         return ["matrix"]
@@ -469,7 +554,7 @@ def _forms(flops: dict[Form, int], m: int, n: int, k: int, limits: Limits) -> li
         # Memory is the limit in either form; one accumulator is simpler than six blocks.
         return ["matrix", "gram"]
     costs: dict[Form, float] = {**flops}
-    costs["gram"] += (limits.gram_flop_cost - 1) * 6 * (m + n) * k**2
+    costs["gram"] += (limits.gram_flop_cost - 1) * _block_flops(m, n, k, halved)
     return sorted(costs, key=lambda form: costs[form])
 
 

@@ -43,6 +43,14 @@ class Backend(Protocol):
     def automatic(self) -> bool:
         """Whether it may be selected without being named. An interpreter, e.g., must be named."""
 
+    @property
+    def transposes(self) -> bool:
+        """Whether it adds matrices and their transposes, for pairs of a map with itself.
+
+        Then it takes one product for their residual, and one for the gradient ``(S + S^T) a`` from
+        any slope ``S``. Else it doubles ``S a``, which is the same for symmetric slopes alone.
+        """
+
     def why_unavailable(self) -> str | None:
         """``None`` if it works on this machine, else a clause that says what is missing."""
 
@@ -81,7 +89,7 @@ class Backend(Protocol):
         ``maps`` are the tensors of ``plan.pairs``, with the strides in the plan, in one list:
         student first, student second, teacher first, teacher second (or the teacher's ready
         matrix), next pair. Gradients have the same order, their ``gradient_dtype`` and the strides
-        of ``torch.empty_like``.
+        of ``torch.empty_like``. The second maps of a symmetric pair are equal to the first ones.
         """
 
     def scale(

@@ -28,6 +28,8 @@ class FusedBackend:
     def __init__(self) -> None:
         self.prepared: dict[tuple[LossPlan, int], PreparedLoss] = {}
 
+    transposes = False
+
     on_cpu: str  # where kernels run on the CPU: why they do not serve tensors of a GPU
 
     @property
@@ -74,6 +76,8 @@ class FusedBackend:
         result = prepared(tensors, weights)
         for x in pooled:
             x.unpool()
+        if plan.doubled:
+            torch._foreach_mul_([gradients[i] for i in plan.doubled], 2.0)
         return result, gradients
 
     def scale(

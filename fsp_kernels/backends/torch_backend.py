@@ -38,6 +38,7 @@ class TorchBackend:
 
     name = "torch"
     automatic = True
+    transposes = True
 
     def why_unavailable(self) -> str | None:
         return None
@@ -149,11 +150,13 @@ def _chunk_loss(
     factor: float,
 ) -> Tensor:
     """``factor`` times the loss of a chunk, summed over its samples; fills its gradients."""
-    chunks = [_Chunk(x, g, m, plan) for x, g, m in zip(maps, gradients, pair.maps, strict=True)]
+    # The second maps of a symmetric pair are the first ones.
+    places = [i - i % 2 if pair.symmetric else i for i in range(len(maps))]
+    chunks = {i: _Chunk(maps[i], gradients[i], pair.maps[i], plan) for i in dict.fromkeys(places)}
     sweep = _gram_sweep if pair.form == "gram" else _matrix_sweep
-    loss, terms = sweep(chunks, pair, factor)
-    for chunk, products in zip(chunks, terms, strict=True):
-        chunk.write_gradient(products)
+    loss, terms = sweep([chunks[i] for i in places], pair, factor)
+    for i, chunk in chunks.items():
+        chunk.write_gradient(terms[i])
     return loss
 
 
@@ -218,12 +221,17 @@ def _matrix_sweep(
     if pair.wants_gradients:
         slope.mul_(pair.slope_scale * factor / pair.positions)
     a, b, *teacher = (chunk.flat for chunk in chunks)
-    terms: list[list[Term]] = [[(1, slope, b)], [(1, slope.mT, a)]]
+    both, by_first = 1, slope
+    if pair.has_symmetric_slope:
+        both = 2
+    elif pair.symmetric and pair.wants_gradients:
+        by_first = slope + slope.mT
+    terms: list[list[Term]] = [[(both, by_first, b)], [(1, slope.mT, a)]]
     if len(teacher) == 1:
         return loss.mul_(factor), [*terms, [(-pair.positions, slope, None)]]
     c, d = teacher
     ratio = -pair.positions / c.shape[2]
-    return loss.mul_(factor), [*terms, [(ratio, slope, d)], [(ratio, slope.mT, c)]]
+    return loss.mul_(factor), [*terms, [(both * ratio, by_first, d)], [(ratio, slope.mT, c)]]
 
 
 def _residual(chunks: Sequence[_Chunk], pair: PairPlan) -> Tensor:
@@ -231,6 +239,9 @@ def _residual(chunks: Sequence[_Chunk], pair: PairPlan) -> Tensor:
     a, b, *teacher = (chunk.flat for chunk in chunks)
     out = a.new_empty(a.shape[0], *pair.channels)
     scale = 1 / pair.positions
+    if pair.symmetric and pair.residual == "difference":
+        half = _half_of_difference(out, a, teacher[0], scale / 2)
+        return half + half.mT
     if pair.residual == "difference":
         no_place = chunks[0].writable is None and chunks[1].writable is None
         if no_place and (block := _difference_block(a, b)) < a.shape[2]:
@@ -273,6 +284,22 @@ def _difference_by_blocks(
     return out
 
 
+def _half_of_difference(out: Tensor, a: Tensor, c: Tensor, scale: float) -> Tensor:
+    """``X = scale (a - c) (a + c)^T``, in blocks of positions if the maps are large.
+
+    ``X + X^T = 2 scale (a a^T - c c^T)``.
+    """
+    positions, block = a.shape[2], _difference_block(a, a)
+    p, total = (torch.empty_like(a[..., :block]) for _ in range(2))
+    for start in range(0, positions, block):
+        here = slice(start, start + block)
+        width = min(block, positions - start)
+        torch.sub(a[..., here], c[..., here], out=p[..., :width])
+        torch.add(a[..., here], c[..., here], out=total[..., :width])
+        bmm_into(out, p[..., :width], total[..., :width].mT, scale, keep=start > 0)
+    return out
+
+
 def _gram_sweep(
     chunks: Sequence[_Chunk], pair: PairPlan, factor: float
 ) -> tuple[Tensor, list[list[Term]]]:
@@ -283,13 +310,19 @@ def _gram_sweep(
     of either sign.
     """
     a, b, c, d = (chunk.flat for chunk in chunks)
-    p, q = a - c, b - d
+    p = a - c
     pp, cp, cc = _gram_blocks(p, c)
-    bb, qb, qq = _gram_blocks(b, q)
+    if pair.symmetric:  # a = b = p + c, q = p
+        q, qq, qb = p, pp, pp + cp.mT
+        bb = (qb + cp).add_(cc)
+    else:
+        q = b - d
+        bb, qb, qq = _gram_blocks(b, q)
     factor /= pair.positions**2
+    scale = 4 * factor if pair.symmetric else 2 * factor
 
     def operand(block: Tensor) -> Tensor:
-        return block.mul_(2 * factor).to(p.dtype)
+        return block.mul_(scale).to(p.dtype)
 
     # D b = p bb + c qb and D^T a = b (pp + cp^T) + q (cp + cc), with a = p + c; likewise d = b - q.
     first, second, teacher_first, teacher_second = (m.gradient_dtype is not None for m in pair.maps)
@@ -302,7 +335,7 @@ def _gram_sweep(
         terms[2] = [(-1, p, operand(bb - qb.mT)), (-1, c, operand(qb - qq))]
     if teacher_second:
         terms[3] = [(-1, b, operand(cp.mT.clone())), (-1, q, operand(cc.clone()))]
-    losses = pp.mul_(bb).addcmul_(cp, qb, value=2).addcmul_(cc, qq).sum((1, 2))
+    losses = cc.mul_(qq).addcmul_(cp, qb, value=2).addcmul_(pp, bb).sum((1, 2))
     return losses.clamp_(min=0).sum().mul_(factor).to(p.dtype), terms
 
 

@@ -89,7 +89,7 @@ class PlannedPair:
                         slope=self._slopes(chunk, transposed=not first),
                         channels=(m, n) if first else (n, m),
                         positions=positions,
-                        ratio=ratio,
+                        ratio=2 * ratio if self.plan.symmetric else ratio,  # both maps' gradients
                         **self._product_fields(chunk),
                     )
                 )
