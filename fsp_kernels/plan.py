@@ -281,31 +281,33 @@ def _chunked_evaluations(
     batch, m, n, k = maps[0].shape[0], maps[0].shape[1], maps[1].shape[1], maps[0].positions
     difference = residual == "difference"
     widens = form == "gram" and gram_dtype(device, compute_dtype) != compute_dtype
-    column = (m + n) * compute_dtype.itemsize  # a position of both differences of a sample
     no_place = (
         form == "matrix"
         and difference
         and (symmetric or not any(_in_place(x, compute_dtype) for x in maps[:2]))
     )
+    column = (m + n) * compute_dtype.itemsize  # of both differences, for each sample
+    subtracted = difference and not no_place
+    matrix = transposed = m * n * compute_dtype.itemsize
     if symmetric:
         maps = maps[::2]
-    if form == "gram":
-        blocks = _gram_workspace(k, maps, device, compute_dtype, symmetric)
-    else:
-        transposes = symmetric and _adds_transpose(maps, residual, norm)
-        blocks = m * n * compute_dtype.itemsize * (2 if transposes else 1)
-    # A symmetric pair in matrix form has a difference and a sum, both beside the gradient's memory.
-    beside = column * k if symmetric and no_place else 0
-    subtracted = len(maps) // 2 if difference and not beside else 0
-    workspace = (
-        blocks
-        + beside
-        + sum(
-            _map_workspace(plan, form, compute_dtype, subtracted=i < subtracted)
-            for i, plan in enumerate(maps)
+    if not (symmetric and form == "matrix" and _adds_transpose(maps, residual, norm)):
+        transposed = 0
+    blocks = matrix if form == "matrix" else _gram_workspace(k, maps, device, compute_dtype)
+
+    def workspace(block: int) -> int:
+        """Bytes for each sample, if so many positions are subtracted at a time."""
+        beside = max(column * block if no_place else 0, transposed)  # one after the other
+        return (
+            blocks
+            + beside
+            + sum(
+                _map_workspace(plan, form, compute_dtype, subtracted and i < len(maps) // 2)
+                for i, plan in enumerate(maps)
+            )
         )
-    )
-    per_sample = workspace + sum(p.bytes + p.gradient_bytes for p in maps) // batch
+
+    per_sample = workspace(k) + sum(p.bytes + p.gradient_bytes for p in maps) // batch
     kind = "cpu" if device == "cpu" else "cuda"
     fitting = CHUNK_BYTES[kind] // per_sample
     if widens:  # the block of widened channels takes GRAM_BLOCK_BYTES, but at least one channel
@@ -313,11 +315,10 @@ def _chunked_evaluations(
     passes = _passes(form, m, n, device, fits=fitting >= CHUNK_SAMPLES[kind])
     chosen = _equal_chunks(batch, max(CHUNK_SAMPLES[kind], fitting))
     for samples in dict.fromkeys((chosen, batch, min(batch, CHUNK_SAMPLES[kind]))):
-        total = samples * workspace
+        total = samples * workspace(difference_block(device, k, samples * column))
         if widens:
-            total += samples * _gram_widening(m, n, k, samples, blocks)
-        if no_place:
-            total -= samples * column * (k - difference_block(device, k, samples * column))
+            sides = (m,) if symmetric else (m, n)
+            total += samples * _gram_widening(sides, k, samples, blocks)
         yield _Evaluation("chunks", samples, passes, total)
 
 
@@ -345,26 +346,30 @@ def gram_channels(samples: int, channels: int, positions: int) -> int:
 
 
 def _gram_workspace(
-    k: int, maps: Sequence[MapPlan], device: str, compute_dtype: torch.dtype, symmetric: bool
+    k: int, maps: Sequence[MapPlan], device: str, compute_dtype: torch.dtype
 ) -> int:
     """Bytes of a sample's blocks: six, two for each gradient, one more if these are narrower.
 
-    A symmetric pair has five: two of the six are equal.
+    A symmetric pair has five: two of the six are equal. Its ``maps`` are the first ones.
     """
     wide = gram_dtype(device, compute_dtype)
     gradients = sum(plan.gradient_dtype is not None for plan in maps)
     one_more = wide.itemsize if gradients and wide != compute_dtype else 0
-    blocks = 5 if symmetric else GRAM_BLOCKS
+    blocks = GRAM_BLOCKS if len(maps) == 4 else 5
     return k * k * (blocks * wide.itemsize + 2 * gradients * compute_dtype.itemsize + one_more)
 
 
-def _gram_widening(m: int, n: int, k: int, samples: int, blocks: int) -> int:
-    """Bytes of a sample's widened channels beyond ``blocks``: most blocks are allocated later."""
+def _gram_widening(sides: Sequence[int], k: int, samples: int, blocks: int) -> int:
+    """Bytes of a sample's widened channels beyond ``blocks``: most blocks are allocated later.
+
+    ``sides``: the channels of each side, or of one if the pair is symmetric.
+    """
     # While the second three fp64 blocks are accumulated, the first three exist too.
-    sides = (
-        16 * k * gram_channels(samples, c, k) + 24 * k * k * side for side, c in ((1, m), (2, n))
+    needed = (
+        16 * k * gram_channels(samples, c, k) + 24 * k * k * side
+        for side, c in enumerate(sides, start=1)
     )
-    return max(0, max(sides) - blocks)
+    return max(0, max(needed) - blocks)
 
 
 def _in_place(plan: MapPlan, compute_dtype: torch.dtype) -> bool:

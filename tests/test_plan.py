@@ -683,7 +683,7 @@ def test_samples_are_computed_a_chunk_at_a_time(shape):
     channels, side = shape
     batch = 45
     student, teacher = (
-        [(torch.randn(batch, channels, side, side, requires_grad=grad),) * 2]
+        [tuple(torch.randn(batch, channels, side, side, requires_grad=grad) for _ in range(2))]
         for grad in (True, False)
     )
     explained = fsp.explain(student, teacher, backend="torch")

@@ -311,12 +311,12 @@ def _gram_sweep(
     """
     a, b, c, d = (chunk.flat for chunk in chunks)
     p = a - c
+    q = p if pair.symmetric else b - d
     pp, cp, cc = _gram_blocks(p, c)
-    if pair.symmetric:  # a = b = p + c, q = p
-        q, qq, qb = p, pp, pp + cp.mT
+    if pair.symmetric:  # b = p + c
+        qq, qb = pp, pp + cp.mT
         bb = (qb + cp).add_(cc)
     else:
-        q = b - d
         bb, qb, qq = _gram_blocks(b, q)
     factor /= pair.positions**2
     scale = 4 * factor if pair.symmetric else 2 * factor
