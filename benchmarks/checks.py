@@ -55,8 +55,14 @@ LOSS_SCALES = {torch.float16: 8192.0}
 
 
 def maps_of(pairs: Pairs) -> list[Tensor]:
-    """All maps of a network, in order."""
-    return [x for pair in pairs for x in pair]
+    """All maps of a network, in order. A map that is in several places counts once."""
+    return list({id(x): x for pair in pairs for x in pair}.values())
+
+
+def with_each(pairs: Pairs, function: Callable[[Tensor], Tensor]) -> Pairs:
+    """The pairs with ``function(x)`` in place of every map ``x``, called once for each map."""
+    found = {id(x): function(x) for x in maps_of(pairs)}
+    return [(found[id(first)], found[id(second)]) for first, second in pairs]
 
 
 def as_results(pairs: Pairs) -> Pairs:
@@ -67,7 +73,7 @@ def as_results(pairs: Pairs) -> Pairs:
     leaf's. The naive op has one such gradient in each pair. With leaves it would pay for a copy
     that no training step makes.
     """
-    return [(first.view_as(first), second.view_as(second)) for first, second in pairs]
+    return with_each(pairs, lambda x: x.view_as(x))
 
 
 def gradients_of(value: Tensor, pairs: Pairs, scale: float = 1.0) -> tuple[Tensor, ...]:
@@ -106,7 +112,7 @@ def in_float64(pairs: Pairs) -> Pairs:
     def copy(x: Tensor) -> Tensor:
         return x.detach().double().requires_grad_(x.requires_grad)
 
-    return [(copy(first), copy(second)) for first, second in pairs]
+    return with_each(pairs, copy)
 
 
 def relative_error(values: Iterable[Tensor], truths: Iterable[Tensor]) -> float:

@@ -46,7 +46,10 @@ def floor_flops(student: Pairs, teacher: Pairs, training: bool = True) -> int:
         )
         return first, second
 
-    return sum(fewest_flops(specs(s), specs(t)) for s, t in zip(student, teacher, strict=True))
+    return sum(
+        fewest_flops(specs(s), specs(t), symmetric=s[0] is s[1] and t[0] is t[1])
+        for s, t in zip(student, teacher, strict=True)
+    )
 
 
 def _seconds_of_each(work: Callable[[], object], repetitions: int, device: str) -> list[float]:

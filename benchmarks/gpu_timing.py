@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.checks import Prepared, Row, Step, maps_of
+from benchmarks.checks import Prepared, Row, Step, maps_of, with_each
 from benchmarks.workloads import Pairs
 
 # Seconds of steps between two events: 1e4 times the events' resolution, and far more than the one
@@ -75,11 +75,11 @@ def copies_beyond_cache(student: Pairs, teacher: Pairs) -> Sequence[tuple[Pairs,
     size = sum(x.nbytes for x in maps_of(student) + maps_of(teacher))
     count = max(2, math.ceil(L2_MULTIPLE * l2_bytes() / size))
 
-    def copy(pairs: Pairs) -> Pairs:
-        def copied(x: torch.Tensor) -> torch.Tensor:
-            return x.detach().clone().requires_grad_(x.requires_grad)
+    def copied(x: torch.Tensor) -> torch.Tensor:
+        return x.detach().clone().requires_grad_(x.requires_grad)
 
-        return [(copied(first), copied(second)) for first, second in pairs]
+    def copy(pairs: Pairs) -> Pairs:
+        return with_each(pairs, copied)
 
     return [(student, teacher), *((copy(student), copy(teacher)) for _ in range(count - 1))]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.checks import Row, Truth, as_results, gradients_of, maps_of
+from benchmarks.checks import Row, Truth, as_results, gradients_of, maps_of, with_each
 from benchmarks.measure import Rounds, without_garbage_collection
 from benchmarks.peers import Loss
 from benchmarks.workloads import Pairs
@@ -117,10 +117,7 @@ def cut_off(pairs: Pairs) -> Pairs:
     A later map of a network depends on an earlier one. The loss's gradient by the earlier map must
     not include what comes back through the layers between them.
     """
-    return [
-        (first.detach().requires_grad_(), second.detach().requires_grad_())
-        for first, second in pairs
-    ]
+    return with_each(pairs, lambda x: x.detach().requires_grad_())
 
 
 def errors(distillation: Distillation) -> dict[str, float]:

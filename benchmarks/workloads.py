@@ -20,12 +20,16 @@ PASSES = (FORWARD, TRAINING)
 
 @dataclass(frozen=True)
 class Workload:
-    """Feature maps of one distillation step: ``batch`` is the GPU's, see ``batch_on``."""
+    """Feature maps of one distillation step: ``batch`` is the GPU's, see ``batch_on``.
+
+    In a ``symmetric`` workload both maps of a pair are one tensor, of equal layers.
+    """
 
     name: str
     batch: int
     layers: tuple[tuple[Layer, Layer], ...]
     tokens: bool = False
+    symmetric: bool = False
 
     @property
     def cpu_batch(self) -> int:
@@ -130,6 +134,17 @@ WORKLOADS = (
     Workload("wide-late-2048", 32, (((2048, 7), (2048, 7)),)),
     Workload("tokens-vit-b", 64, (((768, 196), (768, 196)),), tokens=True),
     Workload("segmentation", 4, (((256, 128), (256, 128)),)),
+    # The maps of a VGG-19 whose Gram matrices are the style of an image of 256 x 256 pixels:
+    # relu1_1, relu2_1, ..., relu5_1.
+    Workload(
+        "style-vgg",
+        4,
+        tuple(
+            ((channels, side),) * 2
+            for channels, side in ((64, 256), (128, 128), (256, 64), (512, 32), (512, 16))
+        ),
+        symmetric=True,
+    ),
 )
 BY_NAME = {workload.name: workload for workload in WORKLOADS}
 # A quick run's, which take seconds: few channels, pooled maps, few positions.
@@ -166,14 +181,13 @@ def feature_maps(
     """``(student, teacher)``: independent maps of equal shapes; the student's require gradients."""
     generator = torch.Generator(device).manual_seed(seed)
 
+    def map_of(layer: Layer) -> Tensor:
+        return feature_map(workload, layer, batch, dtype, generator, layout)
+
     def network() -> list[tuple[Tensor, Tensor]]:
-        return [
-            (
-                feature_map(workload, first, batch, dtype, generator, layout),
-                feature_map(workload, second, batch, dtype, generator, layout),
-            )
-            for first, second in workload.layers
-        ]
+        if workload.symmetric:
+            return [(x, x) for x in (map_of(first) for first, _ in workload.layers)]
+        return [(map_of(first), map_of(second)) for first, second in workload.layers]
 
     student, teacher = network(), network()
     for pair in student:

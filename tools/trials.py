@@ -120,7 +120,8 @@ def situations(row: Row, table: Sequence[Row]) -> list[Situation]:
     def differs(s: Situation) -> bool:
         return _launches(s, table) != _launches(s, trial)
 
-    shapes = {(w.layers, w.tokens): w.name for w in reversed(WORKLOADS)}  # the first of each
+    # The first of each. Symmetric ones have other gradients than the calls of calls.py.
+    shapes = {(w.layers, w.tokens): w.name for w in reversed(WORKLOADS) if not w.symmetric}
     found = [
         Situation(case, name, batch) for name in reversed(shapes.values()) for batch in BATCHES
     ]

@@ -11,6 +11,7 @@ from calls import BF16, FP16, FP32, run, tensor
 from tolerances import FUSED_TF32, assert_near, flatten, fused_bounds, oracle, relative_error
 
 import fsp_kernels as fsp
+from benchmarks.checks import with_each
 from benchmarks.workloads import BY_NAME, WORKLOADS, Workload, feature_maps
 from fsp_kernels import reference
 
@@ -48,7 +49,7 @@ def check(tensors, loss, gradients, **options):
 
 
 def samples_of(pairs, chosen: slice) -> list:
-    return [tuple(x.detach()[chosen].double() for x in pair) for pair in pairs]
+    return with_each(pairs, lambda x: x.detach()[chosen].double())
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
