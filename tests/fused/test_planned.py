@@ -125,6 +125,13 @@ def test_each_evaluation_launches_what_its_plan_tells(launched, regime, norm):
     check(launched, student, ready, norm=norm)
 
 
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("regime", ROADS, indirect=True)
+def test_a_pair_of_a_map_with_itself_launches_what_its_plan_tells(launched, regime):
+    x, y = (tensor(1, regime.channels[0], *regime.size) for _ in range(2))
+    assert check(launched, [(x, x)], [(y, y)]).pairs[0].symmetric
+
+
 def test_products_by_blas_are_told_of(launched, backend, small):
     if backend == "cuda":
         pytest.skip("its gradients are all its own kernels'")
