@@ -10,7 +10,6 @@ from tolerances import assert_near, fused_bounds, oracle
 import fsp_kernels as fsp
 from fsp_kernels.backends import get_backend
 
-
 LOSS_SCALE = 256  # as in training: fp16 would round small gradients to subnormal numbers
 
 
