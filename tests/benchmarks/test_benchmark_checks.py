@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import accuracy, bench_plan, cases, contenders, measure, networks, peers
-from benchmarks.checks import Truth, maps_of, relative_error, require_small
+from benchmarks.checks import Truth, maps_of, relative_error, require_small, step_of
 from benchmarks.contenders import Contender
 from benchmarks.measure import Rounds
-from benchmarks.workloads import FORWARD, TRAINING, Case, Workload
+from benchmarks.workloads import FORWARD, PASSES, TRAINING, Case, Workload, feature_maps
 from fsp_kernels.distill.models import CifarResNet
 
 TINY = Workload("tiny", 8, (((4, 6), (3, 6)), ((3, 6), (5, 3))))
@@ -46,6 +46,17 @@ def check_of(case, loss, ours=False):
     who = Contender("x", lambda: loss, ours=ours)
     require_small(who, errors, student[0][0].dtype, case.workload.name)
     return errors
+
+
+@pytest.mark.parametrize("direction", PASSES)
+def test_a_map_with_itself_stays_one_tensor(direction):
+    def loss(student, teacher):
+        assert all(first is second for first, second in (*student, *teacher))
+        return EINSUM(student, teacher)
+
+    workload = Workload("symmetric", 8, (((6, 4), (6, 4)),), symmetric=True)
+    check_of(Case(workload, 3, direction=direction), loss)
+    step_of(loss, *feature_maps(workload, 3), direction == TRAINING)()
 
 
 class Watch:

@@ -45,6 +45,12 @@ def test_the_matrix_form_takes_four_products_and_half_of_them_without_gradients(
     assert floor.floor_flops(*maps, training=False) == 2 * product
 
 
+def test_a_map_with_itself_is_read_and_multiplied_once():
+    maps = feature_maps(Workload("symmetric", 8, EQUAL.layers, symmetric=True), 8)
+    assert floor.floor_bytes(*maps) == 3 * 8 * 6 * 16 * 4
+    assert floor.floor_flops(*maps) == 2 * 2 * 8 * 6 * 6 * 16
+
+
 def test_few_positions_take_fewer_flops_than_products_of_maps():
     assert floor.floor_flops(*feature_maps(WIDE, 2)) < 4 * 2 * 2 * 512 * 512 * 49 / 4
 

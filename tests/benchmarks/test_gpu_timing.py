@@ -134,6 +134,12 @@ def test_copies_keep_strides_and_require_gradients_as_the_maps_do():
         assert not any(x.requires_grad for x in maps_of(teacher))
 
 
+def test_copies_of_a_map_with_itself_are_one_tensor_too():
+    symmetric = Workload("symmetric", 8, (((6, 4), (6, 4)),), symmetric=True)
+    for networks in copies_beyond_cache(*feature_maps(symmetric, 8)):
+        assert all(first is second for network in networks for first, second in network)
+
+
 def test_each_copy_has_a_step_of_its_own():
     seen = []
 

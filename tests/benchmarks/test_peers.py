@@ -8,12 +8,13 @@ from benchmarks.checks import evaluate
 from benchmarks.workloads import Workload, feature_maps
 from fsp_kernels import reference
 
-# One pair of each kind: equal sizes, the first map pooled, the second map pooled, tokens.
+# Equal sizes, the first map pooled, the second map pooled, tokens, a map with itself.
 SMALL = (
     Workload("plain", 16, (((6, 4), (5, 4)), ((3, 2), (4, 2)))),
     Workload("first-pooled", 16, (((6, 8), (5, 4)),)),
     Workload("second-pooled", 16, (((6, 3), (5, 7)),)),
     Workload("tokens", 16, (((6, 10), (5, 10)),), tokens=True),
+    Workload("symmetric", 16, (((6, 4), (6, 4)), ((3, 2), (3, 2))), symmetric=True),
 )
 MATRICES = (peers.einsum_matrix, peers.bmm_matrix, peers.broadcast_matrix)
 

@@ -6,6 +6,7 @@ import torch
 from benchmarks.workloads import BY_NAME, Workload, feature_maps
 
 TINY_TOKENS = Workload("tiny-tokens", 16, (((6, 10), (5, 10)),), tokens=True)
+TINY_SYMMETRIC = Workload("tiny-symmetric", 16, (((6, 4),) * 2, ((5, 3),) * 2), symmetric=True)
 TINY_POOLED = Workload("tiny-pooled", 16, (((6, 8), (5, 4)),))
 
 
@@ -27,6 +28,13 @@ def test_students_want_gradients_and_teachers_do_not():
     assert all(x.requires_grad for x in student[0])
     assert not any(x.requires_grad for x in teacher[0])
     assert not torch.equal(student[0][0], teacher[0][0])
+
+
+def test_a_symmetric_workload_has_each_map_twice():
+    for network in feature_maps(TINY_SYMMETRIC, batch=2):
+        assert all(first is second for first, second in network)
+        assert network[0][0] is not network[1][0]
+    assert all(first == second for first, second in BY_NAME["style-vgg"].layers)
 
 
 def test_maps_look_like_the_output_of_a_relu():
