@@ -104,7 +104,6 @@ class PlannedPair:
                 continue
             second, teacher = own % 2 == 1, own >= 2
             positions = residual.teacher_positions if teacher else residual.student_positions
-            ratio = -self.plan.positions / positions if teacher else 1.0
             entry = GradientEntry(
                 own=self._layouts[own],
                 gradient=self._gradients[own],
@@ -115,7 +114,7 @@ class PlannedPair:
                 own_channels=tl.constexpr(n if second else m),
                 other_channels=tl.constexpr(m if second else n),
                 positions=positions,
-                ratio=2 * ratio if self.plan.symmetric else ratio,  # both maps' gradients
+                ratio=-self.plan.positions / positions if teacher else 1.0,
                 precision=residual.precision,
                 block_own=tl.constexpr(c.block_m),
                 block_other=tl.constexpr(c.block_n),

@@ -236,7 +236,7 @@ class _Tiles:
         found = [
             (
                 (own_slots[own], own_slots[4 + own], own_slots[partner_of(own)], slope),
-                entry,
+                _of_both_maps(entry) if p.plan.symmetric else entry,
                 warps,
                 p.plan,
                 own,
@@ -292,6 +292,11 @@ class _Tiles:
         if parts is not None and parts.dtype == dtype:
             return parts[0]
         return partials.new_empty(shape, dtype=dtype)
+
+
+def _of_both_maps(entry: GradientEntry) -> GradientEntry:
+    """The gradient of a map that is both maps of its pair: twice that of one."""
+    return entry._replace(ratio=2 * entry.ratio)
 
 
 def _multiply_by_blas(
