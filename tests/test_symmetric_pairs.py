@@ -267,6 +267,15 @@ def test_the_plan_tells():
     assert "symmetric" not in lines[3]
 
 
+def peak_of(student, teacher, norm="frobenius"):
+    """The bytes that the backend allocates at most, and the plan."""
+    plan = fsp.explain(student, teacher, norm=norm, backend="torch")
+    maps, results = [x.detach() for x in flatten(student, teacher)], []
+    with torch.no_grad():
+        peak = profiled_peak(lambda: results.append(TorchBackend().loss(maps, plan, (1.0,))))
+    return peak, plan
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("wanted", ["nothing", "the student's", "both"])
 @pytest.mark.parametrize(
@@ -285,12 +294,19 @@ def test_as_much_memory_is_held_as_the_plan_says(shape, teacher, norm, wanted, d
     for x in flatten(student, entries):
         mine = x is student[0][0]
         x.requires_grad_(wanted == "both" or (wanted == "the student's" and mine))
-    plan = fsp.explain(student, entries, norm=norm, backend="torch")
-    maps, results = [x.detach() for x in flatten(student, entries)], []
-    with torch.no_grad():
-        peak = profiled_peak(lambda: results.append(TorchBackend().loss(maps, plan, (1.0,))))
+    peak, plan = peak_of(student, entries, norm)
     numbers = 8 * shape[0] * (shape[1] + 16)  # norms of rows or columns, the losses of samples
     assert abs(peak - plan.extra_bytes) <= numbers
+
+
+def test_half_precision_maps_are_widened_once():
+    student, teacher = call_of("maps", (4, 64, 30, 30), dtype=torch.bfloat16)
+    for x in flatten(student, teacher):
+        x.requires_grad_(False)
+    peak, plan = peak_of(student, teacher)
+    wide = 4 * 4 * 64 * 900  # bytes: of both maps, of difference and sum
+    assert abs(peak - plan.extra_bytes) <= 8 * 4 * 64
+    assert plan.extra_bytes == 4 * wide + 4 * 4 * 64 * 64
 
 
 # --- chunks and blocks ----------------------------------------------------------------------------
