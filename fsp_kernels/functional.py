@@ -92,7 +92,7 @@ def fsp_loss(
     value is computed.
 
     A pair may be a map with itself, as in style transfer. If both are the same tensor, in the
-    teacher too unless its matrix is ready, about half of the work is saved.
+    teacher too unless its matrix is ready, up to half of the work is saved.
 
     Args:
         student: pairs ``(first, second)`` of feature maps ``(B, m, *spatial)``,

@@ -194,6 +194,8 @@ def _pair_plans(
     symmetric: bool = False,
 ) -> Iterator[Chosen]:
     """All ways to evaluate a pair, best first."""
+    symmetric_slope = norm != "column" and len(teacher) == 2
+    assert not symmetric or backend.transposes or symmetric_slope, "see symmetric_pairs"
     device = student[0].device
     student_maps, teacher_maps = (_plan_maps(x, pool, symmetric) for x in (student, teacher))
     maps = (*student_maps, *teacher_maps)
@@ -288,12 +290,12 @@ def _chunked_evaluations(
     )
     column = (m + n) * compute_dtype.itemsize  # of both differences, for each sample
     subtracted = difference and not no_place
-    matrix = transposed = m * n * compute_dtype.itemsize
+    blocks, transposed = m * n * compute_dtype.itemsize, 0
     if symmetric:
         maps = maps[::2]
-    if not (symmetric and form == "matrix" and _adds_transpose(maps, residual, norm)):
-        transposed = 0
-    blocks = matrix if form == "matrix" else _gram_workspace(k, maps, device, compute_dtype)
+        transposed = blocks if _adds_transpose(maps, form, residual, norm) else 0
+    if form == "gram":
+        blocks = _gram_workspace(k, maps, device, compute_dtype)
 
     def workspace(block: int) -> int:
         """Bytes for each sample, if so many positions are subtracted at a time."""
@@ -322,10 +324,11 @@ def _chunked_evaluations(
         yield _Evaluation("chunks", samples, passes, total)
 
 
-def _adds_transpose(maps: Sequence[MapPlan], residual: Residual, norm: str) -> bool:
+def _adds_transpose(maps: Sequence[MapPlan], form: Form, residual: Residual, norm: str) -> bool:
     """Whether a symmetric pair takes a second matrix: a residual or slope plus its transpose."""
     gradients = any(plan.gradient_dtype is not None for plan in maps)
-    return residual == "difference" or (gradients and (norm == "column" or residual == "ready"))
+    slopes = gradients and (norm == "column" or residual == "ready")
+    return form == "matrix" and (residual == "difference" or slopes)
 
 
 def difference_block(device: str, positions: int, column: int) -> int:

@@ -54,6 +54,8 @@ def test_each_evaluation_gives_the_definition(regime, norm, dtype):
     if dtype == regime.dtype:
         assert (pair.evaluation, pair.form, pair.parts) == expected[2:5]
     assert len(plan.wanted) == 2  # one of each network
+    if pair.form == "matrix":  # two products for the residual, one for each gradient
+        assert pair.flops == 4 * 2 * maps[0].numel() * maps[0].shape[1]
     if pair.evaluation == "tiles":
         assert not plan.doubled
     else:
@@ -115,6 +117,13 @@ def test_ordinary_pairs_beside_them_are_not_doubled(regime):
                 assert_near(found, wanted, 1e-5, "fp32")
             else:
                 assert not found.any()
+
+
+def test_the_operator_refuses_flags_that_would_give_wrong_gradients(backend):
+    x, matrix = tensor(2, 3, 4), tensor(2, 3, 3)
+    needs, options = [True, False, False], ([1.0], "max", "frobenius", backend)
+    with pytest.raises(AssertionError, match="symmetric_pairs"):
+        torch.ops.fsp.loss([x, x, matrix], [True], needs, *options, symmetric=[True])
 
 
 @pytest.mark.usefixtures("small")
