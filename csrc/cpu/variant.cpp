@@ -1,0 +1,11 @@
+// The kernels for one instruction set. CMake compiles this file once for each, with FSP_VARIANT and
+// FSP_VECTOR_BYTES.
+#include "loss.h"
+
+namespace fsp::cpu::FSP_VARIANT {
+
+void evaluate(const Pair& pair, int64_t sample, Scratch& scratch) {
+  (pair.form == Form::gram ? gram_form : matrix_form)(pair, sample, scratch);
+}
+
+}  // namespace fsp::cpu::FSP_VARIANT
