@@ -92,6 +92,7 @@ gpu: $(if $(INSTALL),gpu-install)
 
 # In place, since all of this runs in the checkout; the CUDA extension for the GPU at hand alone.
 gpu-install: export CUDAARCHS ?= native
+gpu-install: export FSP_KERNELS_CPU ?= 0
 gpu-install:
 	$(GPU_PYTHON) -m pip install --no-build-isolation --no-deps --editable .
 
@@ -113,12 +114,14 @@ gpu-tune:
 
 clean:
 	rm -rf .venv .venv-old .venv-new .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache build runs *.egg-info
-	rm -f fsp_kernels/cuda_build.txt fsp_kernels/_cuda*.so
+	rm -f fsp_kernels/*_build.txt fsp_kernels/_*.so
 
 # Without the CUDA extension, even where there is an nvcc: it takes minutes to compile and a GPU to
-# run, while the tests compile its sources for the host.
+# run, while the tests compile its sources for the host. The CPU extension is built if there is a C++
+# compiler.
+BUILT_FROM := pyproject.toml setup.py $(wildcard csrc/cpu/*)
 .venv/installed: export FSP_KERNELS_CUDA ?= 0
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: $(BUILT_FROM) constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable '.[dev]'
@@ -137,7 +140,7 @@ test-old test-new: test-%: .venv-%/installed
 	.venv-$*/bin/python -m pytest -n auto --dist worksteal
 
 .venv-old/installed .venv-new/installed: export FSP_KERNELS_CUDA ?= 0
-.venv-old/installed .venv-new/installed: .venv-%/installed: pyproject.toml
+.venv-old/installed .venv-new/installed: .venv-%/installed: $(BUILT_FROM)
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check \
 		$(VERSIONS) --editable '.[test]'

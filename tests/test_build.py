@@ -1,4 +1,4 @@
-"""setup.py: when the CUDA extension is built, and what a wheel holds with and without it."""
+"""setup.py: when the extensions are built, and what a wheel holds with and without them."""
 
 import importlib.util
 import os
@@ -16,9 +16,13 @@ import pytest
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parents[1]
-NOTE = "fsp_kernels/cuda_build.txt"
-MODULE = f"fsp_kernels/_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-VARIABLES = ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "FSP_KERNELS_CUDA", "CUDAARCHS")
+NAMES = ("cuda", "cpu")
+NOTE = {name: f"fsp_kernels/{name}_build.txt" for name in NAMES}
+MODULE = {name: f"fsp_kernels/_{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in NAMES}
+SWITCH = {name: f"FSP_KERNELS_{name.upper()}" for name in NAMES}
+SKIPPED = dict.fromkeys(SWITCH.values(), "0")
+COMPILERS = ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "CXX")
+VARIABLES = (*COMPILERS, *SWITCH.values(), "CUDAARCHS")
 
 
 def imported() -> ModuleType:
@@ -36,16 +40,25 @@ def has_nvcc() -> bool:
     return nvcc is not None and setup.is_recent(nvcc)
 
 
-def fake_nvcc(path: Path, release: str = "12.4") -> str:
+def fake_program(path: Path, line: str = "") -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    path.write_text(f"#!/bin/sh\n{line}\n")
     path.chmod(0o755)
     return str(path)
 
 
+def fake_nvcc(path: Path, release: str = "12.4") -> str:
+    return fake_program(path, f"echo 'Cuda compilation tools, release {release}, V{release}.1'")
+
+
+def fake_compiler(name: str, folder: Path) -> str:
+    """Put a compiler on a PATH that has this folder. Returns what `decide` calls it."""
+    return fake_nvcc(folder / "nvcc") if name == "cuda" else Path(fake_program(folder / "c++")).name
+
+
 @pytest.fixture
 def setup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """setup.py on a machine without an nvcc, whose PATH is an empty folder."""
+    """setup.py on a machine without a compiler, whose PATH is an empty folder."""
     module = imported()
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
@@ -70,36 +83,87 @@ def test_nvcc_is_looked_for_in_order(
     assert setup.find_nvcc() is None
 
 
-def test_auto_builds_where_there_is_an_nvcc(setup: ModuleType, tmp_path: Path) -> None:
-    nvcc = fake_nvcc(tmp_path / "path" / "nvcc", "12.0")
-    assert setup.decide() == (nvcc, "")
-
-
-def test_auto_says_where_it_looked(setup: ModuleType) -> None:
-    nvcc, reason = setup.decide()
-    assert nvcc is None
-    for place in ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "PATH", setup.CUDA):
-        assert place in reason
-
-
-def test_zero_leaves_it_out(
+def test_a_cxx_compiler_is_looked_for_in_order(
     setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    fake_nvcc(tmp_path / "path" / "nvcc")
-    monkeypatch.setenv("FSP_KERNELS_CUDA", "0")
-    assert setup.decide() == (None, "FSP_KERNELS_CUDA=0 was set")
+    named = fake_program(tmp_path / "named")
+    monkeypatch.setenv("CXX", named)
+    on_path = ("c++", "g++", "clang++")
+    for name in on_path:
+        fake_program(tmp_path / "path" / name)
+    for command in (named, *on_path):
+        assert setup.find_cxx() == (command, "")
+        (tmp_path / "path" / command).unlink()
+    assert setup.find_cxx()[0] is None
 
 
-def test_one_requires_it(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FSP_KERNELS_CUDA", "1")
-    with pytest.raises(SystemExit, match=r"FSP_KERNELS_CUDA=1 .* nvcc was not found"):
-        setup.decide()
+def test_cxx_may_have_a_launcher_and_options(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    command = f"{fake_program(tmp_path / 'ccache')} clang++ -stdlib=libc++"
+    monkeypatch.setenv("CXX", command)
+    assert setup.find_cxx() == (command, "")
 
 
-def test_other_values_are_an_error(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FSP_KERNELS_CUDA", "yes")
-    with pytest.raises(SystemExit, match="'yes': it can be auto, 1 or 0"):
-        setup.decide()
+def test_the_cpu_extension_is_not_for_windows(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_compiler("cpu", tmp_path / "path")
+    monkeypatch.setattr(setup.platform, "system", lambda: "Windows")
+    compiler, reason = setup.MODULES["cpu"].decide()
+    assert compiler is None
+    assert "Windows" in reason
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_auto_builds_where_there_is_a_compiler(
+    setup: ModuleType, tmp_path: Path, name: str
+) -> None:
+    compiler = fake_compiler(name, tmp_path / "path")
+    assert setup.MODULES[name].decide() == (compiler, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [
+        ("cuda", ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "PATH", "{CUDA}")),
+        ("cpu", ("CXX", "c++", "g++", "clang++", "PATH")),
+    ],
+)
+def test_auto_says_where_it_looked(setup: ModuleType, name: str, places: tuple[str, ...]) -> None:
+    compiler, reason = setup.MODULES[name].decide()
+    assert compiler is None
+    for place in places:
+        assert place.format(CUDA=setup.CUDA) in reason
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zero_leaves_it_out(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    fake_compiler(name, tmp_path / "path")
+    monkeypatch.setenv(SWITCH[name], "0")
+    assert setup.MODULES[name].decide() == (None, f"{SWITCH[name]}=0 was set")
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("cuda", "nvcc was not"), ("cpu", r"no C\+\+ compiler")]
+)
+def test_one_requires_it(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, what: str
+) -> None:
+    monkeypatch.setenv(SWITCH[name], "1")
+    with pytest.raises(SystemExit, match=f"{SWITCH[name]}=1 was set, but {what}"):
+        setup.MODULES[name].decide()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_values_are_an_error(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(SWITCH[name], "yes")
+    with pytest.raises(SystemExit, match=f"{SWITCH[name]} is 'yes': it can be auto, 1 or 0"):
+        setup.MODULES[name].decide()
 
 
 @pytest.mark.parametrize("release", ["11.8", "9.2", "unreadable"])
@@ -107,12 +171,12 @@ def test_an_nvcc_that_is_too_old_is_as_good_as_none(
     setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, release: str
 ) -> None:
     path = fake_nvcc(tmp_path / "path" / "nvcc", release)
-    nvcc, reason = setup.decide()
+    nvcc, reason = setup.MODULES["cuda"].decide()
     assert nvcc is None
     assert reason == f"{path} was not nvcc 12.0 or newer"
     monkeypatch.setenv("FSP_KERNELS_CUDA", "1")
     with pytest.raises(SystemExit, match=r"was not nvcc 12\.0 or newer"):
-        setup.decide()
+        setup.MODULES["cuda"].decide()
 
 
 def test_a_missing_build_tool_is_named(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,27 +187,55 @@ def test_a_missing_build_tool_is_named(setup: ModuleType, monkeypatch: pytest.Mo
         setup.pybind11_folder()
 
 
+def sources() -> list[Path]:
+    return [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+
+
 def test_the_sources_know_nothing_of_torch() -> None:
-    for source in (ROOT / "csrc").iterdir():
+    for source in sources():
         includes = re.findall(r"^\s*#\s*include\s*[<\"](.+)[>\"]", source.read_text(), re.MULTILINE)
         assert not [x for x in includes if x.startswith(("torch/", "ATen/", "c10/"))], source
 
 
 def tree(to: Path) -> Path:
     """A copy of what a build reads, without csrc/."""
-    generated = shutil.ignore_patterns("__pycache__", Path(MODULE).name, Path(NOTE).name)
+    generated = shutil.ignore_patterns("__pycache__", "_*.so", "*_build.txt")
     shutil.copytree(ROOT / "fsp_kernels", to / "fsp_kernels", ignore=generated)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, to)
     return to
 
 
-def run(*command: str, cwd: Path, **variables: str) -> None:
+def run(*command: str, cwd: Path, fails: bool = False, **variables: str) -> str:
     inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     done = subprocess.run(
         command, cwd=cwd, env=inherited | variables, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    printed = done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, printed
+    return printed
+
+
+def build(what: str, source: Path, fails: bool = False, **variables: str) -> str:
+    """Call setuptools as pip does, but in this environment. ``what`` is editable or sdist."""
+    (source / "dist").mkdir()
+    code = f"from setuptools import build_meta; build_meta.build_{what}('dist')"
+    return run(sys.executable, "-c", code, cwd=source, fails=fails, **variables)
+
+
+def cpu_tools(folder: Path, works: bool) -> dict[str, str]:
+    """A machine whose C++ compiler is c++, and whose cmake leaves an empty module if it works."""
+    module = Path(MODULE["cpu"]).name
+    lines = (
+        'case "$1" in',
+        f'--build) mkdir -p "$2" && touch "$2/{module}" ;;',
+        '*) [ "$CXX" = c++ ] ;;',
+        "esac",
+    )
+    fake_program(folder / "cmake", "\n".join(lines) if works else "exit 1")
+    for name in ("ninja", "c++"):
+        fake_program(folder / name)
+    return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", SWITCH["cuda"]: "0"}
 
 
 def wheel(source: Path, *options: str, **variables: str) -> Path:
@@ -165,40 +257,99 @@ def names(made: Path) -> set[str]:
 
 
 @pytest.mark.slow
-def test_a_wheel_without_the_extension_is_pure_and_says_why(tmp_path: Path) -> None:
+def test_a_wheel_without_the_extensions_is_pure_and_says_why(tmp_path: Path) -> None:
     old = fake_nvcc(tmp_path / "nvcc", "11.8")
-    for label, variables, why in (
-        ("zero", {"FSP_KERNELS_CUDA": "0"}, "FSP_KERNELS_CUDA=0 was set"),
-        ("auto", {"CUDACXX": old}, f"{old} was not nvcc 12.0 or newer"),
+    tools = cpu_tools(tmp_path / "tools", works=False)
+    for label, variables, cuda, cpu in (
+        ("zero", SKIPPED, "FSP_KERNELS_CUDA=0 was set", "FSP_KERNELS_CPU=0 was set"),
+        (
+            "auto",
+            tools | {"CUDACXX": old, SWITCH["cuda"]: "auto"},
+            f"{old} was not nvcc 12.0 or newer",
+            "the build with c++ failed (CXX names another compiler); "
+            "with FSP_KERNELS_CPU=1, pip shows the errors",
+        ),
     ):
         source = tree(tmp_path / label)
         made = wheel(source, "--no-build-isolation", **variables)
         assert made.name.endswith("-py3-none-any.whl")
-        assert content(made, NOTE) == f"when fsp_kernels was installed, {why}\n"
-        assert not [name for name in names(made) if "_cuda." in name]
+        assert "Root-Is-Purelib: true" in content(made, "fsp_kernels-0.1.0.dist-info/WHEEL")
+        assert content(made, NOTE["cuda"]) == f"when fsp_kernels was installed, {cuda}\n"
+        assert content(made, NOTE["cpu"]) == f"when fsp_kernels was installed, {cpu}\n"
+        assert not names(made) & set(MODULE.values())
+    with zipfile.ZipFile(made) as opened:
+        opened.extractall(tmp_path / "installed")
+    report = run(sys.executable, "-m", "fsp_kernels", cwd=tmp_path / "installed")
+    assert f"is not built: when fsp_kernels was installed, {cpu}\n" in report
 
 
-def test_in_place_the_note_takes_the_place_of_an_earlier_extension(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_in_place_the_note_takes_the_place_of_an_earlier_extension(
+    tmp_path: Path, name: str
+) -> None:
     source = tree(tmp_path / "tree")
-    (source / MODULE).touch()
-    build = "from setuptools import build_meta; build_meta.build_editable('dist')"
-    (source / "dist").mkdir()
-    run(sys.executable, "-c", build, cwd=source, FSP_KERNELS_CUDA="0")
-    assert not (source / MODULE).exists()
-    assert "FSP_KERNELS_CUDA=0" in (source / NOTE).read_text()
+    (source / MODULE[name]).touch()
+    build("editable", source, **SKIPPED)
+    assert not (source / MODULE[name]).exists()
+    assert f"{SWITCH[name]}=0" in (source / NOTE[name]).read_text()
+
+
+def test_in_place_a_build_that_fails_leaves_the_note_alone(tmp_path: Path) -> None:
+    source = tree(tmp_path / "tree")
+    (source / MODULE["cpu"]).touch()
+    printed = build("editable", source, **cpu_tools(tmp_path, works=False))
+    assert "the build with c++ failed" in printed
+    assert not (source / MODULE["cpu"]).exists()
+    assert "the build with c++ failed" in (source / NOTE["cpu"]).read_text()
+
+
+def test_in_place_the_extension_takes_the_place_of_an_earlier_note(tmp_path: Path) -> None:
+    source = tree(tmp_path / "tree")
+    (source / NOTE["cpu"]).touch()
+    build("editable", source, **cpu_tools(tmp_path, works=True))
+    assert (source / MODULE["cpu"]).exists()
+    assert not (source / NOTE["cpu"]).exists()
+
+
+def test_with_one_a_build_that_fails_is_an_error(tmp_path: Path) -> None:
+    source = tree(tmp_path / "tree")
+    variables = cpu_tools(tmp_path, works=False) | {"FSP_KERNELS_CPU": "1"}
+    printed = build("editable", source, fails=True, **variables)
+    assert "the build with c++ failed (CXX names another compiler)" in printed
+    assert "FSP_KERNELS_CPU=0 skips it" in printed
 
 
 def test_a_source_distribution_holds_the_sources(tmp_path: Path) -> None:
     source = tree(tmp_path / "tree")
     shutil.copytree(ROOT / "csrc", source / "csrc")
-    (source / NOTE).touch()  # an editable install was here
-    build = "from setuptools import build_meta; build_meta.build_sdist('dist')"
-    run(sys.executable, "-c", build, cwd=source, FSP_KERNELS_CUDA="0")
+    for note in NOTE.values():
+        (source / note).touch()  # an editable install was here
+    build("sdist", source, **SKIPPED)
     (made,) = (source / "dist").glob("*.tar.gz")
     with tarfile.open(made) as opened:
         held = {name.partition("/")[2] for name in opened.getnames()}
-    assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} <= held
-    assert NOTE not in held
+    assert {path.relative_to(ROOT).as_posix() for path in sources()} <= held
+    assert not held & set(NOTE.values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(imported().find_cxx()[0] is None, reason="no C++ compiler")
+def test_a_wheel_with_the_cpu_extension_needs_no_torch(tmp_path: Path) -> None:
+    source = tree(tmp_path / "tree")
+    shutil.copytree(ROOT / "csrc", source / "csrc")
+    for name in NAMES:
+        (source / NOTE[name]).touch()  # an editable install was here
+    # Isolated: in an environment that has nothing but pyproject.toml's build requirements.
+    # Debug: not optimised, so that it compiles sooner.
+    made = wheel(source, FSP_KERNELS_CUDA="0", FSP_KERNELS_CPU="1", CMAKE_BUILD_TYPE="Debug")
+    assert not made.name.endswith("-any.whl")
+    assert {MODULE["cpu"], NOTE["cuda"]} <= names(made)
+    assert not {MODULE["cuda"], NOTE["cpu"]} & names(made)
+    with zipfile.ZipFile(made) as opened:
+        opened.extractall(tmp_path)
+    # -S: without site-packages, where torch is.
+    report = "import _cpu; assert isinstance(_cpu.instruction_sets, list)"
+    run(sys.executable, "-S", "-c", report, cwd=tmp_path / "fsp_kernels")
 
 
 @pytest.mark.slow
@@ -210,21 +361,22 @@ def test_a_source_distribution_holds_the_sources(tmp_path: Path) -> None:
         pytest.param("90", "", marks=pytest.mark.thorough),
     ],
 )
-def test_a_wheel_with_the_extension_needs_no_torch_and_is_built_on(
+def test_a_wheel_with_the_cuda_extension_needs_no_torch_and_is_built_on(
     tmp_path: Path, architectures: str, flags: str
 ) -> None:
     variables = {
         "FSP_KERNELS_CUDA": "1",
+        "FSP_KERNELS_CPU": "0",
         "CUDAARCHS": architectures,
         "NVCC_APPEND_FLAGS": flags,
     }
     source = tree(tmp_path / "tree")
     shutil.copytree(ROOT / "csrc", source / "csrc")
-    (source / NOTE).touch()  # an editable install was here
+    (source / NOTE["cuda"]).touch()  # an editable install was here
     # Isolated: in an environment that has nothing but pyproject.toml's build requirements.
     made = wheel(source, **variables)
-    assert MODULE in names(made)
-    assert NOTE not in names(made)
+    assert MODULE["cuda"] in names(made)
+    assert NOTE["cuda"] not in names(made)
     with zipfile.ZipFile(made) as opened:
         opened.extractall(tmp_path)
     # -S: without site-packages, where torch is.

@@ -87,7 +87,8 @@ def build(folder: Path) -> Path:
     """The extension of this checkout, as an installation would build it."""
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(folder)]
     # With source lines, by which launches.py names loops. The machine code is the same.
-    environment = os.environ | {"FSP_KERNELS_CUDA": "1", "CUDAFLAGS": "-lineinfo"}
+    chosen = {"FSP_KERNELS_CUDA": "1", "FSP_KERNELS_CPU": "0", "CUDAFLAGS": "-lineinfo"}
+    environment = os.environ | chosen
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if result.returncode != 0:
         raise SystemExit(f"The kernels of csrc/ do not compile:\n{result.stdout}{result.stderr}")

@@ -72,7 +72,10 @@ def steps(scratch: Path, slug: str, jobs: int) -> list[Step]:
             "install",
             ("-m", "pip", "install", "--no-build-isolation", "--no-deps", "--editable", "."),
             180,
-            {"CUDAARCHS": os.environ.get("CUDAARCHS", "native")},
+            {
+                "CUDAARCHS": os.environ.get("CUDAARCHS", "native"),
+                "FSP_KERNELS_CPU": os.environ.get("FSP_KERNELS_CPU", "0"),
+            },
         ),
         Step("smoke, triton", (*smoke, "triton", "--jobs", str(jobs)), 100),
         Step("smoke, cuda", (*smoke, "cuda"), 60),

@@ -20,7 +20,7 @@ SLUG = "gpu-nvidia-fake-1"
 LONG = 60  # seconds that no test waits for
 # In place of Python: notes what it is called with, and does what the step's first argument says.
 PYTHON = f"""#!/bin/sh
-echo "called with $* ${{CUDAARCHS-no CUDAARCHS}}"
+echo "called with $* ${{CUDAARCHS-no CUDAARCHS}} ${{FSP_KERNELS_CPU-}}"
 case "$*" in *--output*)
     for last; do :; done
     mkdir -p "$last/{SLUG}" && echo "$*" >"$last/{SLUG}/results.csv"
@@ -43,6 +43,7 @@ def python(monkeypatch, tmp_path):
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     monkeypatch.delenv("CUDAARCHS", raising=False)
+    monkeypatch.delenv("FSP_KERNELS_CPU", raising=False)
     return monkeypatch
 
 
@@ -75,7 +76,7 @@ def test_all_steps_run_in_order_and_their_results_are_kept(python, folder, capsy
     assert {path.name for path in folder.iterdir()} == names
     called = [x for x in (folder / "first.log").read_text().splitlines() if x.startswith("called")]
     assert called[0] == (
-        "called with -m pip install --no-build-isolation --no-deps --editable . native"
+        "called with -m pip install --no-build-isolation --no-deps --editable . native 0"
     )
     assert "tools.smoke --backend triton --jobs 4" in called[1]
     assert "tools.smoke --backend cuda" in called[2]
