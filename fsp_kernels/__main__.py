@@ -11,7 +11,7 @@ import torch
 from fsp_kernels._machine import cores, cpu_model, installed
 from fsp_kernels._version import __version__
 from fsp_kernels.backends import registered_backends, requested_backend
-from fsp_kernels.backends.cuda.extension import extension
+from fsp_kernels.backends.compiled import compiled_module
 
 
 def environment() -> dict[str, str]:
@@ -22,7 +22,8 @@ def environment() -> dict[str, str]:
         "platform": platform.platform(),
         "torch": torch.__version__,
         "triton": installed("triton"),
-        "cuda extension": _extension(),
+        "cuda extension": _cuda_extension(),
+        "cpu extension": _cpu_extension(),
         "cpu": f"{cpu_model()}, {cores()} cores, {torch.get_num_threads()} threads",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "blas": "MKL" if torch.backends.mkl.is_available() else "not MKL",
@@ -42,12 +43,21 @@ def environment() -> dict[str, str]:
     return report
 
 
-def _extension() -> str:
-    """The chips that the compiled extension has machine code for, or why it is missing."""
-    found = extension()
+def _cuda_extension() -> str:
+    """The chips that it has machine code for, or why it is missing."""
+    found = compiled_module("cuda")
     if isinstance(found, str):
         return found.removeprefix("its extension ")
     return f"built for {found.architectures}"
+
+
+def _cpu_extension() -> str:
+    """The instruction sets that it has for this processor, best first, or why it is missing."""
+    found = compiled_module("cpu")
+    if isinstance(found, str):
+        return found.removeprefix("its extension ")
+    sets = ", ".join(found.instruction_sets)
+    return f"has {sets} for this processor" if sets else "has no kernels that this processor runs"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -38,12 +38,33 @@ def test_it_says_which_backend_was_asked_for(monkeypatch: pytest.MonkeyPatch) ->
     assert report.environment()["backend requested"] == "torch"
 
 
-def test_it_says_for_which_chips_the_extension_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = types.SimpleNamespace(architectures="90-real 90-virtual")
-    monkeypatch.setattr(report, "extension", lambda: module)
+def found(monkeypatch: pytest.MonkeyPatch, **modules: object) -> None:
+    """The compiled modules, by name, are these."""
+    missing = "its extension is not built: {} is not here"
+    find = lambda name: modules.get(name, missing.format(name))  # noqa: E731
+    monkeypatch.setattr(report, "compiled_module", find)
+
+
+def test_it_says_for_which_chips_the_cuda_extension_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    found(monkeypatch, cuda=types.SimpleNamespace(architectures="90-real 90-virtual"))
     assert report.environment()["cuda extension"] == "built for 90-real 90-virtual"
 
 
-def test_it_says_why_there_is_no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "extension", lambda: "its extension is not built: no nvcc")
-    assert report.environment()["cuda extension"] == "is not built: no nvcc"
+@pytest.mark.parametrize(
+    ("instruction_sets", "said"),
+    [
+        (["avx512", "avx2"], "has avx512, avx2 for this processor"),
+        ([], "has no kernels that this processor runs"),
+    ],
+)
+def test_it_says_what_the_cpu_extension_has_for_this_processor(
+    monkeypatch: pytest.MonkeyPatch, instruction_sets: list[str], said: str
+) -> None:
+    found(monkeypatch, cpu=types.SimpleNamespace(instruction_sets=instruction_sets))
+    assert report.environment()["cpu extension"] == said
+
+
+@pytest.mark.parametrize("name", ["cuda", "cpu"])
+def test_it_says_why_there_is_no_extension(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    found(monkeypatch)
+    assert report.environment()[f"{name} extension"] == f"is not built: {name} is not here"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +13,7 @@ from cuda_on_host.module import extension_is
 
 import fsp_kernels as fsp
 from fsp_kernels import backends, functional
-from fsp_kernels.backends import cuda
+from fsp_kernels.backends import compiled, cuda
 from fsp_kernels.backends.cuda import extension
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -35,11 +33,11 @@ def cuda_backend():
 
 
 @pytest.fixture
-def missing(monkeypatch, tmp_path):
-    """Nothing was built, and nothing says why; the path of what might."""
-    monkeypatch.setattr(extension, "NOTE", tmp_path / "cuda_build.txt")
+def _missing(monkeypatch, tmp_path):
+    """Nothing was built, and nothing says why."""
+    monkeypatch.setattr(compiled, "NOTES", tmp_path)
     with extension_is(None):
-        yield extension.NOTE
+        yield
 
 
 @pytest.fixture
@@ -102,33 +100,11 @@ def test_the_machine_is_asked_once(cuda_backend, machine, monkeypatch):
 # --- with which extension -------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("missing")
+@pytest.mark.usefixtures("_missing")
 def test_it_needs_its_extension(cuda_backend):
-    assert cuda_backend.why_unavailable() == f"its extension is not built: {extension.HOW_TO_BUILD}"
-
-
-def test_what_was_noted_when_it_was_not_built_is_told(cuda_backend, missing):
-    missing.write_text("when fsp_kernels was installed, FSP_KERNELS_CUDA=0 was set\n")
     assert cuda_backend.why_unavailable() == (
-        "its extension is not built: when fsp_kernels was installed, FSP_KERNELS_CUDA=0 was set"
+        f"its extension is not built: {compiled.HOW_TO_BUILD['cuda']}"
     )
-
-
-def test_an_extension_that_cannot_be_loaded_says_why(cuda_backend, monkeypatch, tmp_path):
-    why = "libcudart.so.12: cannot open shared object file"
-    (tmp_path / "_cuda.py").write_text(f"raise ImportError({why!r})\n")
-    with extension_is(None):
-        monkeypatch.delitem(sys.modules, "fsp_kernels._cuda")
-        monkeypatch.setattr(fsp, "__path__", [str(tmp_path)])
-        assert cuda_backend.why_unavailable() == f"its extension cannot be loaded: {why}"
-
-
-def test_importing_the_library_imports_no_extension():
-    code = "import sys, fsp_kernels; print('fsp_kernels._cuda' in sys.modules)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/"
-    )
-    assert result.stdout.strip() == "False"
 
 
 # --- on which machines ----------------------------------------------------------------------------
@@ -277,7 +253,7 @@ def test_fp64_is_refused_by_name():
             call()
 
 
-@pytest.mark.usefixtures("missing")
+@pytest.mark.usefixtures("_missing")
 def test_a_backend_that_does_not_work_here_is_an_error_by_name():
     maps = pair()
     with pytest.raises(

@@ -13,6 +13,7 @@ import pytest
 from cuda_on_host.build import build, load
 
 from fsp_kernels.backends import registered_backends
+from fsp_kernels.backends.compiled import compiled_module
 from fsp_kernels.backends.cuda import extension, product
 
 NAME = "fsp_kernels._cuda"
@@ -71,7 +72,7 @@ def extension_is(module: ModuleType | None) -> Iterator[None]:
 
 
 def _forget() -> None:
-    extension.extension.cache_clear()
+    compiled_module.cache_clear()
     extension.why_unavailable.cache_clear()
     extension.why_not_on.cache_clear()
     product._prepared_product.cache_clear()

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from functools import lru_cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fsp_kernels.backends.compiled import compiled_module
 from fsp_kernels.backends.devices import cached_constant, constant, raw_stream, why_no_gpu
 
-HOW_TO_BUILD = "`pip install .` builds it if it finds nvcc 12.0 or newer"
-# setup.py writes this file if it does not build the extension. It says why.
-NOTE = Path(__file__).parents[2] / "cuda_build.txt"
 
-
-@lru_cache
 def extension() -> ModuleType | str:
     """The module, or why it is missing."""
-    try:
-        return importlib.import_module("fsp_kernels._cuda")
-    except ModuleNotFoundError:
-        why = NOTE.read_text().strip() if NOTE.exists() else HOW_TO_BUILD
-        return f"its extension is not built: {why}"
-    except ImportError as error:
-        return f"its extension cannot be loaded: {error}"
+    return compiled_module("cuda")
 
 
 @cached_constant
