@@ -44,7 +44,7 @@ def _by_chunk(members: Sequence[int], chosen: Sequence[Chosen]) -> Iterator[Laun
 def _launches(pairs: Sequence[PairPlan], limits: Limits) -> tuple[str, ...]:
     """The kernels of a group, in order."""
     evaluation, form = pairs[0].evaluation, pairs[0].form
-    if evaluation == "chunks":
+    if evaluation in ("chunks", "samples"):
         return ()
     if evaluation == "one pass":
         return ("gram",) if form == "gram" else ("one_pass",)

@@ -24,7 +24,7 @@ from torch import Tensor
 #   ready: from the student's product and the teacher's ready matrix.
 Residual = Literal["difference", "direct", "apart", "ready"]
 Form = Literal["matrix", "gram"]
-Evaluation = Literal["chunks", "one pass", "tiles", "blocks"]
+Evaluation = Literal["chunks", "samples", "one pass", "tiles", "blocks"]
 Pool = Literal["none", "max", "avg"]
 
 HALF = (torch.float16, torch.bfloat16)
@@ -135,11 +135,14 @@ class MapPlan:
         window = math.prod(full // part for full, part in sizes)
         return all(full % part == 0 for full, part in sizes) and window <= GPU_WINDOW
 
-    @cached_property
+    @property
     def read(self) -> MapPlan:
-        """The map that kernels read: this one, or a pooled copy if kernels cannot pool it."""
-        if self.fused_windows:
-            return self
+        """The map that fused kernels read: this one, or a pooled copy if they cannot pool it."""
+        return self if self.fused_windows else self.pooled_copy
+
+    @cached_property
+    def pooled_copy(self) -> MapPlan:
+        """The contiguous map that PyTorch pools this one to."""
         assert self.pooled_size is not None
         shape = (*self.shape[:2], *self.pooled_size)
         gradient = None if self.gradient_dtype is None else torch.float32
@@ -187,6 +190,7 @@ class PairPlan:
     ``teacher`` holds two maps, or one if it is a ready matrix. ``evaluation`` is one of
 
     * ``"chunks"``: a chunk of samples at a time, without fused kernels;
+    * ``"samples"``: each thread of a CPU evaluates one sample at a time;
     * ``"one pass"``: a program of a fused kernel holds a sample's residual or Gram blocks;
     * ``"tiles"``: tiles of the residual are stored, each computed by ``parts`` programs;
     * ``"blocks"``: Gram blocks are stored, each computed by ``parts`` programs.
@@ -196,7 +200,8 @@ class PairPlan:
     batched product computes the gradients from the stored tiles. ``scratch_bytes`` are allocated
     while the launches of the pair's group run, ``pooled_bytes`` for the whole call. A ``symmetric``
     pair is a map with itself, in each network that has maps. Its second maps want no gradient: it
-    is part of the first ones'.
+    is part of the first ones'. Threads of a CPU that evaluate samples keep their scratch memory
+    from call to call.
     """
 
     batch: int
@@ -425,9 +430,9 @@ class LossPlan:
         return self.reduction == "none"
 
     @cached_property
-    def fused_windows(self) -> bool:
-        """Whether kernels can pool all maps while they read them."""
-        return all(m.fused_windows for m in self.maps)
+    def pooled_before(self) -> tuple[int, ...]:
+        """The indices in ``maps`` of those that fused kernels cannot pool while they read them."""
+        return tuple(i for i, m in enumerate(self.maps) if not m.fused_windows)
 
     def spread(self, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """One entry for each map: its gradient, or ``None`` if it wants none."""
@@ -474,7 +479,7 @@ def _table_row(index: int, pair: PairPlan) -> tuple[str, ...]:
 
 
 def _evaluation_text(pair: PairPlan) -> str:
-    if pair.evaluation == "chunks":
+    if pair.evaluation in ("chunks", "samples"):
         return "one pass" if pair.passes == 1 else "two passes"
     parts = "" if pair.parts == 1 else f" in {pair.parts} parts"
     return pair.evaluation + parts + (", gradients by BLAS" if pair.blas_gradients else "")

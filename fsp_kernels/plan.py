@@ -65,6 +65,8 @@ DIFFERENCES_WHOLE, DIFFERENCES_BLOCK = 16 << 20, 4 << 20
 # products small.
 GRAM_FLOP_COST = 2.6
 GRAM_BLOCK_BYTES = 1 << 20  # of maps that are widened to fp64 at a time; they stay in cache
+CPU_GRAM_FLOP_COST = 1.8  # the same cost for the kernels of the CPU backend
+CPU_OPERAND_BYTES = 2 << 20  # of operands that a thread of the CPU backend copies at a time
 GPU_TILE_CHANNELS = 128  # of a tile of a residual on a GPU
 GPU_GRAM_POSITIONS = 64  # the most for which Gram blocks stay on chip on a GPU
 # Programs that fill a large GPU (two for each of about 130 multiprocessors). With fewer tiles the
@@ -212,6 +214,8 @@ def _pair_plans(
         if "chunks" in limits.evaluations:
             how = form, residual, norm, symmetric
             evaluations = _chunked_evaluations(maps, *how, device.type, compute_dtype)
+        elif "samples" in limits.evaluations:
+            evaluations = iter([_by_samples(m, n, maps, form)])
         else:
             evaluations = _fused_evaluations(m, n, maps, norm, form, limits)
         for found in evaluations:
@@ -322,6 +326,19 @@ def _chunked_evaluations(
             sides = (m,) if symmetric else (m, n)
             total += samples * _gram_widening(sides, k, samples, blocks)
         yield _Evaluation("chunks", samples, passes, total)
+
+
+def _by_samples(m: int, n: int, maps: Sequence[MapPlan], form: Form) -> _Evaluation:
+    """The evaluation by the kernels of the CPU backend.
+
+    A sample's maps are read twice, the second time from cache if they fit.
+    """
+    batch, k = maps[0].shape[0], maps[0].positions
+    sample = sum(plan.bytes + plan.gradient_bytes for plan in maps) // batch
+    own = FP32_BYTES * m * n if form == "matrix" else 2 * FP32_BYTES * (GRAM_BLOCKS + 1) * k * k
+    pooled = batch * sum(_pooled_bytes(plan) for plan in maps if plan.pooled_size is not None)
+    passes = 1 if sample <= CHUNK_BYTES["cpu"] else 2
+    return _Evaluation("samples", batch, passes, own + CPU_OPERAND_BYTES, pooled)
 
 
 def _adds_transpose(maps: Sequence[MapPlan], form: Form, residual: Residual, norm: str) -> bool:
@@ -469,9 +486,12 @@ def _equal_chunks(batch: int, most: int) -> int:
 
 
 def _pooled_workspace(plan: MapPlan) -> int:
+    """Bytes for each sample of a map, if fused kernels cannot pool it."""
+    return 0 if plan.pooled_size is None or plan.fused_windows else _pooled_bytes(plan)
+
+
+def _pooled_bytes(plan: MapPlan) -> int:
     """Bytes for each sample of a map that PyTorch pools before the kernels read it."""
-    if plan.pooled_size is None or plan.fused_windows:
-        return 0
     width = plan.multiplied_dtype.itemsize
     if plan.gradient_dtype is not None:
         width += FP32_BYTES + (torch.int64.itemsize if plan.pool == "max" else 0)

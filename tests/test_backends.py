@@ -153,7 +153,13 @@ def test_the_torch_backend_is_there_and_serves_a_cpu():
     assert "torch" in fsp.available_backends()
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         assert chosen(dtype, backend="torch") == "torch"
-        assert chosen(dtype) == "torch"
+
+
+def test_a_cpu_is_served_by_its_kernels_if_they_are_built():
+    best = "cpu" if "cpu" in fsp.available_backends() else "torch"
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert chosen(dtype) == best
+    assert chosen(torch.float64) == "torch"
 
 
 # --- use_backend ----------------------------------------------------------------------------------
@@ -328,7 +334,7 @@ def test_a_block_may_be_inside_of_a_compiled_call(named):
 
 def test_use_backend_refuses_an_unknown_name():
     with pytest.raises(
-        ValueError, match=r"^backend: got 'tritn', expected one of 'triton', 'cuda', 'torch'"
+        ValueError, match=r"^backend: got 'tritn', expected one of 'triton', 'cuda', 'cpu', 'torch'"
     ):
         fsp.use_backend("tritn")
 
@@ -419,7 +425,9 @@ def test_an_unknown_backend_lists_the_known_ones(register, call):
 @every_call
 def test_an_unknown_name_in_the_environment_is_an_error(monkeypatch, call):
     monkeypatch.setenv("FSP_KERNELS_BACKEND", "fats")
-    with pytest.raises(ValueError, match=r"got 'fats', expected one of 'triton', 'cuda', 'torch'"):
+    with pytest.raises(
+        ValueError, match=r"got 'fats', expected one of 'triton', 'cuda', 'cpu', 'torch'"
+    ):
         call(maps(), None)
 
 

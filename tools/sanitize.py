@@ -151,11 +151,11 @@ def check(sanitizer: str, tool: str, backend: str, jobs: int = 1) -> bool:
 
 
 def working() -> list[str]:
-    """The backends with kernels of their own that work here; says why others do not."""
+    """The backends with kernels for GPUs that work here; says why others do not."""
     reasons = {
         name: backend.why_unavailable()
         for name, backend in registered_backends().items()
-        if name != "torch"
+        if name not in ("cpu", "torch")
     }
     for name, reason in reasons.items():
         if reason is not None:

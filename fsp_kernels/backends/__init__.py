@@ -3,8 +3,10 @@
     torch_backend.py  PyTorch operators, for any device
     triton/           Triton kernels
     cuda/             CUDA C++ kernels
+    cpu.py            C++ kernels for CPUs
     fused.py          what the Triton and the CUDA backend share
     tensors.py        the tensors of a planned loss; pooling before the kernels
+    compiled.py       the compiled modules, or why they are missing
     axes.py           the spatial axes of a map in memory
     devices.py        streams, precision and availability of devices
 
@@ -25,6 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fsp_kernels.backends.cpu import CpuBackend
 from fsp_kernels.backends.cuda import CudaBackend
 from fsp_kernels.backends.torch_backend import TorchBackend
 from fsp_kernels.backends.triton import TritonBackend
@@ -103,7 +106,8 @@ class Backend(Protocol):
 
 # Best first. A new backend needs a folder and a line here.
 _REGISTRY: dict[str, Backend] = {
-    backend.name: backend for backend in (TritonBackend(), CudaBackend(), TorchBackend())
+    backend.name: backend
+    for backend in (TritonBackend(), CudaBackend(), CpuBackend(), TorchBackend())
 }
 
 _ENVIRONMENT_VARIABLE = "FSP_KERNELS_BACKEND"

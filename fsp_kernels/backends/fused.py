@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fsp_kernels.backends.devices import on_device
-from fsp_kernels.backends.tensors import pool_maps
+from fsp_kernels.backends.tensors import in_memory, pool_maps
 from fsp_kernels.loss_plan import LossPlan, Scaling
 
 
@@ -65,8 +65,8 @@ class FusedBackend:
         gradients = [
             torch.empty_like(maps[i], dtype=planned[i].gradient_dtype) for i in plan.wanted
         ]
-        tensors = [*maps, *gradients]
-        pooled = [] if plan.fused_windows else pool_maps(tensors, plan)
+        tensors = [*in_memory(maps), *gradients]
+        pooled = pool_maps(tensors, plan, plan.pooled_before) if plan.pooled_before else []
         # A plan holds the strides of the maps, and those of the gradients follow from them.
         prepared = self.prepared.get((plan, device))
         if prepared is None:
@@ -116,7 +116,7 @@ class FusedBackend:
     def matrix(self, first: Tensor, second: Tensor) -> Tensor:
         dtype = torch.promote_types(first.dtype, second.dtype)
         out = first.new_empty(first.shape[0], first.shape[1], second.shape[1], dtype=dtype)
-        self.product(first, second.mT, out, first.shape[2])
+        self.product(first.resolve_neg(), second.resolve_neg().mT, out, first.shape[2])
         return out
 
     def matrix_backward(self, gradient: Tensor, other: Tensor, channels_last: bool) -> Tensor:
@@ -126,5 +126,5 @@ class FusedBackend:
             out = gradient.new_empty(batch, positions, channels, dtype=dtype).mT
         else:
             out = gradient.new_empty(batch, channels, positions, dtype=dtype)
-        self.product(gradient, other, out, positions)
+        self.product(gradient.resolve_neg(), other.resolve_neg(), out, positions)
         return out

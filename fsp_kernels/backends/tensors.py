@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,18 +15,18 @@ Slots = tuple[int | None, ...]
 
 
 class PooledMap:
-    """A map that no kernel can pool. PyTorch pools it before the kernels read it."""
+    """A map that PyTorch pools before the kernels read it."""
 
     def __init__(self, x: Tensor, gradient: Tensor | None, plan: MapPlan):
         assert plan.pooled_size is not None
         self._target, self._size, self._mode = gradient, plan.pooled_size, plan.pool
-        x = x.to(plan.read.dtype)
+        x = x.to(plan.pooled_copy.dtype)
         pooled, self._indices = pool(x, self._size, self._mode, indexed=gradient is not None)
-        self.map = pooled.contiguous().view(plan.read.shape)
+        self.map = pooled.contiguous().view(plan.pooled_copy.shape)
         self.gradient = None
         if gradient is not None:
-            dtype = plan.read.gradient_dtype
-            self.gradient = torch.empty(plan.read.shape, dtype=dtype, device=x.device)
+            dtype = plan.pooled_copy.gradient_dtype
+            self.gradient = torch.empty(plan.pooled_copy.shape, dtype=dtype, device=x.device)
 
     def unpool(self) -> None:
         """Write the map's gradient from that of the pooled map."""
@@ -35,18 +35,17 @@ class PooledMap:
             unpool(flat, self._target, self._size, self._mode, self._indices)
 
 
-def pool_maps(tensors: list[Tensor], plan: LossPlan) -> list[PooledMap]:
-    """Pool the maps that no kernel can pool; replaces them and their gradients in ``tensors``."""
+def pool_maps(tensors: list[Tensor], plan: LossPlan, places: Iterable[int]) -> list[PooledMap]:
+    """Pool the maps at ``places``; replaces them and their gradients in ``tensors``."""
     found = []
     gradients = _gradient_places(plan)
-    for i, m in enumerate(plan.maps):
-        if not m.fused_windows:
-            place = gradients.get(i)
-            x = PooledMap(tensors[i], None if place is None else tensors[place], m)
-            tensors[i] = x.map
-            if place is not None and x.gradient is not None:
-                tensors[place] = x.gradient
-            found.append(x)
+    for i in places:
+        place = gradients.get(i)
+        x = PooledMap(tensors[i], None if place is None else tensors[place], plan.maps[i])
+        tensors[i] = x.map
+        if place is not None and x.gradient is not None:
+            tensors[place] = x.gradient
+        found.append(x)
     return found
 
 
@@ -69,6 +68,24 @@ def slots_of(plan: LossPlan) -> list[Slots]:
 
 def tensors_at(slots: Slots, tensors: Sequence[Tensor]) -> list[Tensor | None]:
     return [None if x is None else tensors[x] for x in slots]
+
+
+def in_memory(maps: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Maps whose memory holds their values, with the same strides.
+
+    A negative view, e.g. ``z.conj().imag``, is copied: its memory holds the values with the other
+    sign.
+    """
+    return [_copied(x) if x.is_neg() else x for x in maps] if any(map(_is_neg, maps)) else maps
+
+
+_is_neg = Tensor.is_neg
+
+
+def _copied(x: Tensor) -> Tensor:
+    distinct = x[tuple(slice(0, None if stride else 1) for stride in x.stride())]
+    copy = torch.empty_strided(distinct.shape, x.stride(), dtype=x.dtype, device=x.device)
+    return copy.copy_(distinct).expand(x.shape)
 
 
 def elements_of(x: Tensor) -> Sequence[Tensor]:

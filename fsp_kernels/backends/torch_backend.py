@@ -86,7 +86,7 @@ class TorchBackend:
                 None if m.gradient_dtype is None else torch.empty_like(x, dtype=m.gradient_dtype)
                 for x, m in zip(members, pair.maps, strict=True)
             ]
-            losses.append(_pair_loss(members, held, pair, plan, weight))
+            losses.append(pair_loss(members, held, pair, plan, weight))
             gradients += [g for g in held if g is not None]
         if plan.by_pair:
             return torch.stack(losses), gradients
@@ -123,14 +123,14 @@ def _sum(losses: list[Tensor]) -> Tensor:
     return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
 
-def _pair_loss(
+def pair_loss(
     maps: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
     pair: PairPlan,
     plan: LossPlan,
     weight: float,
 ) -> Tensor:
-    """The weighted loss of a pair, a scalar; fills ``gradients``."""
+    """The weighted loss of a pair, a scalar; fills ``gradients``, one for each map or ``None``."""
     factor = weight / pair.divisor
     if pair.samples == pair.batch:
         return _chunk_loss(maps, gradients, pair, plan, factor)

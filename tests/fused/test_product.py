@@ -150,3 +150,12 @@ def test_what_is_not_finite_stays_in_its_row(value):
 @pytest.mark.usefixtures("tf32")
 def test_tf32_is_close():
     check(tensor(2, 5, 20), tensor(2, 7, 20), bound=5e-3)
+
+
+def test_a_negative_view_is_read_with_its_sign():
+    x, y, values = (tensor(2, 16, 6, 6).detach() for _ in range(3))
+    view = torch.complex(torch.zeros_like(values), values).conj().imag
+    assert view.is_neg()
+    assert torch.equal(fsp.fsp_matrix(view, y), fsp.fsp_matrix(-values, y))
+    losses = [fsp.fsp_loss([(a, y)], [(x, y)]) for a in (view, -values)]
+    assert torch.equal(*losses)

@@ -1,0 +1,170 @@
+"""The CPU backend: C++ kernels in csrc/cpu/ that evaluate the loss one sample at a time.
+
+While a thread copies the maps of a sample to its cache, it widens half precision and subtracts the
+teacher. The torch backend computes FSP matrices, and what these kernels do not serve: ready
+matrices, which come from there, fewer samples than threads, and spatial axes that cannot be
+flattened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fsp_kernels.backends.compiled import compiled_module
+from fsp_kernels.backends.devices import cached_constant
+from fsp_kernels.backends.tensors import Slots, in_memory, pool_maps, slots_of, tensors_at
+from fsp_kernels.backends.torch_backend import TorchBackend, pair_loss
+from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan, PairPlan
+from fsp_kernels.plan import CPU_GRAM_FLOP_COST
+
+MOST_PREPARED = 4096  # prepared losses that are kept; at the limit all are dropped
+_SCALARS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+class CpuBackend(TorchBackend):
+    """See :class:`fsp_kernels.backends.Backend` for what each method promises."""
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        self.prepared: dict[tuple[LossPlan, int], _PreparedLoss] = {}
+
+    def why_unavailable(self) -> str | None:
+        return _why_unavailable()
+
+    def why_unsupported(self, device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+        if device.type != "cpu":
+            return f"its kernels run on the CPU, not on {device.type}"
+        if torch.float64 in dtypes:
+            return "its kernels take fp32, fp16 and bf16, not fp64"
+        return None
+
+    def limits(
+        self,
+        device: torch.device,
+        student: Sequence[MapPlan],
+        teacher: Sequence[MapPlan],
+        precision: str,
+    ) -> Limits:
+        if len(teacher) == 1:
+            return super().limits(device, student, teacher, precision)
+        return Limits(evaluations=("samples",), gram_flop_cost=CPU_GRAM_FLOP_COST)
+
+    def loss(
+        self, maps: Sequence[Tensor], plan: LossPlan, weights: Sequence[float]
+    ) -> tuple[Tensor, list[Tensor]]:
+        planned = plan.maps
+        gradients = [
+            torch.empty_like(maps[i], dtype=planned[i].gradient_dtype) for i in plan.wanted
+        ]
+        tensors = [*in_memory(maps), *gradients]
+        threads = torch.get_num_threads()
+        # A plan holds the strides of the maps, and those of the gradients follow from them.
+        prepared = self.prepared.get((plan, threads))
+        if prepared is None:
+            if len(self.prepared) >= MOST_PREPARED:
+                self.prepared.clear()
+            prepared = self.prepared[plan, threads] = _PreparedLoss(plan, tensors, threads)
+        losses = prepared(tensors, weights)
+        result = losses if plan.by_pair else sum(losses)
+        return torch.tensor(result, dtype=torch.float32, device="cpu"), gradients
+
+
+@cached_constant
+def _why_unavailable() -> str | None:
+    found = compiled_module("cpu")
+    if isinstance(found, str):
+        return found
+    return None if found.instruction_sets else "its kernels need a processor with AVX2"
+
+
+class _Kernels(NamedTuple):
+    """The pairs of a plan that the kernels evaluate."""
+
+    pairs: list[int]
+    pooled: list[int]  # the indices of maps that PyTorch pools before the kernels read them
+    # (addresses of the pairs' tensors, a factor for each pair, threads) -> the loss of each pair
+    run: Callable[[Sequence[int], Sequence[float], int], list[float]]
+
+
+class _PreparedLoss:
+    """A planned loss: which pairs the kernels evaluate, and these as the kernels take them."""
+
+    def __init__(self, plan: LossPlan, tensors: Sequence[Tensor], threads: int):
+        self._plan, self._threads = plan, threads
+        self._slots = slots_of(plan)
+        self._by_torch = [
+            i
+            for i, (pair, slots) in enumerate(zip(plan.pairs, self._slots, strict=True))
+            if pair.evaluation == "chunks" or pair.batch < threads or not _all_flat(slots, tensors)
+        ]
+        by_kernels = [i for i in range(len(plan.pairs)) if i not in self._by_torch]
+        self._kernels = self._describe(by_kernels, tensors) if by_kernels else None
+
+    def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> list[float]:
+        """The loss of each pair. ``tensors`` are all maps, then all wanted gradients."""
+        losses = [0.0] * len(weights)
+        if self._kernels is not None:
+            found = self._run(self._kernels, tensors, weights)
+            for i, loss in zip(self._kernels.pairs, found, strict=True):
+                losses[i] = loss
+        for i in self._by_torch:
+            pair, slots = self._plan.pairs[i], self._slots[i]
+            maps = [x for x in tensors_at(slots[:4], tensors) if x is not None]
+            gradients = tensors_at(slots[4 : 4 + len(maps)], tensors)
+            losses[i] = pair_loss(maps, gradients, pair, self._plan, weights[i]).item()
+        return losses
+
+    def _run(
+        self, kernels: _Kernels, tensors: Sequence[Tensor], weights: Sequence[float]
+    ) -> list[float]:
+        tensors = list(tensors)
+        pooled = pool_maps(tensors, self._plan, kernels.pooled)
+        own = [x for i in kernels.pairs for x in tensors_at(self._slots[i], tensors)]
+        addresses = [0 if x is None else x.data_ptr() for x in own]
+        factors = [weights[i] / self._plan.pairs[i].divisor for i in kernels.pairs]
+        losses = kernels.run(addresses, factors, self._threads)
+        for x in pooled:
+            x.unpool()
+        return losses
+
+    def _describe(self, pairs: list[int], tensors: Sequence[Tensor]) -> _Kernels:
+        tensors, maps = list(tensors), self._plan.maps
+        members = {slot for i in pairs for slot in self._slots[i][:4]}
+        pooled = [i for i, m in enumerate(maps) if i in members and m.pooled_size is not None]
+        pool_maps(tensors, self._plan, pooled)
+        module: Any = compiled_module("cpu")
+        described = [
+            _described(module, self._plan.pairs[i], tensors_at(self._slots[i], tensors))
+            for i in pairs
+        ]
+        return _Kernels(pairs, pooled, module.Loss(described, module.instruction_sets[0]))
+
+
+def _all_flat(slots: Slots, tensors: Sequence[Tensor]) -> bool:
+    """Whether the maps and gradients of a pair can be viewed as ``(B, C, K)``."""
+    own = [x for x in tensors_at(slots, tensors) if x is not None]
+    return all(x.flatten(2).data_ptr() == x.data_ptr() for x in own)
+
+
+def _described(module: Any, pair: PairPlan, tensors: Sequence[Tensor | None]) -> Any:
+    """A pair as the kernels take it, without addresses."""
+    layouts = [
+        None if x is None else (x.flatten(2).stride(), getattr(module.Scalar, _SCALARS[x.dtype]))
+        for x in tensors
+    ]
+    return module.Pair(
+        maps=layouts[:4],
+        gradients=layouts[4:],
+        batch=pair.batch,
+        channels=pair.channels,
+        positions=(pair.positions, pair.teacher[0].positions),
+        residual=getattr(module.Residual, pair.residual),
+        norm=module.Norm.column if pair.norm == "column" else module.Norm.squares,
+        form=getattr(module.Form, pair.form),
+        symmetric=pair.symmetric,
+    )
