@@ -17,6 +17,7 @@ from benchmarks.tables import MIB, digits
 COLOURS = {
     "ours (triton)": "#ee7733",
     "ours (cuda)": "#cc3311",
+    "ours (cpu)": "#ddaa33",
     "ours (torch)": "#aa3377",
     "ours (torch), matrix form": "#ee99aa",
     "ours (torch), gram form": "#882255",
@@ -25,7 +26,7 @@ COLOURS = {
     "broadcast": "#999999",
     "torch.compile": "#117733",
 }
-MARKERS = dict(zip(COLOURS, "osD^vPX*p", strict=True))  # so that colour is not all to tell by
+MARKERS = dict(zip(COLOURS, "osD^vPX*ph", strict=True))  # so that colour is not all to tell by
 LEGEND_KEY, LEGEND_LETTER = 0.65, 0.08  # inches that a legend's entry takes
 BARS = 0.8  # of a workload's row, for its bars
 GRID = {"color": "#e5e5e5"}

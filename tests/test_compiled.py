@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ def folder(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
     """An empty folder, in the place of the one where modules and notes are."""
     monkeypatch.delitem(sys.modules, f"fsp_kernels._{name}", raising=False)
     monkeypatch.setattr(fsp_kernels, "__path__", [str(tmp_path)])
+    monkeypatch.setattr(sys, "meta_path", [PathFinder])  # without that of an editable install
     monkeypatch.setattr(compiled, "NOTES", tmp_path)
     compiled_module.cache_clear()
     yield tmp_path

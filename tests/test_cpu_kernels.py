@@ -172,6 +172,18 @@ def test_a_ready_matrix_is_left_to_torch_and_its_neighbours_are_not(calls_of_tor
     torch.testing.assert_close(losses[0], losses[1])
 
 
+def test_a_nan_of_any_bits_stays_one_in_bf16():
+    a, b, c, d = pair_of(dtypes=(torch.bfloat16, *FP32[1:]))
+    nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(
+        torch.float32
+    )  # rounded up it would be 0
+    with torch.no_grad():
+        b[0, 0, 0, 0] = nan
+    (gradient,) = torch.autograd.grad(fsp.fsp_loss([(a, b)], [(c, d)], backend="cpu"), a)
+    assert gradient[0].isnan().all()
+    assert gradient[1].isfinite().all()
+
+
 @pytest.mark.parametrize("expanded", [False, True])
 def test_a_negative_view_is_read_with_its_sign(expanded):
     a, b, c, d = pair_of()

@@ -143,7 +143,11 @@ def test_networks_that_cannot_be_measured_say_why(where, dtype, reason):
 
 
 @pytest.mark.parametrize(
-    ("asked", "names"), [([], ["ours (torch)", "einsum", "torch.compile"]), (["bmm"], ["bmm"])]
+    ("asked", "names"),
+    [
+        ([], [*map("ours ({})".format, contenders.backends_on("cpu")), "einsum", "torch.compile"]),
+        (["bmm"], ["bmm"]),
+    ],
 )
 def test_only_some_peers_take_steps_unless_asked_for(asked, names):
     found = contenders_of(Namespace(device="cpu", contender=asked))

@@ -197,7 +197,7 @@ def test_the_interpreter_works_without_a_gpu_but_is_never_chosen_unasked(backend
     assert backend.why_unavailable() is None
     assert not backend.automatic
     maps = pair(device="cpu")
-    assert fsp.explain([maps], [maps]).backend == "torch"
+    assert fsp.explain([maps], [maps]).backend != "triton"
 
 
 # --- as one backend among others ------------------------------------------------------------------
