@@ -70,6 +70,8 @@ def label(pair: PairPlan) -> str:
     """The name of an evaluation in tables."""
     if pair.evaluation == "chunks":
         return f"{pair.form} form, chunks of {pair.samples}"
+    if pair.evaluation == "samples":
+        return f"{pair.form} form"
     if pair.form == "gram":
         return "Gram form"
     return f"{pair.evaluation} and BLAS" if pair.blas_gradients else pair.evaluation
