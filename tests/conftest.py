@@ -26,6 +26,31 @@ FUSED = {"fused", "triton", "cuda"}
 EXAMPLES = {"each": 3, "pairs": 10, "all": 100}  # of a property, by hypothesis
 
 
+@pytest.fixture
+def planner(monkeypatch):
+    """Set constants of plan.py, ``planner(CHUNK_BYTES=1)``; of a table by device, that of the CPU.
+
+    Plans made before are forgotten, and those made with them, too.
+    """
+    from fsp_kernels import functional, plan
+
+    def forget():
+        plan.plan_loss.cache_clear()
+        functional._checked_plan.cache_clear()
+
+    def set_to(**values):
+        for name, value in values.items():
+            if isinstance(getattr(plan, name), dict):
+                monkeypatch.setitem(getattr(plan, name), "cpu", value)
+            else:
+                monkeypatch.setattr(plan, name, value)
+        forget()
+
+    yield set_to
+    monkeypatch.undo()
+    forget()
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--host-cuda",

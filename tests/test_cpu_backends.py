@@ -25,7 +25,7 @@ from tolerances import (
 
 import fsp_kernels as fsp
 import fsp_kernels.plan
-from fsp_kernels import checks, functional, reference
+from fsp_kernels import checks, reference
 from fsp_kernels.backends import get_backend, registered_backends
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -111,23 +111,6 @@ def one_pair(*, batch=3, m=5, n=4, student=((6, 6), (6, 6)), teacher=((6, 6), (6
 
 def loss_of(a, b, c, d, **options):
     return fsp.fsp_loss([(a, b)], [(c, d)], channel_dim=1, **options)
-
-
-@pytest.fixture
-def chunk_bytes(monkeypatch):
-    """Set what a chunk may occupy; plans made before are forgotten, and those made with it too."""
-
-    def forget():
-        fsp_kernels.plan.plan_loss.cache_clear()
-        functional._checked_plan.cache_clear()
-
-    def set_to(size):
-        monkeypatch.setitem(fsp_kernels.plan.CHUNK_BYTES, "cpu", size)
-        monkeypatch.setitem(fsp_kernels.plan.CHUNK_SAMPLES, "cpu", 1)
-        forget()
-
-    yield set_to
-    forget()
 
 
 @pytest.fixture(autouse=True, params=["torch", "cpu"])
@@ -217,8 +200,8 @@ def test_one_ready_matrix_serves_all_samples(make, norm, dtype):
 
 
 @by_torch
-def test_one_ready_matrix_in_chunks_of_samples(chunk_bytes):
-    chunk_bytes(1)
+def test_one_ready_matrix_in_chunks_of_samples(planner):
+    planner(CHUNK_BYTES=1, CHUNK_SAMPLES=1)
     a, b, matrix = maps((5, 5, 6, 6), (5, 4, 6, 6), (1, 5, 4))
     assert fsp.explain([(a, b)], [matrix]).pairs[0].samples == 1
     loss = fsp.fsp_loss([(a, b)], [matrix])
@@ -428,7 +411,7 @@ def test_a_residual_of_pooled_maps_has_its_bound(noise, pool):
     [((2, 2), (2, 2)), ((6, 6), (6, 6)), ((8, 8), (4, 4)), ((7, 5), (5, 6))],
     ids=["gram", "matrix", "pooled", "pooled unevenly"],
 )
-def test_chunks_make_no_difference(sizes, pool, norm, chunk_bytes):
+def test_chunks_make_no_difference(sizes, pool, norm, planner):
     a, b, c, d = one_pair(batch=11, m=12, n=9, student=sizes, teacher=sizes)
     (matrix,) = maps((11, 12, 9))
     call = Tensors([(a, b), (a, b)], [(c, d), matrix], [1.0, 0.5], pool, norm)
@@ -442,7 +425,8 @@ def test_chunks_make_no_difference(sizes, pool, norm, chunk_bytes):
     whole = results()
     for samples in (1, 4):  # eleven chunks; two of four and a ragged last
         per_sample = [_bytes_per_sample(p) for p in plan.pairs]
-        chunk_bytes(0 if samples == 1 else samples * max(per_sample))
+        size = 0 if samples == 1 else samples * max(per_sample)
+        planner(CHUNK_BYTES=size, CHUNK_SAMPLES=1)
         now = fsp.explain(call.student, call.teacher, **call.options)
         assert now.pairs[0].samples < 11
         if samples == 4:

@@ -84,6 +84,14 @@ def test_sizes_around_those_of_tiles(m, n, positions, layout):
     check(*pair_of(m=m, n=n, size=(positions, 1), layout=layout))
 
 
+@pytest.mark.parametrize("positions", [1, 7, 8, 9, 17, 40])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_gram_blocks_of_sizes_around_those_of_tiles(positions, layout):
+    a, b, c, d = pair_of(m=300, n=280, size=(positions, 1), layout=layout)
+    assert fsp.explain([(a, b)], [(c, d)], backend="cpu").pairs[0].form == "gram"
+    check(a, b, c, d)
+
+
 @pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, repeat=2)), ids="-".join)
 @pytest.mark.parametrize("teacher", [(6, 6), (5, 7)], ids=["subtracted", "apart"])
 def test_both_networks_may_have_any_layout(layouts, teacher):
@@ -294,9 +302,11 @@ def test_vectors_of_every_width_compute_the_same(module_of, width, monkeypatch):
     monkeypatch.setattr(cpu, "compiled_module", lambda _: module)
     monkeypatch.setattr(BACKEND, "prepared", {})
     for layout, norm in itertools.product(("contiguous", "channels last"), ("mse", "column")):
-        for m, n, size in ((5, 17, (3, 1)), (30, 33, (6, 6)), (48, 70, (20, 28))):
+        for m, n, size in ((5, 17, (3, 1)), (30, 33, (6, 6)), (48, 70, (20, 28)), (90, 70, (3, 3))):
             check(*pair_of(m=m, n=n, size=size, layout=layout), norm=norm)
             check(*pair_of(m=m, n=n, size=size, dtypes=(torch.bfloat16,) * 4), norm=norm)
+    forms = {key[0].pairs[0].form for key in BACKEND.prepared}
+    assert forms == {"gram", "matrix"}
     a, c = random(2, 20, 9, 9), random(2, 20, 9, 9, seed=1)
     _, (gradient, _) = check(a, a, c, c)
     expected = oracle([(a, a)], [(c, c)])

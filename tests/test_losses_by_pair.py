@@ -11,8 +11,7 @@ from torch.autograd import gradcheck
 from torch.library import opcheck
 
 import fsp_kernels as fsp
-import fsp_kernels.plan as planning
-from fsp_kernels import functional, reference
+from fsp_kernels import reference
 
 DTYPES = tuple(TOLERANCES)
 NORMS = ("frobenius", "mse", "column")
@@ -152,20 +151,13 @@ def test_derivatives_are_right_in_fp64():
     assert gradcheck(losses, tensors, check_batched_grad=True)
 
 
-def test_chunks_of_a_pair_are_added(monkeypatch):
+def test_chunks_of_a_pair_are_added(planner):
     student, teacher = three_pairs()
     whole = losses_of(student, teacher, backend="torch")
-    monkeypatch.setitem(planning.CHUNK_BYTES, "cpu", 1)
-    monkeypatch.setitem(planning.CHUNK_SAMPLES, "cpu", 1)
-    planning.plan_loss.cache_clear()
-    functional._checked_plan.cache_clear()
-    try:
-        plan = fsp.explain(student, teacher, backend="torch")
-        assert all(pair.samples == 1 for pair in plan.pairs)
-        torch.testing.assert_close(losses_of(student, teacher, backend="torch"), whole)
-    finally:
-        planning.plan_loss.cache_clear()
-        functional._checked_plan.cache_clear()
+    planner(CHUNK_BYTES=1, CHUNK_SAMPLES=1)
+    plan = fsp.explain(student, teacher, backend="torch")
+    assert all(pair.samples == 1 for pair in plan.pairs)
+    torch.testing.assert_close(losses_of(student, teacher, backend="torch"), whole)
 
 
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 4), *[st.integers(1, 3)] * 4)

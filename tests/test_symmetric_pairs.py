@@ -7,16 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from layouts import LAYOUTS
+from products import Products
 from tolerances import RESIDUAL_EPS, TOLERANCES, assert_close, flatten, oracle, residual_terms
 from torch.autograd import gradcheck
 from torch.library import opcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fsp_kernels as fsp
 import fsp_kernels.plan as planning
 from benchmarks.memory import profiled_peak
-from fsp_kernels import functional, reference
+from fsp_kernels import reference
 from fsp_kernels.backends.torch_backend import TorchBackend
 
 DTYPES = tuple(TOLERANCES)
@@ -202,21 +202,6 @@ def test_a_copy_of_the_map_gives_the_same(shape, teacher):
     )
 
 
-class Products(TorchDispatchMode):
-    """Counts batched products, and notes the largest tensor that is made."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket is torch.ops.aten.baddbmm
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.empty_like):
-            self.largest = max(self.largest, out.nbytes)
-        return out
-
-
 def products_of(student, teacher, norm="frobenius"):
     """What the backend does by the plan, and the plan."""
     plan = fsp.explain(student, teacher, norm=norm, channel_dim=1, backend="torch")
@@ -312,30 +297,11 @@ def test_half_precision_maps_are_widened_once():
 # --- chunks and blocks ----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def limits(monkeypatch):
-    def forget():
-        planning.plan_loss.cache_clear()
-        functional._checked_plan.cache_clear()
-
-    def set_to(**values):
-        for name, value in values.items():
-            if name.startswith("CHUNK"):
-                monkeypatch.setitem(getattr(planning, name), "cpu", value)
-            else:
-                monkeypatch.setattr(planning, name, value)
-        forget()
-
-    yield set_to
-    monkeypatch.undo()
-    forget()
-
-
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("teacher", TEACHERS)
 @pytest.mark.parametrize("shape", [MATRIX, GRAM], ids=["matrix", "gram"])
-def test_chunks_make_no_difference(limits, shape, teacher, norm):
-    limits(CHUNK_BYTES=1, CHUNK_SAMPLES=1)
+def test_chunks_make_no_difference(planner, shape, teacher, norm):
+    planner(CHUNK_BYTES=1, CHUNK_SAMPLES=1)
     student, entries = call_of(teacher, shape)
     with fsp.use_backend("torch"):
         assert fsp.explain(student, entries, norm=norm).pairs[0].samples == 1
@@ -344,9 +310,9 @@ def test_chunks_make_no_difference(limits, shape, teacher, norm):
 
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
-def test_large_maps_are_subtracted_in_blocks(limits, layout, gradients):
+def test_large_maps_are_subtracted_in_blocks(planner, layout, gradients):
     column = 4 * 3 * (5 + 5)  # bytes of a position of difference and sum
-    limits(DIFFERENCES_WHOLE=20 * column, DIFFERENCES_BLOCK=10 * column)
+    planner(DIFFERENCES_WHOLE=20 * column, DIFFERENCES_BLOCK=10 * column)
     student, teacher = call_of("maps", (3, 5, 47), layout=layout)
     for x in flatten(student, teacher):
         x.requires_grad_(gradients)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from products import Products
 from tolerances import TOLERANCES, assert_near
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fsp_kernels as fsp
 from benchmarks.memory import profiled_peak
@@ -17,30 +17,9 @@ POSITIONS = 47
 COLUMN = 4 * 3 * (5 + 7)  # bytes of one position of both differences
 
 
-class Products(TorchDispatchMode):
-    """Counts batched products, and the bytes of the largest tensor that is made."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket is torch.ops.aten.baddbmm
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.empty_like):
-            self.largest = max(self.largest, out.nbytes)
-        return out
-
-
 @pytest.fixture
-def blocks_of_ten(monkeypatch):
-    planning.plan_loss.cache_clear()
-    fsp.functional._checked_plan.cache_clear()
-    monkeypatch.setattr(planning, "DIFFERENCES_WHOLE", 20 * COLUMN)
-    monkeypatch.setattr(planning, "DIFFERENCES_BLOCK", 10 * COLUMN)
-    yield
-    planning.plan_loss.cache_clear()
-    fsp.functional._checked_plan.cache_clear()
+def blocks_of_ten(planner):
+    planner(DIFFERENCES_WHOLE=20 * COLUMN, DIFFERENCES_BLOCK=10 * COLUMN)
 
 
 def maps_of(layout: str, positions: int = POSITIONS) -> list[torch.Tensor]:

@@ -90,9 +90,7 @@ inline double column_lengths(float* x, int64_t rows, int64_t stride, float scale
   return total;
 }
 
-inline void matrix_form(const Pair& pair, int64_t sample, Scratch& scratch) {
-  const View maps[4] = {view_of(pair, 0, sample), view_of(pair, 1, sample),
-                        view_of(pair, 2, sample), view_of(pair, 3, sample)};
+inline void matrix_form(const Pair& pair, const View* maps, int64_t sample, Scratch& scratch) {
   const int64_t stride = round_up(pair.n, kColumns<float>);
   float* slope = take<float>(scratch, pair.m * stride);
   residual(pair, maps, slope, stride, scratch);
@@ -177,10 +175,8 @@ inline void derive_second_blocks(double* const* blocks, int64_t size, int64_t st
   }
 }
 
-inline void gram_form(const Pair& pair, int64_t sample, Scratch& scratch) {
+inline void gram_form(const Pair& pair, const View* maps, int64_t sample, Scratch& scratch) {
   const int64_t k = pair.positions[0], stride = round_up(k, kColumns<float>), size = k * stride;
-  const View maps[4] = {view_of(pair, 0, sample), view_of(pair, 1, sample),
-                        view_of(pair, 2, sample), view_of(pair, 3, sample)};
   const Operand p = difference(maps[0], maps[2]), q = difference(maps[1], maps[3]);
   const Operand b = only(maps[1]), c = only(maps[2]);
   double* blocks[6];

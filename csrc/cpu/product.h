@@ -166,15 +166,16 @@ void copy_panels_of_rows(const Operand& x, int64_t rows, int64_t columns, T* pan
 template <class T>
 void copy_panels_of_columns(const Operand& x, int64_t rows, int64_t columns, T* panels) {
   constexpr int64_t width = kColumns<T>;
+  constexpr int group = width < 8 ? width : 8;  // columns that are turned at a time
   const Operand turned = x.transposed();
   float buffer[8][kSpan];
   for (int64_t i = 0; i < rows; i += kSpan) {
     const int64_t span = smaller(kSpan, rows - i);
-    for (int64_t j = 0; j < round_up(columns, width); j += 8) {
+    for (int64_t j = 0; j < round_up(columns, width); j += group) {
       const float* read_columns[8];
       for (int k = 0; k < 8; ++k) {
         read_columns[k] = buffer[k];
-        if (j + k < columns) {
+        if (k < group && j + k < columns) {
           if (j + k + kAhead < columns) prefetch(turned, j + k + kAhead, i, span);
           read_columns[k] = read_row(turned, j + k, i, span, buffer[k]);
         } else {
@@ -189,14 +190,15 @@ void copy_panels_of_columns(const Operand& x, int64_t rows, int64_t columns, T* 
         transpose(block);
         for (int k = 0; k < 8; ++k) {
           if constexpr (sizeof(T) == sizeof(float)) {
+            static_assert(group == 8);
             store_eight(to + (l + k) * width, block[k]);
           } else {
-            for (int e = 0; e < 8; ++e) to[(l + k) * width + e] = block[k][e];
+            for (int e = 0; e < group; ++e) to[(l + k) * width + e] = block[k][e];
           }
         }
       }
       for (; l < span; ++l) {
-        for (int k = 0; k < 8; ++k) to[l * width + k] = read_columns[k][l];
+        for (int k = 0; k < group; ++k) to[l * width + k] = read_columns[k][l];
       }
     }
   }

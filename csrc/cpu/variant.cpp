@@ -5,7 +5,9 @@
 namespace fsp::cpu::FSP_VARIANT {
 
 void evaluate(const Pair& pair, int64_t sample, Scratch& scratch) {
-  (pair.form == Form::gram ? gram_form : matrix_form)(pair, sample, scratch);
+  const View maps[4] = {view_of(pair, 0, sample), view_of(pair, 1, sample),
+                        view_of(pair, 2, sample), view_of(pair, 3, sample)};
+  (pair.form == Form::gram ? gram_form : matrix_form)(pair, maps, sample, scratch);
 }
 
 }  // namespace fsp::cpu::FSP_VARIANT

@@ -104,7 +104,7 @@ class Backend(Protocol):
         """
 
 
-# Best first. A new backend needs a folder and a line here.
+# Best first. A new backend needs a line here.
 _REGISTRY: dict[str, Backend] = {
     backend.name: backend
     for backend in (TritonBackend(), CudaBackend(), CpuBackend(), TorchBackend())

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from fsp_kernels.backends.compiled import compiled_module
 from fsp_kernels.backends.devices import cached_constant
-from fsp_kernels.backends.tensors import Slots, in_memory, pool_maps, slots_of, tensors_at
+from fsp_kernels.backends.tensors import (
+    Slots,
+    empty_gradients,
+    in_memory,
+    pool_maps,
+    slots_of,
+    tensors_at,
+)
 from fsp_kernels.backends.torch_backend import TorchBackend, pair_loss
 from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan, PairPlan
 from fsp_kernels.plan import CPU_GRAM_FLOP_COST
@@ -57,10 +64,7 @@ class CpuBackend(TorchBackend):
     def loss(
         self, maps: Sequence[Tensor], plan: LossPlan, weights: Sequence[float]
     ) -> tuple[Tensor, list[Tensor]]:
-        planned = plan.maps
-        gradients = [
-            torch.empty_like(maps[i], dtype=planned[i].gradient_dtype) for i in plan.wanted
-        ]
+        gradients = empty_gradients(maps, plan)
         tensors = [*in_memory(maps), *gradients]
         threads = torch.get_num_threads()
         # A plan holds the strides of the maps, and those of the gradients follow from them.

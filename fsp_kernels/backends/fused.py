@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fsp_kernels.backends.devices import on_device
-from fsp_kernels.backends.tensors import in_memory, pool_maps
+from fsp_kernels.backends.tensors import empty_gradients, in_memory, pool_maps
 from fsp_kernels.loss_plan import LossPlan, Scaling
 
 
@@ -61,10 +61,7 @@ class FusedBackend:
         if device >= 0 and device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
                 return self.loss(maps, plan, weights)
-        planned = plan.maps
-        gradients = [
-            torch.empty_like(maps[i], dtype=planned[i].gradient_dtype) for i in plan.wanted
-        ]
+        gradients = empty_gradients(maps, plan)
         tensors = [*in_memory(maps), *gradients]
         pooled = pool_maps(tensors, plan, plan.pooled_before) if plan.pooled_before else []
         # A plan holds the strides of the maps, and those of the gradients follow from them.

@@ -70,6 +70,12 @@ def tensors_at(slots: Slots, tensors: Sequence[Tensor]) -> list[Tensor | None]:
     return [None if x is None else tensors[x] for x in slots]
 
 
+def empty_gradients(maps: Sequence[Tensor], plan: LossPlan) -> list[Tensor]:
+    """The wanted gradients, to be filled, with the strides of ``torch.empty_like``."""
+    planned = plan.maps
+    return [torch.empty_like(maps[i], dtype=planned[i].gradient_dtype) for i in plan.wanted]
+
+
 def in_memory(maps: Sequence[Tensor]) -> Sequence[Tensor]:
     """Maps whose memory holds their values, with the same strides.
 
