@@ -68,9 +68,14 @@ def register_flop_formulas() -> bool:
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
-def planned_loss(plan: LossPlan, weights: tuple[float, ...], maps: Sequence[Tensor]) -> Tensor:
+def planned_loss(
+    plan: LossPlan,
+    weights: tuple[float, ...],
+    maps: Sequence[Tensor],
+    masks: Sequence[Tensor] = (),
+) -> Tensor:
     """Run a plan whose inputs have been checked; differentiable."""
-    loss: Tensor = FSPLossFunction.apply(plan, weights, *maps)
+    loss: Tensor = FSPLossFunction.apply(plan, weights, masks, *maps)
     return loss
 
 
@@ -91,9 +96,15 @@ _has_autocast = lru_cache(torch.amp.is_autocast_available)
 
 class FSPLossFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: LossPlan, weights: tuple[float, ...], *maps: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        plan: LossPlan,
+        weights: tuple[float, ...],
+        masks: Sequence[Tensor],
+        *maps: Tensor,
+    ) -> Tensor:
         with outside_autocast(plan.device):
-            loss, gradients = planned_backend(plan).loss(maps, plan, weights)
+            loss, gradients = planned_backend(plan).loss(maps, plan, weights, masks)
         ctx.plan, ctx.gradients = plan, gradients
         # Not saved for backward: only their identity is needed, and only by a second derivative.
         ctx.wanted = [maps[i] for i in plan.wanted]
@@ -117,7 +128,7 @@ class FSPLossFunction(torch.autograd.Function):
             scaled = planned_backend(plan).scale(ctx.gradients, plan.scaling, incoming, not keep)
         if not keep:
             ctx.gradients = ctx.wanted = None
-        return None, None, *plan.spread(scaled)
+        return None, None, None, *plan.spread(scaled)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:  # noqa: ARG004

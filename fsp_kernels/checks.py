@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsp_kernels.loss_plan import MapSpec, PairSpec, TeacherSpec, by_network
+from fsp_kernels.loss_plan import MapSpec, Masks, PairSpec, TeacherSpec, by_network
 
 POOLS = ("max", "avg")
 NORMS = ("frobenius", "mse", "column")
@@ -107,14 +107,35 @@ def _views(pair: Any) -> tuple[Any, Any]:
     return first, first if pair[0] is pair[1] else channels_first(pair[1])
 
 
+def distinct_masks(student_mask: Any, teacher_mask: Any) -> Masks:
+    """The masks as given, each tensor once. :func:`check_loss` checks that they suit the maps.
+
+    Raises:
+        TypeError: a mask is not a dense tensor of bool.
+    """
+    for name, mask in (("student_mask", student_mask), ("teacher_mask", teacher_mask)):
+        if mask is not None:
+            _check_mask_dtype(name, mask)
+    return Masks.of(student_mask, teacher_mask)
+
+
+def check_mask(mask: Any, first: MapSpec, second: MapSpec, channel_dim: int | None) -> None:
+    """Raise unless ``mask`` suits the maps of :func:`fsp_kernels.fsp_matrix`."""
+    _check_mask_dtype("mask", mask)
+    for name, spec in (("first", first), ("second", second)):
+        _check_mask_of("mask", MapSpec.of(mask), name, spec, channel_dim)
+
+
 def check_loss(
     student: Sequence[PairSpec],
     teacher: Sequence[TeacherSpec],
     channel_dim: int | None = None,
+    masks: tuple[MapSpec | None, MapSpec | None] = (None, None),
 ) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless the loss of these maps is defined.
 
-    The specs come from :func:`specs_of`. Messages show shapes as the caller passed them.
+    The specs come from :func:`specs_of`. ``masks`` are those of the student's and the teacher's
+    mask. Messages show shapes as the caller passed them.
     """
     device = student[0][0].device
     for i, (pair, entry) in enumerate(zip(student, teacher, strict=True)):
@@ -129,6 +150,11 @@ def check_loss(
                 raise ValueError(
                     f"{name}: is on {spec.device}, expected {device}, where student[0][0] is"
                 )
+    for network, mask, entries in zip(
+        ("student", "teacher"), masks, (student, teacher), strict=True
+    ):
+        if mask is not None:
+            _check_mask_of_network(network, mask, entries, channel_dim)
 
 
 def check_options(pool: Any, norm: Any, reduction: Any = "sum") -> None:
@@ -337,6 +363,45 @@ def _check_map(name: str, spec: MapSpec, channel_dim: int | None) -> None:
     for axis, size in zip(("batch", "channels", *["spatial"] * 3), spec.shape, strict=False):
         if size == 0:
             raise ValueError(f"{name}: has shape {shape}, expected no empty axis ({axis} is 0)")
+
+
+def _check_mask_dtype(name: str, mask: Any) -> None:
+    spec = spec_of(name, mask)
+    if spec.layout != torch.strided:
+        raise TypeError(f"{name}: has layout {spec.layout}, expected a dense (strided) tensor")
+    if spec.dtype != torch.bool:
+        raise TypeError(
+            f"{name}: has dtype {spec.dtype}, expected torch.bool, true where a position counts; "
+            "use .bool()"
+        )
+
+
+def _check_mask_of_network(
+    network: str, mask: MapSpec, entries: Sequence[TeacherSpec], channel_dim: int | None
+) -> None:
+    pairs = [(i, entry) for i, entry in enumerate(entries) if len(entry) == 2]
+    if not pairs:
+        raise ValueError(
+            f"{network}_mask: got a mask, expected None, because the teacher has ready matrices "
+            "alone; pass the mask to fsp_matrix, which computes them"
+        )
+    for i, entry in pairs:
+        for side, spec in enumerate(entry):
+            _check_mask_of(f"{network}_mask", mask, f"{network}[{i}][{side}]", spec, channel_dim)
+
+
+def _check_mask_of(
+    name: str, mask: MapSpec, map_name: str, spec: MapSpec, channel_dim: int | None
+) -> None:
+    expected = (spec.shape[0], *spec.shape[2:])
+    if tuple(mask.shape) != expected:
+        raise ValueError(
+            f"{name}: has shape {_shape(mask)}, expected (B, *spatial) = {expected}, one entry for "
+            f"each position of {map_name}, shape {_given_shape(spec, channel_dim)}; maps of other "
+            "spatial sizes need another call, with their own mask"
+        )
+    if mask.device != spec.device:
+        raise ValueError(f"{name}: is on {mask.device}, expected {spec.device}, as {map_name}")
 
 
 def _expand_matrices(maps: list[Any], ready: Sequence[bool]) -> None:

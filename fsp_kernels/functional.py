@@ -15,8 +15,16 @@ from fsp_kernels import checks
 from fsp_kernels.autograd import matrix, needs_operator, planned_loss
 from fsp_kernels.backends import Backend, requested_backend, select_backend
 from fsp_kernels.backends.devices import fp32_precision
-from fsp_kernels.loss_plan import LossPlan, MapSpec, by_network, seconds_of
-from fsp_kernels.plan import plan_loss, symmetric_pairs
+from fsp_kernels.loss_plan import (
+    NO_MASKS,
+    LossPlan,
+    MapSpec,
+    MaskIndices,
+    Masks,
+    by_network,
+    seconds_of,
+)
+from fsp_kernels.plan import accumulation_dtype, plan_loss, symmetric_pairs
 from fsp_kernels.pooling import match_spatial
 
 Pair = tuple[Tensor, Tensor]
@@ -29,6 +37,7 @@ def fsp_matrix(
     pool: str = "max",
     backend: str | None = None,
     channel_dim: int | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """FSP matrix of two feature maps, ``G = F1 F2^T / K`` (Yim et al., CVPR 2017, equation 1).
 
@@ -47,6 +56,10 @@ def fsp_matrix(
             ``(B, *spatial, C)``, which is not copied. ``None`` means 1 for maps of four and five
             axes. It is an error for maps of three axes, because ``(B, C, K)`` and a transformer's
             ``(B, T, C)`` look the same.
+        mask: ``(B, *spatial)`` of bool, true where a position counts, for padded sequences and
+            ragged crops. Other positions contribute nothing, whatever they hold, and ``K`` is the
+            number of positions that count in each sample. A sample without any has a zero matrix.
+            Both maps must have the mask's spatial size.
 
     Returns:
         ``(B, m, n)`` in the promoted dtype of the maps; half precision accumulates in fp32.
@@ -66,10 +79,23 @@ def fsp_matrix(
         specs = MapSpec.of(first), MapSpec.of(second)
     checks.check_pair(None, *specs, channel_dim)
     checks.check_choice("pool", pool, checks.POOLS)
+    if mask is not None:
+        checks.check_mask(mask, *specs, channel_dim)
     name = _select(requested_backend(backend), specs).name
+    if mask is not None:
+        return _masked_matrix(first.flatten(2), second.flatten(2), mask.flatten(1), name)
     if specs[0].shape[2:] != specs[1].shape[2:]:
         first, second = match_spatial(first, second, pool)
     return matrix(first.flatten(2), second.flatten(2), name)
+
+
+def _masked_matrix(first: Tensor, second: Tensor, mask: Tensor, backend: str) -> Tensor:
+    """The matrix of ``(B, m, K)`` and ``(B, n, K)`` over the positions of ``mask (B, K)``."""
+    hidden = ~mask[:, None]
+    result = matrix(first.masked_fill(hidden, 0), second.masked_fill(hidden, 0), backend)
+    wide = result.to(accumulation_dtype(result.dtype))
+    counts = mask.sum(1).clamp(min=1)[:, None, None]
+    return (wide * (mask.shape[1] / counts)).to(result.dtype)
 
 
 def fsp_loss(
@@ -82,6 +108,8 @@ def fsp_loss(
     reduction: str = "sum",
     backend: str | None = None,
     channel_dim: int | None = None,
+    student_mask: Tensor | None = None,
+    teacher_mask: Tensor | None = None,
 ) -> Tensor:
     """FSP distillation loss ``1/B sum_b sum_i lambda_i ||G_i^T - G_i^S||^2`` (ibid., equation 2).
 
@@ -118,6 +146,11 @@ def fsp_loss(
         backend: a name of :func:`available_backends`, or ``None`` for the best that works.
         channel_dim: the axis of all maps' channels, 1 or -1, as in :func:`fsp_matrix`; maps of
             three axes need it, ready matrices do not.
+        student_mask: ``(B, *spatial)`` of bool, true where a position of the student's maps counts,
+            as in :func:`fsp_matrix`. All of the student's maps must have its spatial size.
+        teacher_mask: the same for the teacher's maps; ready matrices have none. If both networks
+            see the same positions, pass the same tensor: then the maps are subtracted before they
+            are multiplied, which keeps the gradient accurate as the student nears the teacher.
 
     Returns:
         A scalar, or ``(pairs,)`` with ``reduction="none"``; fp64 if any input is, else fp32; never
@@ -144,13 +177,14 @@ def fsp_loss(
     """
     checks.check_not_traced()
     maps, ready, same = checks.flatten_pairs(student, teacher, channel_dim)
+    masks = checks.distinct_masks(student_mask, teacher_mask)
     checks.check_options(pool, norm, reduction)
     requested = requested_backend(backend)
     lambdas: tuple[float, ...] | Tensor = (1.0,) * len(ready)
     if weights is not None:
         lambdas = _read_weights(weights, maps, ready)
-    if isinstance(lambdas, Tensor) or needs_operator(maps):
-        checks.check_loss(*checks.specs_of(maps, ready), channel_dim)
+    if isinstance(lambdas, Tensor) or needs_operator((*maps, *masks.tensors)):
+        checks.check_loss(*checks.specs_of(maps, ready), channel_dim, _specs_of_masks(masks))
         if isinstance(lambdas, Tensor) and not _is_readable(lambdas):
             losses = fsp_loss(
                 student,
@@ -160,12 +194,14 @@ def fsp_loss(
                 reduction="none",
                 backend=backend,
                 channel_dim=channel_dim,
+                student_mask=student_mask,
+                teacher_mask=teacher_mask,
             )
             weighted = losses * lambdas.to(losses)
             return weighted if reduction == "none" else weighted.sum()
-        return _loss_operator(maps, ready, same, lambdas, pool, norm, reduction, requested)
-    plan = _plan_here(maps, ready, same, pool, norm, reduction, requested, channel_dim)
-    return planned_loss(plan, lambdas, maps)
+        return _loss_operator(maps, ready, same, lambdas, pool, norm, reduction, requested, masks)
+    plan = _plan_here(maps, ready, same, pool, norm, reduction, requested, channel_dim, masks)
+    return planned_loss(plan, lambdas, maps, masks.flat())
 
 
 def explain(
@@ -176,6 +212,8 @@ def explain(
     norm: str = "frobenius",
     backend: str | None = None,
     channel_dim: int | None = None,
+    student_mask: Tensor | None = None,
+    teacher_mask: Tensor | None = None,
 ) -> LossPlan:
     """How :func:`fsp_loss` would evaluate these arguments, without computing anything.
 
@@ -184,10 +222,18 @@ def explain(
     is on. It raises what :func:`fsp_loss` raises.
     """
     maps, ready, same = checks.flatten_pairs(student, teacher, channel_dim)
+    masks = checks.distinct_masks(student_mask, teacher_mask)
     checks.specs_of(maps, ready)  # raises if a map is not a dense tensor
     checks.check_options(pool, norm)
     options = pool, norm, "sum", requested_backend(backend), channel_dim
-    return _plan_here(maps, ready, same, *options)
+    return _plan_here(maps, ready, same, *options, masks)
+
+
+def _specs_of_masks(masks: Masks) -> tuple[MapSpec | None, MapSpec | None]:
+    of_student, of_teacher = (
+        None if i is None else MapSpec.of(masks.tensors[i]) for i in masks.of_networks
+    )
+    return of_student, of_teacher
 
 
 _METADATA_OF = attrgetter("shape", "dtype", "device", "layout", "requires_grad")
@@ -202,6 +248,7 @@ def _plan_here(
     reduction: str,
     requested: str | None,
     channel_dim: int | None,
+    masks: Masks,
 ) -> LossPlan:
     """The plan under the current grad mode and transforms."""
     # Inside a functorch transform a tensor does not know whether an outer level wants its gradient.
@@ -215,8 +262,9 @@ def _plan_here(
     except RuntimeError:  # a tensor without strides
         checks.check_loss(*checks.specs_of(maps, ready), channel_dim)
         raise
-    options = pool, norm, reduction, requested, channel_dim
-    return _checked_plan(metadata, strides, ready, same, *options, all_or_none, fp32_precision())
+    options = pool, norm, reduction, requested, channel_dim, all_or_none, fp32_precision()
+    masked = () if masks is NO_MASKS else (_specs_of_masks(masks), masks.of_networks)
+    return _checked_plan(metadata, strides, ready, same, *options, *masked)
 
 
 @lru_cache(maxsize=1024)
@@ -232,6 +280,8 @@ def _checked_plan(
     channel_dim: int | None,
     all_or_none: bool | None,
     precision: str,
+    masks: tuple[MapSpec | None, MapSpec | None] = (None, None),
+    mask_of: MaskIndices = (None, None),
 ) -> LossPlan:
     """Check and plan maps of some metadata. The cache skips both; errors are not cached.
 
@@ -242,10 +292,10 @@ def _checked_plan(
     if all_or_none is not None:
         specs = [spec._replace(requires_grad=all_or_none) for spec in specs]
     student, teacher = by_network(specs, ready)
-    checks.check_loss(student, teacher, channel_dim)
+    checks.check_loss(student, teacher, channel_dim, masks)
     backend = _select(requested, specs)
-    symmetric = symmetric_pairs(same, ready, norm, backend)
-    return plan_loss(student, teacher, pool, norm, backend, precision, reduction, symmetric)
+    how = reduction, symmetric_pairs(same, ready, norm, backend), mask_of
+    return plan_loss(student, teacher, pool, norm, backend, precision, *how)
 
 
 def _select(requested: str | None, maps: Sequence[MapSpec | Tensor]) -> Backend:
@@ -289,6 +339,7 @@ def _loss_operator(
     norm: str,
     reduction: str,
     requested: str | None,
+    masks: Masks,
 ) -> Tensor:
     # Inside a functorch transform a tensor does not know whether an outer level wants its gradient.
     any_map, enabled = torch._C._are_functorch_transforms_active(), torch.is_grad_enabled()
@@ -300,6 +351,12 @@ def _loss_operator(
     numbers, changing = ([], weights) if isinstance(weights, Tensor) else (list(weights), None)
     flags = list(symmetric) if any(symmetric) else []
     options = pool, norm, backend.name, changing, reduction, flags
-    outputs = torch.ops.fsp.loss(maps, list(ready), needs, numbers, *options)
+    masked: tuple[Any, ...] = ()
+    if masks is not NO_MASKS:
+        flat, shares = masks.flat(), masks.student == masks.teacher
+        of_student = None if masks.student is None else flat[0]
+        of_teacher = None if masks.teacher is None or shares else flat[-1]
+        masked = of_student, of_teacher, shares
+    outputs = torch.ops.fsp.loss(maps, list(ready), needs, numbers, *options, *masked)
     loss: Tensor = outputs[0]
     return loss

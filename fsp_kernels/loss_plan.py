@@ -72,6 +72,37 @@ def by_network(specs: Iterable[MapSpec], ready: Iterable[bool]) -> tuple[Any, An
     return tuple(student), tuple(teacher)
 
 
+class Masks(NamedTuple):
+    """The masks of a loss: each tensor once, and the index of each network's mask.
+
+    Backends take a mask as ``(B, K)`` of bool, contiguous; a position counts where it is true.
+    """
+
+    tensors: tuple[Tensor, ...] = ()
+    student: int | None = None
+    teacher: int | None = None
+
+    @classmethod
+    def of(cls, student: Tensor | None, teacher: Tensor | None) -> Masks:
+        if student is None:
+            return NO_MASKS if teacher is None else cls((teacher,), None, 0)
+        if teacher is None:
+            return cls((student,), 0, None)
+        return cls((student,), 0, 0) if student is teacher else cls((student, teacher), 0, 1)
+
+    @property
+    def of_networks(self) -> MaskIndices:
+        return self.student, self.teacher
+
+    def flat(self) -> list[Tensor]:
+        """The tensors as backends take them."""
+        return [x.flatten(1).contiguous() for x in self.tensors]
+
+
+MaskIndices = tuple[int | None, int | None]  # of the student's mask, of the teacher's
+NO_MASKS = Masks()
+
+
 def factors_of(ready: Iterable[bool], wanted: Iterable[int], by_pair: bool) -> tuple[int, ...]:
     """For each wanted gradient, by index of its map: which incoming gradient it is multiplied by.
 
@@ -98,6 +129,7 @@ class MapPlan:
     ``gradient_dtype`` is the dtype of the gradient between forward and backward, or ``None`` if no
     gradient is wanted. It is the map's own dtype, but fp32 for fp16: gradients are about
     ``1/(B K)`` in size, which fp16 would flush to zero before backward applies a loss scale.
+    ``mask`` is the index of the mask that says which positions count, or ``None`` if all do.
     """
 
     shape: tuple[int, ...]
@@ -106,6 +138,7 @@ class MapPlan:
     pooled_size: tuple[int, ...] | None
     pool: Pool
     gradient_dtype: torch.dtype | None
+    mask: int | None = None
 
     @property
     def bytes(self) -> int:
@@ -239,6 +272,15 @@ class PairPlan:
     @property
     def positions(self) -> int:
         return self.student[0].positions
+
+    @property
+    def masks(self) -> MaskIndices:
+        """The indices of the networks' masks. A ready matrix has none."""
+        return self.student[0].mask, self.teacher[0].mask
+
+    @property
+    def masked(self) -> bool:
+        return self.masks != (None, None)
 
     @property
     def bytes_moved(self) -> int:
@@ -471,8 +513,8 @@ def _table_row(index: int, pair: PairPlan) -> tuple[str, ...]:
         str(pair.batch),
         "{} x {}".format(*pair.channels),
         str(pair.positions),
-        f"{'symmetric, ' * pair.symmetric}{pair.residual}, {pair.form} form, "
-        + _evaluation_text(pair),
+        f"{'masked, ' * pair.masked}{'symmetric, ' * pair.symmetric}{pair.residual}, "
+        f"{pair.form} form, " + _evaluation_text(pair),
         f"{pair.samples} samples",
         *_amount_texts(pair.flops, pair.bytes_moved, pair.gradient_bytes + pair.workspace_bytes),
     )

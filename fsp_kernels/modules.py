@@ -48,7 +48,13 @@ class FSPLoss(nn.Module):
         self.reduction = reduction
         self.channel_dim = channel_dim
 
-    def forward(self, student: Sequence[Pair], teacher: Sequence[Pair | Tensor]) -> Tensor:
+    def forward(
+        self,
+        student: Sequence[Pair],
+        teacher: Sequence[Pair | Tensor],
+        student_mask: Tensor | None = None,
+        teacher_mask: Tensor | None = None,
+    ) -> Tensor:
         """The loss of the pairs of both networks; see :func:`fsp_kernels.fsp_loss`."""
         return fsp_loss(
             student,
@@ -58,6 +64,8 @@ class FSPLoss(nn.Module):
             norm=self.norm,
             reduction=self.reduction,
             channel_dim=self.channel_dim,
+            student_mask=student_mask,
+            teacher_mask=teacher_mask,
         )
 
     def extra_repr(self) -> str:

@@ -30,7 +30,7 @@ from fsp_kernels.autograd import (
 from fsp_kernels.backends import get_backend, planned_backend
 from fsp_kernels.backends.devices import fp32_precision
 from fsp_kernels.checks import check_weights
-from fsp_kernels.loss_plan import LossPlan, MapSpec, by_network, factors_of
+from fsp_kernels.loss_plan import NO_MASKS, LossPlan, MapSpec, Masks, by_network, factors_of
 from fsp_kernels.plan import accumulation_dtype, gradient_dtype, plan_loss
 
 _LIBRARY = torch.library.Library("fsp", "DEF")
@@ -45,10 +45,12 @@ _LIBRARY.define(
 # of `weights`. The reduction "none" gives one loss of each pair, (pairs,). `symmetric[i]` says that
 # the two maps of pair i are one tensor, in each network that has maps. The gradient of the first
 # map is then the whole gradient, and the second must not need any. Without flags no pair is.
+# Masks are (B, K) of bool. If `shares_mask`, the student's is the teacher's, too.
 _LIBRARY.define(
     "loss(Tensor[] maps, bool[] ready, bool[] needs, float[] weights, str pool, str norm, "
     "str backend, Tensor? changing=None, str reduction='sum', "
-    "bool[] symmetric=[]) -> (Tensor, Tensor[])"
+    "bool[] symmetric=[], Tensor? student_mask=None, Tensor? teacher_mask=None, "
+    "bool shares_mask=False) -> (Tensor, Tensor[])"
 )
 
 
@@ -94,12 +96,16 @@ def _loss(
     changing: Tensor | None = None,
     reduction: str = "sum",
     symmetric: Sequence[bool] = (),
+    student_mask: Tensor | None = None,
+    teacher_mask: Tensor | None = None,
+    shares_mask: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     if changing is not None:
         weights = check_weights(changing.tolist(), len(ready))
-    plan = _plan(maps, ready, needs, pool, norm, backend, reduction, symmetric)
+    masks = Masks.of(student_mask, student_mask if shares_mask else teacher_mask)
+    plan = _plan(maps, ready, needs, pool, norm, backend, reduction, symmetric, masks)
     with torch.no_grad(), outside_autocast(plan.device):
-        return planned_backend(plan).loss(maps, plan, weights)
+        return planned_backend(plan).loss(maps, plan, weights, masks.flat())
 
 
 @torch.library.register_fake("fsp::loss", lib=_LIBRARY)
@@ -114,6 +120,9 @@ def _loss_fake(
     changing: Tensor | None = None,  # noqa: ARG001
     reduction: str = "sum",
     symmetric: Sequence[bool] = (),  # noqa: ARG001
+    student_mask: Tensor | None = None,  # noqa: ARG001
+    teacher_mask: Tensor | None = None,  # noqa: ARG001
+    shares_mask: bool = False,  # noqa: ARG001
 ) -> tuple[Tensor, list[Tensor]]:
     gradients = [
         torch.empty_like(x, dtype=gradient_dtype(x.dtype))
@@ -133,11 +142,12 @@ def _plan(
     backend: str,
     reduction: str = "sum",
     symmetric: Sequence[bool] = (),
+    masks: Masks = NO_MASKS,
 ) -> LossPlan:
     specs = [MapSpec.of(x)._replace(requires_grad=n) for x, n in zip(maps, needs, strict=True)]
     student, teacher = by_network(specs, ready)
     options = pool, norm, get_backend(backend), fp32_precision(), reduction, tuple(symmetric)
-    return plan_loss(student, teacher, *options)
+    return plan_loss(student, teacher, *options, masks.of_networks)
 
 
 # --- autograd -----------------------------------------------------------------------------------
@@ -186,7 +196,7 @@ class _LossFunction(_SingleLevelFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        (ready, ctx.needs, *_, reduction, _), *maps = inputs
+        (ready, ctx.needs, *_, reduction, _, _, _, _), *maps = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*output[1:])
         # Not saved for backward, so that maps may change after the call: only their identity and
@@ -218,9 +228,13 @@ def _loss_autograd(
     changing: Tensor | None = None,
     reduction: str = "sum",
     symmetric: Sequence[bool] = (),
+    student_mask: Tensor | None = None,
+    teacher_mask: Tensor | None = None,
+    shares_mask: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     # PyTorch leaves out arguments that have their defaults.
-    arguments = ready, needs, weights, pool, norm, backend, changing, reduction, symmetric
+    options = weights, pool, norm, backend, changing, reduction, symmetric
+    arguments = ready, needs, *options, student_mask, teacher_mask, shares_mask
     loss, *gradients = _apply(_LossFunction, arguments, *maps)
     return loss, gradients
 
@@ -244,10 +258,14 @@ def _loss_flops(
     changing: Tensor | None = None,  # noqa: ARG001
     reduction: str = "sum",
     symmetric: Sequence[bool] = (),
+    student_mask: Tensor | None = None,
+    teacher_mask: Tensor | None = None,
+    shares_mask: bool = False,
     **_: Any,
 ) -> int:
     """The flops of value and gradients: the forward computes both, so backward counts none."""
-    return _plan(maps, ready, needs, pool, norm, backend, reduction, symmetric).flops
+    masks = Masks.of(student_mask, student_mask if shares_mask else teacher_mask)
+    return _plan(maps, ready, needs, pool, norm, backend, reduction, symmetric, masks).flops
 
 
 FLOP_FORMULAS.update(
@@ -264,13 +282,21 @@ def _loss_vmap(
 ) -> tuple[Any, Any]:
     """Compute one loss for each slice. Slices cannot be joined: a loss is a mean over its batch."""
     size = info.batch_size
-    mapped = [
-        [x] * max(1, size) if dim is None else _with_one_slice_at_least(x.movedim(dim, 0)).unbind()
-        for x, dim in zip(maps, in_dims[0], strict=True)
-    ]
-    losses, gradients = zip(
-        *(_OPS.loss(list(x), *arguments) for x in zip(*mapped, strict=True)), strict=True
-    )
+
+    def slices_of(tensors: Sequence[Tensor], dims: Sequence[int | None]) -> list[list[Tensor]]:
+        """For each slice, the tensors in it."""
+        mapped = [
+            [x] * max(1, size) if dim is None else _one_slice_at_least(x.movedim(dim, 0)).unbind()
+            for x, dim in zip(tensors, dims, strict=True)
+        ]
+        return [list(x) for x in zip(*mapped, strict=True)]
+
+    calls = [[x, *arguments] for x in slices_of(maps, in_dims[0])]
+    for i, dim in enumerate(in_dims):
+        if type(dim) is int:  # a mask
+            for call, (mask,) in zip(calls, slices_of([arguments[i - 1]], [dim]), strict=True):
+                call[i] = mask
+    losses, gradients = zip(*(_OPS.loss(*call) for call in calls), strict=True)
     stacked = [torch.stack(slices)[:size] for slices in zip(*gradients, strict=True)]
     return (torch.stack(losses)[:size], stacked), (0, [0] * len(stacked))
 
@@ -286,14 +312,14 @@ def _fold_into_batch(
     """vmap of the other two operators: fold the mapped axis into the batch axis, then unfold it."""
     slices = max(1, info.batch_size)
     x, y = (
-        t.expand(slices, *t.shape) if dim is None else _with_one_slice_at_least(t.movedim(dim, 0))
+        t.expand(slices, *t.shape) if dim is None else _one_slice_at_least(t.movedim(dim, 0))
         for t, dim in zip((x, y), in_dims, strict=False)
     )
     folded = function(x.flatten(0, 1), y.flatten(0, 1), *rest)
     return folded.unflatten(0, (slices, -1))[: info.batch_size], 0
 
 
-def _with_one_slice_at_least(x: Tensor) -> Tensor:
+def _one_slice_at_least(x: Tensor) -> Tensor:
     """``x``, or a slice of zeros if its first axis is empty."""
     return x if len(x) else torch.cat((x, x.new_zeros(1, *x.shape[1:])))
 

@@ -41,6 +41,7 @@ from fsp_kernels.loss_plan import (
     LossPlan,
     MapPlan,
     MapSpec,
+    MaskIndices,
     PairPlan,
     PairSpec,
     Residual,
@@ -117,16 +118,18 @@ def plan_loss(
     precision: str,
     reduction: str = "sum",
     symmetric: Sequence[bool] = (),
+    masks: MaskIndices = (None, None),
 ) -> LossPlan:
     """Plan a loss over checked inputs.
 
     ``MapSpec.requires_grad`` says which gradients are wanted. ``precision``, ``"tf32x3"`` or
     ``"tf32"``, says how fp32 maps are multiplied on tensor cores. ``symmetric`` says which pairs
-    are evaluated as symmetric ones, see :func:`symmetric_pairs`; none if it is empty.
+    are evaluated as symmetric ones, see :func:`symmetric_pairs`; none if it is empty. ``masks`` are
+    the indices of the networks' masks.
     """
     flags = symmetric or (False,) * len(student)
     chosen = [
-        next(_pair_plans(s, t, pool, norm, backend, precision, flag))
+        next(_pair_plans(s, t, pool, norm, backend, precision, flag, masks))
         for s, t, flag in zip(student, teacher, flags, strict=True)
     ]
     device = student[0][0].device
@@ -194,12 +197,16 @@ def _pair_plans(
     backend: Planned,
     precision: str,
     symmetric: bool = False,
+    masks: MaskIndices = (None, None),
 ) -> Iterator[Chosen]:
     """All ways to evaluate a pair, best first."""
     symmetric_slope = norm != "column" and len(teacher) == 2
     assert not symmetric or backend.transposes or symmetric_slope, "see symmetric_pairs"
     device = student[0].device
-    student_maps, teacher_maps = (_plan_maps(x, pool, symmetric) for x in (student, teacher))
+    student_maps, teacher_maps = (
+        _plan_maps(x, pool, symmetric, mask)
+        for x, mask in zip((student, teacher), masks, strict=True)
+    )
     maps = (*student_maps, *teacher_maps)
     limits = backend.limits(device, student_maps, teacher_maps, precision)
     batch, m = student[0].shape[:2]
@@ -250,15 +257,16 @@ def _residual(
     """
     if len(teacher) == 1:
         return "ready"
-    if not _have_equal_positions(student, teacher):
+    if not _can_be_subtracted(student, teacher):
         return "apart"
     # The Gram form needs differences: without them its terms cancel.
     return "direct" if exact_products and form == "matrix" else "difference"
 
 
-def _have_equal_positions(student: Sequence[MapPlan], teacher: Sequence[MapPlan]) -> bool:
-    """Whether the maps of both networks have as many positions, so that they can be subtracted."""
-    return len(teacher) == 2 and teacher[0].positions == student[0].positions
+def _can_be_subtracted(student: Sequence[MapPlan], teacher: Sequence[MapPlan]) -> bool:
+    """Whether there are maps of both networks, and the same number of their positions counts."""
+    s, t = student[0], teacher[0]
+    return len(teacher) == 2 and (s.positions, s.mask) == (t.positions, t.mask)
 
 
 class _Evaluation(NamedTuple):
@@ -298,6 +306,10 @@ def _chunked_evaluations(
     if symmetric:
         maps = maps[::2]
         transposed = blocks if _adds_transpose(maps, form, residual, norm) else 0
+    if maps[0].mask != maps[-1].mask and any(
+        plan.gradient_dtype for plan in maps[len(maps) // 2 :]
+    ):
+        transposed = 2 * transposed + blocks  # the slope of the teacher's maps, too
     if form == "gram":
         blocks = _gram_workspace(k, maps, device, compute_dtype)
 
@@ -436,7 +448,9 @@ def _fused_evaluations(
         stored = FP32_BYTES * m * n * parts + (stored if slope_dtype == torch.bfloat16 else 0)
     samples = _chunk_of_stored(batch, stored)
     tiles = _Evaluation("tiles", samples, 2, samples * stored, pooled, parts, slope_dtype)
-    suits_blas = limits.blas_gradients and slope_dtype == torch.bfloat16
+    # PyTorch's product would read the positions that do not count, too.
+    masked = any(plan.mask is not None for plan in maps)
+    suits_blas = limits.blas_gradients and slope_dtype == torch.bfloat16 and not masked
     yield from _with_blas(tiles, m, n, k) if suits_blas else [tiles]
     if fits and not first:
         yield one_pass
@@ -501,7 +515,9 @@ def _pooled_bytes(plan: MapPlan) -> int:
     return plan.shape[1] * plan.positions * width + copy
 
 
-def _plan_maps(specs: TeacherSpec, pool: str, symmetric: bool = False) -> tuple[MapPlan, ...]:
+def _plan_maps(
+    specs: TeacherSpec, pool: str, symmetric: bool = False, mask: int | None = None
+) -> tuple[MapPlan, ...]:
     """The plans of a network's maps. The second map of a symmetric pair wants no gradient."""
     if len(specs) == 1:
         return (_plan_map(specs[0], specs[0].shape[2:], pool),)
@@ -509,10 +525,10 @@ def _plan_maps(specs: TeacherSpec, pool: str, symmetric: bool = False) -> tuple[
     if symmetric:
         second = second._replace(requires_grad=False)
     size = pooled_size(first.shape[2:], second.shape[2:])
-    return _plan_map(first, size, pool), _plan_map(second, size, pool)
+    return _plan_map(first, size, pool, mask), _plan_map(second, size, pool, mask)
 
 
-def _plan_map(spec: MapSpec, size: Sequence[int], pool: str) -> MapPlan:
+def _plan_map(spec: MapSpec, size: Sequence[int], pool: str, mask: int | None = None) -> MapPlan:
     shape = tuple(spec.shape)
     pooled = shape[2:] != tuple(size)
     return MapPlan(
@@ -522,6 +538,7 @@ def _plan_map(spec: MapSpec, size: Sequence[int], pool: str) -> MapPlan:
         pooled_size=tuple(size) if pooled else None,
         pool=pool if pooled else "none",  # type: ignore[arg-type]
         gradient_dtype=gradient_dtype(spec.dtype) if spec.requires_grad else None,
+        mask=mask,
     )
 
 
@@ -542,7 +559,7 @@ def _flops(
     one_product = halved and _residual("matrix", student, teacher, exact_products) == "difference"
     flops: dict[Form, int] = {"matrix": _matrix_flops(m, n, student, teacher, one_product)}
     # The Gram form does not have the columns of D.
-    if _have_equal_positions(student, teacher) and norm != "column":
+    if _can_be_subtracted(student, teacher) and norm != "column":
         flops["gram"] = _gram_flops(m, n, k, (*student, *teacher), halved)
     return flops
 
@@ -598,7 +615,7 @@ def _map_workspace(plan: MapPlan, form: Form, compute_dtype: torch.dtype, subtra
     width = compute_dtype.itemsize
     full, pooled = math.prod(plan.shape[1:]) * width, plan.shape[1] * plan.positions * width
     wanted, in_place = plan.gradient_dtype is not None, _in_place(plan, compute_dtype)
-    total = 0 if plan.dtype == compute_dtype else full
+    total = 0 if plan.dtype == compute_dtype and plan.mask is None else full
     if plan.pooled_size is not None:
         total += pooled
         if wanted and plan.pool == "max":  # a channels-last copy and the indices of the maxima

@@ -36,11 +36,21 @@ def match_spatial(first: Tensor, second: Tensor, pool: str = "max") -> tuple[Ten
     return fit(first), fit(second)
 
 
-def fsp_matrix(first: Tensor, second: Tensor, pool: str = "max") -> Tensor:
-    """``G = F1 F2^T / K``: maps ``(B, m, *spatial)`` and ``(B, n, *spatial)`` to ``(B, m, n)``."""
+def fsp_matrix(
+    first: Tensor, second: Tensor, pool: str = "max", mask: Tensor | None = None
+) -> Tensor:
+    """``G = F1 F2^T / K``: maps ``(B, m, *spatial)`` and ``(B, n, *spatial)`` to ``(B, m, n)``.
+
+    With a mask ``(B, *spatial)`` of bool only the positions where it is true count.
+    """
     first, second = match_spatial(first, second, pool)
     f1, f2 = first.flatten(2), second.flatten(2)  # (B, m, K), (B, n, K)
-    return f1 @ f2.transpose(1, 2) / f1.shape[2]
+    if mask is None:
+        return f1 @ f2.transpose(1, 2) / f1.shape[2]
+    counts = mask.flatten(1)  # (B, K)
+    f1, f2 = (f.masked_fill(~counts[:, None], 0) for f in (f1, f2))
+    # Of a sample without such positions, the sum is zero.
+    return f1 @ f2.transpose(1, 2) / counts.sum(1).clamp(min=1)[:, None, None]
 
 
 def residual_norm(residual: Tensor, norm: str) -> Tensor:
@@ -61,6 +71,8 @@ def fsp_loss(
     pool: str = "max",
     norm: str = "frobenius",
     reduction: str = "sum",
+    student_mask: Tensor | None = None,
+    teacher_mask: Tensor | None = None,
 ) -> Tensor:
     """``sum_i lambda_i norm(G_i^S - G_i^T)``, or the terms ``(pairs,)`` with the reduction "none".
 
@@ -69,6 +81,10 @@ def fsp_loss(
     weights = [1.0] * len(student) if weights is None else weights
     terms = []
     for pair, target, weight in zip(student, teacher, weights, strict=True):
-        g_teacher = target if isinstance(target, Tensor) else fsp_matrix(*target, pool=pool)
-        terms.append(weight * residual_norm(fsp_matrix(*pair, pool=pool) - g_teacher, norm))
+        g_student = fsp_matrix(*pair, pool, student_mask)
+        if isinstance(target, Tensor):
+            g_teacher = target
+        else:
+            g_teacher = fsp_matrix(*target, pool=pool, mask=teacher_mask)
+        terms.append(weight * residual_norm(g_student - g_teacher, norm))
     return torch.stack(terms) if reduction == "none" else torch.stack(terms).sum()

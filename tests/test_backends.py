@@ -521,7 +521,7 @@ class Literal:
     def matrix_backward(self, gradient, other, channels_last):  # noqa: ARG002
         return gradient @ other / other.shape[2]
 
-    def loss(self, maps, plan, weights):
+    def loss(self, maps, plan, weights, masks):  # noqa: ARG002
         wanted = [
             x.detach().requires_grad_(m.gradient_dtype is not None)
             for x, m in zip(maps, plan.maps, strict=True)

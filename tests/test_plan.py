@@ -619,9 +619,9 @@ def plans_seen(monkeypatch) -> list[LossPlan]:
     seen: list[LossPlan] = []
     compute = TorchBackend.loss
 
-    def loss(self, maps, plan, weights):
+    def loss(self, maps, plan, *rest):
         seen.append(plan)
-        return compute(self, maps, plan, weights)
+        return compute(self, maps, plan, *rest)
 
     monkeypatch.setattr(TorchBackend, "loss", loss)
     return seen

@@ -83,7 +83,11 @@ class Backend(Protocol):
         """
 
     def loss(
-        self, maps: Sequence[Tensor], plan: LossPlan, weights: Sequence[float]
+        self,
+        maps: Sequence[Tensor],
+        plan: LossPlan,
+        weights: Sequence[float],
+        masks: Sequence[Tensor] = (),
     ) -> tuple[Tensor, list[Tensor]]:
         """The loss, of ``plan.compute_dtype``, and the gradients that the plan wants.
 
@@ -93,6 +97,7 @@ class Backend(Protocol):
         student first, student second, teacher first, teacher second (or the teacher's ready
         matrix), next pair. Gradients have the same order, their ``gradient_dtype`` and the strides
         of ``torch.empty_like``. The second maps of a symmetric pair are equal to the first ones.
+        ``masks`` are those that the plan's maps name by index, ``(B, K)`` of bool, contiguous.
         """
 
     def scale(

@@ -62,7 +62,11 @@ class CpuBackend(TorchBackend):
         return Limits(evaluations=("samples",), gram_flop_cost=CPU_GRAM_FLOP_COST)
 
     def loss(
-        self, maps: Sequence[Tensor], plan: LossPlan, weights: Sequence[float]
+        self,
+        maps: Sequence[Tensor],
+        plan: LossPlan,
+        weights: Sequence[float],
+        masks: Sequence[Tensor] = (),
     ) -> tuple[Tensor, list[Tensor]]:
         gradients = empty_gradients(maps, plan)
         tensors = [*in_memory(maps), *gradients]
@@ -73,7 +77,7 @@ class CpuBackend(TorchBackend):
             if len(self.prepared) >= MOST_PREPARED:
                 self.prepared.clear()
             prepared = self.prepared[plan, threads] = _PreparedLoss(plan, tensors, threads)
-        losses = prepared(tensors, weights)
+        losses = prepared(tensors, weights, masks)
         result = losses if plan.by_pair else sum(losses)
         return torch.tensor(result, dtype=torch.float32, device="cpu"), gradients
 
@@ -104,12 +108,17 @@ class _PreparedLoss:
         self._by_torch = [
             i
             for i, (pair, slots) in enumerate(zip(plan.pairs, self._slots, strict=True))
-            if pair.evaluation == "chunks" or pair.batch < threads or not _all_flat(slots, tensors)
+            if pair.evaluation == "chunks"
+            or pair.batch < threads
+            or pair.masked
+            or not _all_flat(slots, tensors)
         ]
         by_kernels = [i for i in range(len(plan.pairs)) if i not in self._by_torch]
         self._kernels = self._describe(by_kernels, tensors) if by_kernels else None
 
-    def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> list[float]:
+    def __call__(
+        self, tensors: Sequence[Tensor], weights: Sequence[float], masks: Sequence[Tensor]
+    ) -> list[float]:
         """The loss of each pair. ``tensors`` are all maps, then all wanted gradients."""
         losses = [0.0] * len(weights)
         if self._kernels is not None:
@@ -120,7 +129,7 @@ class _PreparedLoss:
             pair, slots = self._plan.pairs[i], self._slots[i]
             maps = [x for x in tensors_at(slots[:4], tensors) if x is not None]
             gradients = tensors_at(slots[4 : 4 + len(maps)], tensors)
-            losses[i] = pair_loss(maps, gradients, pair, self._plan, weights[i]).item()
+            losses[i] = pair_loss(maps, gradients, pair, self._plan, weights[i], masks).item()
         return losses
 
     def _run(

@@ -55,12 +55,16 @@ class FusedBackend:
         raise NotImplementedError
 
     def loss(
-        self, maps: Sequence[Tensor], plan: LossPlan, weights: Sequence[float]
+        self,
+        maps: Sequence[Tensor],
+        plan: LossPlan,
+        weights: Sequence[float],
+        masks: Sequence[Tensor] = (),
     ) -> tuple[Tensor, list[Tensor]]:
         device = maps[0].get_device()
         if device >= 0 and device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
-                return self.loss(maps, plan, weights)
+                return self.loss(maps, plan, weights, masks)
         gradients = empty_gradients(maps, plan)
         tensors = [*in_memory(maps), *gradients]
         pooled = pool_maps(tensors, plan, plan.pooled_before) if plan.pooled_before else []

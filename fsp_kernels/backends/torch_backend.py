@@ -75,7 +75,11 @@ class TorchBackend:
         return _scaled_product(gradient, other, positions)
 
     def loss(
-        self, maps: Sequence[Tensor], plan: LossPlan, weights: Sequence[float]
+        self,
+        maps: Sequence[Tensor],
+        plan: LossPlan,
+        weights: Sequence[float],
+        masks: Sequence[Tensor] = (),
     ) -> tuple[Tensor, list[Tensor]]:
         remaining = iter(maps)
         losses: list[Tensor] = []
@@ -86,7 +90,7 @@ class TorchBackend:
                 None if m.gradient_dtype is None else torch.empty_like(x, dtype=m.gradient_dtype)
                 for x, m in zip(members, pair.maps, strict=True)
             ]
-            losses.append(pair_loss(members, held, pair, plan, weight))
+            losses.append(pair_loss(members, held, pair, plan, weight, masks))
             gradients += [g for g in held if g is not None]
         if plan.by_pair:
             return torch.stack(losses), gradients
@@ -129,22 +133,24 @@ def pair_loss(
     pair: PairPlan,
     plan: LossPlan,
     weight: float,
+    masks: Sequence[Tensor] = (),
 ) -> Tensor:
     """The weighted loss of a pair, a scalar; fills ``gradients``, one for each map or ``None``."""
     factor = weight / pair.divisor
     if pair.samples == pair.batch:
-        return _chunk_loss(maps, gradients, pair, plan, factor)
+        return _chunk_loss(maps, gradients, masks, pair, plan, factor)
     losses = []
     for start in range(0, pair.batch, pair.samples):
         chunk = slice(start, start + pair.samples)
         parts = [x[chunk] for x in maps], [None if g is None else g[chunk] for g in gradients]
-        losses.append(_chunk_loss(*parts, pair, plan, factor))
+        losses.append(_chunk_loss(*parts, [x[chunk] for x in masks], pair, plan, factor))
     return _sum(losses)
 
 
 def _chunk_loss(
     maps: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
+    masks: Sequence[Tensor],
     pair: PairPlan,
     plan: LossPlan,
     factor: float,
@@ -152,7 +158,9 @@ def _chunk_loss(
     """``factor`` times the loss of a chunk, summed over its samples; fills its gradients."""
     # The second maps of a symmetric pair are the first ones.
     places = [i - i % 2 if pair.symmetric else i for i in range(len(maps))]
-    chunks = {i: _Chunk(maps[i], gradients[i], pair.maps[i], plan) for i in dict.fromkeys(places)}
+    chunks = {
+        i: _Chunk(maps[i], gradients[i], masks, pair.maps[i], plan) for i in dict.fromkeys(places)
+    }
     sweep = _gram_sweep if pair.form == "gram" else _matrix_sweep
     loss, terms = sweep([chunks[i] for i in places], pair, factor)
     for i, chunk in chunks.items():
@@ -163,11 +171,20 @@ def _chunk_loss(
 class _Chunk:
     """A chunk of one map and of its gradient.
 
-    ``flat (s, C, K)`` is the map, pooled and widened as the plan says. ``writable`` is its gradient
-    in the same form, or ``None`` if its strides or dtype do not let BLAS write to it.
+    ``flat (s, C, K)`` is the map, pooled and widened as the plan says, with zeros where its mask
+    is false. ``rescale (s, 1, 1)`` is ``K`` over the number of positions that count; without a mask
+    it is 1. ``writable`` is the gradient in the form of ``flat``, or ``None`` if its strides or
+    dtype do not let BLAS write to it.
     """
 
-    def __init__(self, x: Tensor, gradient: Tensor | None, map_plan: MapPlan, plan: LossPlan):
+    def __init__(
+        self,
+        x: Tensor,
+        gradient: Tensor | None,
+        masks: Sequence[Tensor],
+        map_plan: MapPlan,
+        plan: LossPlan,
+    ):
         self._size, self._mode, self._indices = map_plan.pooled_size, map_plan.pool, None
         self._gradient = gradient
         if x.dtype != plan.compute_dtype:
@@ -175,6 +192,12 @@ class _Chunk:
         if self._size is not None:
             x, self._indices = pool(x, self._size, self._mode, indexed=gradient is not None)
         self.flat = x.flatten(2)
+        self.rescale: float | Tensor = 1.0
+        if map_plan.mask is not None:
+            mask = masks[map_plan.mask][:, None]
+            self.flat = self.flat.where(mask, 0)
+            counted = mask.sum(2, keepdim=True, dtype=self.flat.dtype).clamp_(min=1)
+            self.rescale = self.flat.shape[2] / counted
         self.writable: Tensor | None = None
         if gradient is not None and self._size is None and gradient.dtype == x.dtype:
             flat = gradient.flatten(2)
@@ -218,15 +241,23 @@ def _matrix_sweep(
         rows = torch.linalg.vector_norm(residual, dim=2).view(-1)
         loss = torch.dot(rows, rows)
         slope = residual
+    rescale = chunks[0].rescale
     if pair.wants_gradients:
-        slope.mul_(pair.slope_scale * factor / pair.positions)
+        slope.mul_(pair.slope_scale * factor / pair.positions * rescale)
     a, b, *teacher = (chunk.flat for chunk in chunks)
-    both, by_first = 1, slope
-    if pair.has_symmetric_slope:
-        both = 2
-    elif pair.symmetric and pair.wants_gradients:
-        by_first = slope + slope.mT
+
+    both = 2 if pair.has_symmetric_slope else 1
+
+    def by_first_map(slope: Tensor) -> Tensor:
+        adds = pair.symmetric and pair.wants_gradients and not pair.has_symmetric_slope
+        return slope + slope.mT if adds else slope
+
+    by_first = by_first_map(slope)
     terms: list[list[Term]] = [[(both, by_first, b)], [(1, slope.mT, a)]]
+    if pair.masks[0] != pair.masks[1] and any(m.gradient_dtype for m in pair.teacher):
+        # So far the slope is scaled for the student's maps.
+        slope = slope * (chunks[2].rescale / rescale)
+        by_first = by_first_map(slope)
     if len(teacher) == 1:
         return loss.mul_(factor), [*terms, [(-pair.positions, slope, None)]]
     c, d = teacher
@@ -237,22 +268,35 @@ def _matrix_sweep(
 def _residual(chunks: Sequence[_Chunk], pair: PairPlan) -> Tensor:
     """``D / K = G^S - G^T`` of a chunk, ``(s, m, n)``."""
     a, b, *teacher = (chunk.flat for chunk in chunks)
+    rescale = chunks[0].rescale
     out = a.new_empty(a.shape[0], *pair.channels)
     scale = 1 / pair.positions
-    if pair.symmetric and pair.residual == "difference":
-        half = _half_of_difference(out, a, teacher[0], scale / 2)
-        return half + half.mT
     if pair.residual == "difference":
-        no_place = chunks[0].writable is None and chunks[1].writable is None
-        if no_place and (block := _difference_block(a, b)) < a.shape[2]:
-            return _difference_by_blocks(out, (a, b), (teacher[0], teacher[1]), scale, block)
-        bmm_into(out, chunks[0].minus(chunks[2]), b.mT, scale)
-        return bmm_into(out, teacher[0], chunks[1].minus(chunks[3]).mT, scale, keep=True)
+        out = _difference(out, chunks, pair, scale)
+        return out.mul_(rescale) if pair.masked else out
     bmm_into(out, a, b.mT, scale)
     if len(teacher) == 1:
+        if pair.masked:
+            out.mul_(rescale)
         return out.sub_(teacher[0])
     c, d = teacher
-    return bmm_into(out, c, d.mT, -1 / c.shape[2], keep=True)
+    if pair.masked:
+        out.mul_(rescale / chunks[2].rescale)
+    bmm_into(out, c, d.mT, -1 / c.shape[2], keep=True)
+    return out.mul_(chunks[2].rescale) if pair.masked else out
+
+
+def _difference(out: Tensor, chunks: Sequence[_Chunk], pair: PairPlan, scale: float) -> Tensor:
+    """``scale * D`` from the differences of the maps; ``out`` is its memory, or temporary."""
+    a, b, c, d = (chunk.flat for chunk in chunks)
+    if pair.symmetric:
+        half = _half_of_difference(out, a, c, scale / 2)
+        return half + half.mT
+    no_place = chunks[0].writable is None and chunks[1].writable is None
+    if no_place and (block := _difference_block(a, b)) < a.shape[2]:
+        return _difference_by_blocks(out, (a, b), (c, d), scale, block)
+    bmm_into(out, chunks[0].minus(chunks[2]), b.mT, scale)
+    return bmm_into(out, c, chunks[1].minus(chunks[3]).mT, scale, keep=True)
 
 
 def _difference_block(a: Tensor, b: Tensor) -> int:
@@ -320,9 +364,10 @@ def _gram_sweep(
         bb, qb, qq = _gram_blocks(b, q)
     factor /= pair.positions**2
     scale = 4 * factor if pair.symmetric else 2 * factor
+    rescale = chunks[0].rescale ** 2
 
     def operand(block: Tensor) -> Tensor:
-        return block.mul_(scale).to(p.dtype)
+        return block.mul_(scale * rescale).to(p.dtype)
 
     # D b = p bb + c qb and D^T a = b (pp + cp^T) + q (cp + cc), with a = p + c; likewise d = b - q.
     first, second, teacher_first, teacher_second = (m.gradient_dtype is not None for m in pair.maps)
@@ -336,7 +381,10 @@ def _gram_sweep(
     if teacher_second:
         terms[3] = [(-1, b, operand(cp.mT.clone())), (-1, q, operand(cc.clone()))]
     losses = cc.mul_(qq).addcmul_(cp, qb, value=2).addcmul_(pp, bb).sum((1, 2))
-    return losses.clamp_(min=0).sum().mul_(factor).to(p.dtype), terms
+    losses.clamp_(min=0)
+    if isinstance(rescale, Tensor):
+        losses.mul_(rescale.view(-1))
+    return losses.sum().mul_(factor).to(p.dtype), terms
 
 
 def _gram_blocks(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
