@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fsp_kernels.backends.devices import on_device
-from fsp_kernels.backends.tensors import empty_gradients, in_memory, pool_maps
+from fsp_kernels.backends.tensors import counts, empty_gradients, in_memory, pool_maps
 from fsp_kernels.loss_plan import LossPlan, Scaling
 
 
@@ -17,7 +17,11 @@ class PreparedLoss(Protocol):
     """The launches of a plan on a device, prepared once and used by every call."""
 
     def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """Compute the loss. ``tensors`` are all maps, then all wanted gradients, which it fills."""
+        """Compute the loss.
+
+        ``tensors`` are all maps, then all wanted gradients, which it fills, then what
+        :func:`fsp_kernels.backends.tensors.mask_slots_of` says.
+        """
 
 
 class FusedBackend:
@@ -66,7 +70,7 @@ class FusedBackend:
             with torch.cuda.device(device):
                 return self.loss(maps, plan, weights, masks)
         gradients = empty_gradients(maps, plan)
-        tensors = [*in_memory(maps), *gradients]
+        tensors = [*in_memory(maps), *gradients, *masks, *map(counts, masks)]
         pooled = pool_maps(tensors, plan, plan.pooled_before) if plan.pooled_before else []
         # A plan holds the strides of the maps, and those of the gradients follow from them.
         prepared = self.prepared.get((plan, device))

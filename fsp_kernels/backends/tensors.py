@@ -66,6 +66,30 @@ def slots_of(plan: LossPlan) -> list[Slots]:
     return slots
 
 
+def mask_slots_of(plan: LossPlan) -> list[Slots]:
+    """For each pair, the indices of its masks and then of their counts, student before teacher.
+
+    In the list of a call, the masks follow the wanted gradients, and their :func:`counts` the
+    masks. ``None`` stands for no mask.
+    """
+    first = len(plan.maps) + len(plan.wanted)
+    count = len({i for pair in plan.pairs for i in pair.masks if i is not None})
+    return [
+        tuple(
+            None if i is None else start + i for start in (first, first + count) for i in pair.masks
+        )
+        for pair in plan.pairs
+    ]
+
+
+def counts(mask: Tensor) -> Tensor:
+    """How many positions of a mask count in each sample, at least 1: ``(B, K)`` to fp32 ``(B,)``.
+
+    At least 1, because the sum over no positions is zero, whatever it is divided by.
+    """
+    return mask.sum(1, dtype=torch.float32).clamp_(min=1)
+
+
 def tensors_at(slots: Slots, tensors: Sequence[Tensor]) -> list[Tensor | None]:
     return [None if x is None else tensors[x] for x in slots]
 
