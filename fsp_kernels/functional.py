@@ -94,7 +94,7 @@ def _masked_matrix(first: Tensor, second: Tensor, mask: Tensor, backend: str) ->
     hidden = ~mask[:, None]
     result = matrix(first.masked_fill(hidden, 0), second.masked_fill(hidden, 0), backend)
     wide = result.to(accumulation_dtype(result.dtype))
-    counts = mask.sum(1).clamp(min=1)[:, None, None]
+    counts = mask.sum(1, dtype=wide.dtype).clamp(min=1)[:, None, None]
     return (wide * (mask.shape[1] / counts)).to(result.dtype)
 
 
