@@ -23,8 +23,14 @@ def fp32_precision() -> str:
     """How fp32 maps are multiplied: what ``torch.get_float32_matmul_precision()`` says.
 
     That function fails once PyTorch's newer setting is used, so CUDA's value is read directly.
+    Before PyTorch 2.9 there is no newer setting.
     """
-    return "tf32" if torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32" else "tf32x3"
+    if _fp32_setting is None:
+        return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if _fp32_setting("cuda", "matmul") == "tf32" else "tf32x3"
+
+
+_fp32_setting = getattr(torch._C, "_get_fp32_precision_getter", None)
 
 
 def raw_stream(device: torch.device) -> int:
