@@ -54,6 +54,9 @@ def readers_variables() -> dict[str, object]:
         },
         "student_io_dict": recorded,
         "teacher_io_dict": {"layer1": {"input": t1, "output": t2}},
+        "state_S": [torch.rand(4, 6, 3, requires_grad=True) for _ in range(2)],
+        "state_T": [torch.rand(4, 6, 3) for _ in range(2)],
+        "mask": torch.ones(4, 6, dtype=torch.int64),
     }
 
 
