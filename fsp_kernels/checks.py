@@ -360,8 +360,9 @@ def _check_map(name: str, spec: MapSpec, channel_dim: int | None) -> None:
     if len(shape) not in RANKS:
         expected = "(B, *spatial, C)" if channel_dim == -1 else "(B, C, *spatial)"
         raise ValueError(f"{name}: has shape {shape}, expected {expected} with 1 to 3 spatial axes")
-    for axis, size in zip(("batch", "channels", *["spatial"] * 3), spec.shape, strict=False):
+    for i, size in enumerate(spec.shape):
         if size == 0:
+            axis = ("batch", "channels", "spatial")[min(i, 2)]
             raise ValueError(f"{name}: has shape {shape}, expected no empty axis ({axis} is 0)")
 
 

@@ -231,7 +231,7 @@ def explain(
 
 def _specs_of_masks(masks: Masks) -> tuple[MapSpec | None, MapSpec | None]:
     of_student, of_teacher = (
-        None if i is None else MapSpec.of(masks.tensors[i]) for i in masks.of_networks
+        None if i is None else MapSpec.of(masks.tensors[i]) for i in (masks.student, masks.teacher)
     )
     return of_student, of_teacher
 
@@ -307,10 +307,13 @@ def _read_weights(
 ) -> tuple[float, ...] | Tensor:
     """The checked weights: numbers if their values are known now, else a tensor."""
     if torch.compiler.is_compiling() and isinstance(weights, (list, tuple)):
-        from torch.fx.experimental.symbolic_shapes import has_static_value
+        from torch.fx.experimental import symbolic_shapes
 
-        # The number changes from call to call. The compiler would take it for a constant.
-        if not all(has_static_value(x) for x in weights if isinstance(x, (int, float))):
+        # A number may change from call to call. The compiler would take it for a constant. Before
+        # PyTorch 2.8 it does not tell which ones have changed.
+        is_static = getattr(symbolic_shapes, "has_static_value", lambda _: False)
+        numbers = [x for x in weights if isinstance(x, (int, float))]
+        if len(numbers) == len(weights) and not all(is_static(x) for x in numbers):
             weights = torch.stack([x * torch.ones((), dtype=torch.float64) for x in weights])
     if not isinstance(weights, Tensor):
         return checks.check_weights(weights, len(ready))

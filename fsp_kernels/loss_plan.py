@@ -47,8 +47,7 @@ class MapSpec(NamedTuple):
     def of(cls, x: Tensor) -> MapSpec:
         layout = x.layout
         strides = x.stride() if layout is torch.strided else None  # sparse tensors have none
-        # This runs for every map of every call, and cls(...) would take 1.5 times as long.
-        return tuple.__new__(cls, (x.shape, x.dtype, x.device, layout, x.requires_grad, strides))
+        return cls(x.shape, x.dtype, x.device, layout, x.requires_grad, strides)
 
     @property
     def positions(self) -> int:

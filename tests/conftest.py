@@ -16,10 +16,22 @@ from crosses import CROSSES, kept
 from cuda_on_host.module import HOST_BUILDS
 from hypothesis import settings
 
+from fsp_kernels.backends.triton import why_not_this_triton
+
 # Without a GPU the Triton kernels run in Triton's interpreter, which is asked for before they are
 # imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Where Triton is missing or too old for its kernels, what needs them is left out.
+if why_not_this_triton():
+    collect_ignore_glob = [
+        "triton",
+        "test_plan_fused.py",
+        "test_plan_alternatives.py",
+        "fused/test_planned.py",
+        *(f"tools/test_{x}.py" for x in ("compile_triton", "predict", "trials", "tune")),
+    ]
 
 # Tests of fused kernels, which run on a GPU where there is one.
 FUSED = {"fused", "triton", "cuda"}

@@ -19,8 +19,7 @@ from cuda_on_host.module import HOST_BUILDS, extension_is, host_cuda_module
 import fsp_kernels as fsp
 from fsp_kernels import functional, plan
 from fsp_kernels.backends import cuda, registered_backends
-from fsp_kernels.backends.triton import configurations
-from fsp_kernels.backends.triton import product as triton_product
+from fsp_kernels.backends.triton import configurations, why_not_this_triton
 from fsp_kernels.loss_plan import Limits
 
 
@@ -49,8 +48,18 @@ def _quicken_interpreter() -> None:
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
-if not torch.cuda.is_available():
-    _quicken_interpreter()
+CACHED = [
+    plan.plan_loss,
+    functional._checked_plan,
+    configurations.configuration_of,
+    cuda.product._prepared_product,
+]
+if why_not_this_triton() is None:
+    from fsp_kernels.backends.triton import product as triton_product
+
+    CACHED.append(triton_product._prepared)
+    if not torch.cuda.is_available():
+        _quicken_interpreter()
 
 
 @contextlib.contextmanager
@@ -93,13 +102,7 @@ def tile(backend):
 
 def forget():
     """Drop what was prepared under other limits."""
-    for cached in (
-        plan.plan_loss,
-        functional._checked_plan,
-        configurations.configuration_of,
-        triton_product._prepared,
-        cuda.product._prepared_product,
-    ):
+    for cached in CACHED:
         cached.cache_clear()
     for name in ("triton", "cuda"):
         registered_backends()[name].prepared.clear()
@@ -147,10 +150,9 @@ def programs(backend):
 @pytest.fixture
 def tf32():
     """fp32 products in TF32; what was set before comes back."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.set_float32_matmul_precision("high")
     yield
-    torch.backends.cuda.matmul.fp32_precision = before
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture

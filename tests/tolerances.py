@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fsp_kernels import reference
+from fsp_kernels.backends.devices import fp32_precision
 from fsp_kernels.loss_plan import LossPlan, PairPlan
 from fsp_kernels.plan import HALF
 
@@ -120,7 +121,7 @@ def fused_bounds(pair: PairPlan, own: torch.dtype) -> Fused:
     gradient = FUSED[pair.form, own].gradient
     if dtypes.intersection(HALF):
         gradient = max(gradient, FUSED[pair.form, torch.float16].gradient)
-    if not dtypes.issubset(HALF) and torch.backends.cuda.matmul.fp32_precision == "tf32":
+    if not dtypes.issubset(HALF) and fp32_precision() == "tf32":
         return FUSED_TF32._replace(gradient=max(gradient, FUSED_TF32.gradient))
     return Fused(loss, gradient, FUSED[pair.form, own].reason)
 

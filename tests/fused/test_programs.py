@@ -38,9 +38,9 @@ def test_weights_are_no_part_of_the_signature(regime, programs):
 def test_a_change_of_precision_reaches_a_signature_seen_before(regime, programs):
     student, teacher = four_of(regime)
     first = run(student, teacher)
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.set_float32_matmul_precision("high")
     other = run(student, teacher)
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.set_float32_matmul_precision("highest")
     again = run(student, teacher)
     assert not torch.equal(first[1], other[1])
     assert torch.equal(first[1], again[1])

@@ -36,6 +36,7 @@ from fsp_kernels.backends.fused import FusedBackend, PreparedLoss
 from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan
 
 OLDEST_CAPABILITY = (8, 0)
+OLDEST_TRITON = (3, 6)
 
 
 class TritonBackend(FusedBackend):
@@ -93,9 +94,24 @@ def _why_unavailable(interpreting: bool) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if interpreting:
-        return None
+        return why_not_this_triton()
     missing = why_no_gpu(lambda index: _why_too_old(torch.device("cuda", index)))
-    return missing or _why_it_cannot_compile()
+    return missing or why_not_this_triton() or _why_it_cannot_compile()
+
+
+@cached_constant
+def why_not_this_triton() -> str | None:
+    """``None`` if the kernels run with the Triton that is installed, else why not."""
+    try:
+        from triton import __version__
+    except ImportError:
+        return "the package triton is not installed"
+    if tuple(map(int, __version__.split(".")[:2])) >= OLDEST_TRITON:
+        return None
+    return (
+        f"its kernels need triton {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} or newer, which PyTorch "
+        f"2.10 and newer come with; {__version__} is installed"
+    )
 
 
 def _why_it_cannot_compile() -> str | None:
