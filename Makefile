@@ -31,6 +31,7 @@ help:
 	@echo "make test-quick     a choice of them, in two minutes"
 	@echo "make test-thorough  all crossings of their parameters and many more examples; takes long"
 	@echo "make test-old       the same on the oldest versions that are supported, in .venv-old"
+	@echo "make test-torch     the tests of the library alone on an older PyTorch, TORCH=2.6 or newer"
 	@echo "make test-new       the same on the newest versions there are, in .venv-new"
 	@echo "make lint           ruff and mypy"
 	@echo "make bench          speed, memory and accuracy beside the naive ops here; BENCH=--quick for less"
@@ -134,6 +135,20 @@ OLD_PYTHON ?= python3.12
 .venv-old/installed: VERSIONS := 'torch==2.11.*' 'triton==3.6.*' 'torchvision==0.26.*' 'numpy<2.4'
 .venv-old/installed: PYTHON := $(OLD_PYTHON)
 .venv-new/installed: VERSIONS := --upgrade --upgrade-strategy eager
+
+# The library alone works with an older PyTorch than its trainer and its Triton kernels.
+TORCH ?= 2.6
+.PHONY: test-torch
+test-torch: .venv-torch-$(TORCH)/installed
+	.venv-torch-$(TORCH)/bin/python -m pytest -n auto --dist worksteal \
+		tests/test_*.py tests/compat tests/features tests/cuda tests/fused
+
+.venv-torch-$(TORCH)/installed: export FSP_KERNELS_CUDA ?= 0
+.venv-torch-$(TORCH)/installed: $(BUILT_FROM)
+	test -x $(@D)/bin/python || $(OLD_PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+		'torch==$(TORCH).*' --editable '.[test-core]'
+	touch $@
 
 .PHONY: test-old test-new
 test-old test-new: test-%: .venv-%/installed
