@@ -65,9 +65,9 @@ def calls_of_torch(monkeypatch):
     found = []
     evaluate = cpu.pair_loss
 
-    def record(maps, gradients, pair, plan, weight):
+    def record(maps, gradients, pair, plan, weight, masks):
         found.append(pair)
-        return evaluate(maps, gradients, pair, plan, weight)
+        return evaluate(maps, gradients, pair, plan, weight, masks)
 
     monkeypatch.setattr(cpu, "pair_loss", record)
     BACKEND.prepared.clear()
