@@ -222,7 +222,7 @@ def _pair_plans(
             how = form, residual, norm, symmetric
             evaluations = _chunked_evaluations(maps, *how, device.type, compute_dtype)
         elif "samples" in limits.evaluations:
-            evaluations = iter([_by_samples(m, n, maps, form)])
+            evaluations = iter([_by_samples(m, n, maps, form, symmetric)])
         else:
             evaluations = _fused_evaluations(m, n, maps, norm, form, limits)
         for found in evaluations:
@@ -340,16 +340,21 @@ def _chunked_evaluations(
         yield _Evaluation("chunks", samples, passes, total)
 
 
-def _by_samples(m: int, n: int, maps: Sequence[MapPlan], form: Form) -> _Evaluation:
+def _by_samples(
+    m: int, n: int, maps: Sequence[MapPlan], form: Form, symmetric: bool
+) -> _Evaluation:
     """The evaluation by the kernels of the CPU backend.
 
-    A sample's maps are read twice, the second time from cache if they fit.
+    A sample's maps are read twice, the second time from cache if they fit. Positions that count are
+    copied if they do not adjoin, with two rows of their places and one row of a gradient.
     """
     batch, k = maps[0].shape[0], maps[0].positions
     sample = sum(plan.bytes + plan.gradient_bytes for plan in maps) // batch
     own = FP32_BYTES * m * n if form == "matrix" else 2 * FP32_BYTES * (GRAM_BLOCKS + 1) * k * k
     pooled = batch * sum(_pooled_bytes(plan) for plan in maps if plan.pooled_size is not None)
     passes = 1 if sample <= CHUNK_BYTES["cpu"] else 2
+    masked = [plan for plan in (maps[::2] if symmetric else maps) if plan.mask is not None]
+    own += sum(FP32_BYTES * (plan.shape[1] + 3) * plan.positions for plan in masked)
     return _Evaluation("samples", batch, passes, own + CPU_OPERAND_BYTES, pooled)
 
 

@@ -65,9 +65,9 @@ def calls_of_torch(monkeypatch):
     found = []
     evaluate = cpu.pair_loss
 
-    def record(maps, gradients, pair, plan, weight):
+    def record(maps, gradients, pair, plan, weight, masks):
         found.append(pair)
-        return evaluate(maps, gradients, pair, plan, weight)
+        return evaluate(maps, gradients, pair, plan, weight, masks)
 
     monkeypatch.setattr(cpu, "pair_loss", record)
     BACKEND.prepared.clear()
@@ -305,6 +305,14 @@ def test_vectors_of_every_width_compute_the_same(module_of, width, monkeypatch):
         for m, n, size in ((5, 17, (3, 1)), (30, 33, (6, 6)), (48, 70, (20, 28)), (90, 70, (3, 3))):
             check(*pair_of(m=m, n=n, size=size, layout=layout), norm=norm)
             check(*pair_of(m=m, n=n, size=size, dtypes=(torch.bfloat16,) * 4), norm=norm)
+            masks = [torch.rand(2, *size) < 0.5 for _ in range(2)]
+            for of_teacher in masks:
+                check(
+                    *pair_of(m=m, n=n, size=size, layout=layout),
+                    norm=norm,
+                    student_mask=masks[0],
+                    teacher_mask=of_teacher,
+                )
     forms = {key[0].pairs[0].form for key in BACKEND.prepared}
     assert forms == {"gram", "matrix"}
     a, c = random(2, 20, 9, 9), random(2, 20, 9, 9, seed=1)

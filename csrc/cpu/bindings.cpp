@@ -97,7 +97,7 @@ Evaluate evaluate_by(const std::string& name) {
 using Strides = std::array<int64_t, 3>;  // sample, channel, position
 using Layout = std::optional<std::pair<Strides, Scalar>>;
 using Layouts = std::array<Layout, 4>;
-constexpr int kSlots = 8;  // the addresses of a pair: a, b, c, d, their gradients
+constexpr int kSlots = 10;  // the addresses of a pair: a, b, c, d, their gradients, both masks
 
 Tensor tensor(const Layout& layout) {
   if (!layout) return {nullptr, 0, 0, 0, Scalar::fp32};
@@ -144,9 +144,15 @@ class Loss {
     std::vector<Pair> pairs = pairs_;
     std::vector<std::vector<double>> losses(pairs.size());
     for (size_t i = 0; i < pairs.size(); ++i) {
-      for (int slot = 0; slot < kSlots; ++slot) {
-        Tensor& x = slot < 4 ? pairs[i].maps[slot] : pairs[i].gradients[slot - 4];
-        x.address = reinterpret_cast<char*>(addresses.at(kSlots * i + slot));
+      const auto address = [&](int slot) {
+        return reinterpret_cast<char*>(addresses.at(kSlots * i + slot));
+      };
+      for (int own = 0; own < 4; ++own) {
+        pairs[i].maps[own].address = address(own);
+        pairs[i].gradients[own].address = address(4 + own);
+      }
+      for (int network = 0; network < 2; ++network) {
+        pairs[i].masks[network] = reinterpret_cast<const uint8_t*>(address(8 + network));
       }
       losses[i].resize(pairs[i].batch);
       pairs[i].losses = losses[i].data();

@@ -22,13 +22,16 @@ struct Tensor {
 struct Pair {
   Tensor maps[4], gradients[4];
   int64_t batch, m, n;
-  int64_t positions[2];  // of the student's maps, of the teacher's maps
+  int64_t positions[2];     // of the student's maps, of the teacher's maps
+  const uint8_t* masks[2];  // the same, (B, positions); not 0 where a position counts; null: all do
   Residual residual;
   Norm norm;
   Form form;
   bool symmetric;
   double factor;   // of the sum of the losses of all samples
   double* losses;  // (B,)
+
+  int64_t channels(int map) const { return map % 2 ? n : m; }
 };
 
 // Temporary memory of one thread. It is kept from call to call.

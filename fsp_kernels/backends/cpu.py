@@ -1,9 +1,9 @@
 """The CPU backend: C++ kernels in csrc/cpu/ that evaluate the loss one sample at a time.
 
 While a thread copies the maps of a sample to its cache, it widens half precision and subtracts the
-teacher. The torch backend computes FSP matrices, and what these kernels do not serve: ready
-matrices, which come from there, fewer samples than threads, and spatial axes that cannot be
-flattened.
+teacher. Positions that a mask leaves out take no part in the products. The torch backend computes
+FSP matrices, and what these kernels do not serve: ready matrices, which come from there, fewer
+samples than threads, and spatial axes that cannot be flattened.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class _Kernels(NamedTuple):
 
     pairs: list[int]
     pooled: list[int]  # the indices of maps that PyTorch pools before the kernels read them
-    # (addresses of the pairs' tensors, a factor for each pair, threads) -> the loss of each pair
+    # (addresses of the pairs' tensors and masks, a factor for each pair, threads) -> their losses
     run: Callable[[Sequence[int], Sequence[float], int], list[float]]
 
 
@@ -108,10 +108,7 @@ class _PreparedLoss:
         self._by_torch = [
             i
             for i, (pair, slots) in enumerate(zip(plan.pairs, self._slots, strict=True))
-            if pair.evaluation == "chunks"
-            or pair.batch < threads
-            or pair.masked
-            or not _all_flat(slots, tensors)
+            if pair.evaluation == "chunks" or pair.batch < threads or not _all_flat(slots, tensors)
         ]
         by_kernels = [i for i in range(len(plan.pairs)) if i not in self._by_torch]
         self._kernels = self._describe(by_kernels, tensors) if by_kernels else None
@@ -122,7 +119,7 @@ class _PreparedLoss:
         """The loss of each pair. ``tensors`` are all maps, then all wanted gradients."""
         losses = [0.0] * len(weights)
         if self._kernels is not None:
-            found = self._run(self._kernels, tensors, weights)
+            found = self._run(self._kernels, tensors, weights, masks)
             for i, loss in zip(self._kernels.pairs, found, strict=True):
                 losses[i] = loss
         for i in self._by_torch:
@@ -133,11 +130,18 @@ class _PreparedLoss:
         return losses
 
     def _run(
-        self, kernels: _Kernels, tensors: Sequence[Tensor], weights: Sequence[float]
+        self,
+        kernels: _Kernels,
+        tensors: Sequence[Tensor],
+        weights: Sequence[float],
+        masks: Sequence[Tensor],
     ) -> list[float]:
         tensors = list(tensors)
         pooled = pool_maps(tensors, self._plan, kernels.pooled)
-        own = [x for i in kernels.pairs for x in tensors_at(self._slots[i], tensors)]
+        own: list[Tensor | None] = []
+        for i in kernels.pairs:
+            own += tensors_at(self._slots[i], tensors)
+            own += tensors_at(self._plan.pairs[i].masks, masks)
         addresses = [0 if x is None else x.data_ptr() for x in own]
         factors = [weights[i] / self._plan.pairs[i].divisor for i in kernels.pairs]
         losses = kernels.run(addresses, factors, self._threads)
