@@ -262,6 +262,28 @@ def check_networks(student: Any, teacher: Any, example: Any) -> None:
         )
 
 
+def check_keyword(name: str, value: Any) -> None:
+    """Raise ``TypeError`` unless ``value`` can be the name of a keyword, or is ``None``."""
+    if value is not None and not (isinstance(value, str) and value.isidentifier()):
+        raise TypeError(
+            f"{name}: got {value!r}, expected the name of a keyword such as 'attention_mask', "
+            "or None"
+        )
+
+
+def mask_among(keyword: str, keywords: Mapping[str, Any]) -> Tensor:
+    """The mask that came as a keyword, as bool.
+
+    Raises:
+        TypeError: there is no such keyword, or it is no tensor.
+    """
+    found = keywords.get(keyword)
+    if not isinstance(found, Tensor):
+        got = f"got {_kind(found)}" if keyword in keywords else "is missing"
+        raise TypeError(f"{keyword}: {got}, expected a tensor (B, *spatial) by this keyword")
+    return found if found.dtype == torch.bool else found != 0
+
+
 def check_not_traced() -> None:
     """Raise ``RuntimeError`` inside ``torch.jit.trace``, which cannot record a call."""
     if torch.jit.is_tracing():

@@ -68,6 +68,9 @@ class Distiller(nn.Module):
             teacher's, wherever they differ. It is a part of the module, so give its parameters to
             the optimiser; it is not needed after training.
         weights, pool, norm, channel_dim: as in :func:`fsp_kernels.fsp_loss`.
+        mask: the name of the keyword of both networks that says which positions of the maps count,
+            ``(B, *spatial)``: ``"attention_mask"`` of Hugging Face's encoders. Those count where it
+            is not 0, in the maps of both networks.
 
     Raises:
         TypeError, ValueError: an argument is wrong, a path is not in its network, or the networks
@@ -86,9 +89,11 @@ class Distiller(nn.Module):
         pool: str = "max",
         norm: str = "frobenius",
         channel_dim: int | None = None,
+        mask: str | None = None,
     ):
         super().__init__()
         checks.check_channel_dim(channel_dim)
+        checks.check_keyword("mask", mask)
         checks.check_networks(student, teacher, example)
         # Maps come to it with their channels first.
         self.criterion = FSPLoss(
@@ -116,6 +121,7 @@ class Distiller(nn.Module):
         )
         for taps in self._taps:
             taps.attach()
+        self.mask = mask
         self.student = student
         self._teacher = (teacher,)  # in a tuple, so that it is not a submodule
         if self.projection is not None:
@@ -132,9 +138,11 @@ class Distiller(nn.Module):
         """Call both networks with these arguments.
 
         Raises:
+            TypeError: the keyword that is named as ``mask`` is missing or no tensor.
             DistillError: a map was not recorded or was overwritten in place; the message says
                 which.
         """
+        mask = None if self.mask is None else checks.mask_among(self.mask, kwargs)
         for taps in self._taps:
             taps.attach()  # after a copy or detach(); otherwise they are attached
         output = self.student(*args, **kwargs)
@@ -146,7 +154,7 @@ class Distiller(nn.Module):
         ours, theirs = (channels_first(taps.take_pairs(), dims) for taps in self._taps)
         if self.projection is not None:
             ours = self.projection(ours)
-        losses = self.criterion(ours, theirs)
+        losses = self.criterion(ours, theirs, mask, mask)
         return Distilled(output, losses.sum(), losses, teacher_output)
 
     def detach(self) -> None:

@@ -138,8 +138,8 @@ def fsp_loss(
             read nor checked; the weights get a gradient if they require one.
         pool: how the larger map of a pair is pooled to the smaller: ``"max"`` or ``"avg"``.
         norm: ``"frobenius"``, the batch mean of the sum of squares (the paper); ``"mse"``, the mean
-            over batch and entries (RepDistiller, Knowledge-Distillation-Zoo); ``"column"``, the
-            batch mean of the sum over columns of their L2 norms (torchdistill).
+            over batch and entries (RepDistiller, Knowledge-Distillation-Zoo, TextBrewer);
+            ``"column"``, the batch mean of the sum over columns of their L2 norms (torchdistill).
         reduction: ``"sum"`` for the weighted sum over the pairs; ``"none"`` for the weighted loss
             of each pair, ``(pairs,)``, from the same launches: to log them, or to combine them by
             weights that a network learns. Each has its own gradient.

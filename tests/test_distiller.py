@@ -382,3 +382,61 @@ def test_a_map_that_is_overwritten_is_named(teacher, images):
     distiller = fsp.Distiller(student, teacher, [("0", "1.2")])
     with pytest.raises(ValueError, match=r"^1\.2: was overwritten in place"):
         distiller(images)
+
+
+# --- masks ----------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """A network of sequences ``(B, T)`` that has a mask among its keywords, as Hugging Face's."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.first, self.second = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, words: Tensor, attention_mask: Any = None) -> Tensor:  # noqa: ARG002
+        return self.second(self.first(self.words(words)))
+
+
+def encoders(**options: Any) -> tuple[fsp.Distiller, Tensor, Tensor]:
+    """Two of them, words, and a mask of integers."""
+    distiller = fsp.Distiller(
+        Encoder(), Encoder(), [("first", "second")], channel_dim=-1, **options
+    )
+    mask = (torch.arange(7) < torch.tensor([7, 4, 1])[:, None]).long()
+    return distiller, torch.randint(9, (3, 7)), mask
+
+
+@pytest.mark.parametrize("convert", [Tensor.long, Tensor.bool, Tensor.float], ids=str)
+def test_a_mask_comes_among_the_keywords(convert):
+    distiller, words, mask = encoders(mask="attention_mask")
+    found = distiller(words, attention_mask=convert(mask))
+    ours, theirs = (
+        recorded(network, [("first", "second")], words)
+        for network in (distiller.student, distiller.teacher)
+    )
+    masks = {"student_mask": mask.bool(), "teacher_mask": mask.bool()}
+    torch.testing.assert_close(found.loss, fsp.fsp_loss(ours, theirs, channel_dim=-1, **masks))
+    other = torch.where(mask.bool(), words, 0)
+    assert torch.equal(distiller(other, attention_mask=mask).loss, found.loss)
+
+
+def test_without_a_name_no_keyword_is_a_mask():
+    distiller, words, mask = encoders()
+    assert torch.equal(distiller(words, attention_mask=mask).loss, distiller(words).loss)
+
+
+@pytest.mark.parametrize("name", [1, True, "", "attention mask", torch.ones(2).bool()], ids=repr)
+def test_the_name_of_a_mask_must_be_one_of_a_keyword(name):
+    with pytest.raises(TypeError, match=r"mask: got .*, expected the name of a keyword"):
+        encoders(mask=name)
+
+
+def test_a_mask_that_does_not_come_is_an_error():
+    distiller, words, mask = encoders(mask="attention_mask")
+    with pytest.raises(TypeError, match="attention_mask: is missing, expected a tensor"):
+        distiller(words)
+    with pytest.raises(TypeError, match="attention_mask: got None, expected a tensor"):
+        distiller(words, attention_mask=None)
+    with pytest.raises(ValueError, match=r"student_mask: has shape \(3, 5\)"):
+        distiller(words, attention_mask=mask[:, 2:])
