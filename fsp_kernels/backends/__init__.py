@@ -172,7 +172,7 @@ class _Choices:
     def remove(self, choice: _Choice) -> None:
         for i in reversed(range(len(self._made))):  # a block may be entered twice
             if self._made[i] is choice:
-                del self._made[i]
+                self._made.pop(i)
                 break
         self.name = self._made[-1].name if self._made else None
 
