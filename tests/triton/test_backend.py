@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 from calls import BF16, DEVICE, FP16, FP32
 
 import fsp_kernels as fsp
@@ -27,6 +28,7 @@ def _nothing_remembered():
     def forget():
         package._why_unavailable.cache_clear()
         package._why_too_old.cache_clear()
+        package.why_not_this_triton.cache_clear()
         functional._checked_plan.cache_clear()
 
     forget()
@@ -66,6 +68,23 @@ def test_it_needs_the_package_triton(backend, machine, monkeypatch):
     machine((9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # noqa: ARG005
     assert backend.why_unavailable() == "the package triton is not installed"
+
+
+@pytest.mark.parametrize("interpreting", [False, True])
+def test_an_older_triton_is_a_reason_that_names_what_is_needed(
+    backend, machine, monkeypatch, interpreting
+):
+    machine((9, 0), interpreting=interpreting)
+    for version in ("3.6.0", "3.10.1+git", "4.0.0"):
+        package.why_not_this_triton.cache_clear()
+        monkeypatch.setattr(triton, "__version__", version)
+        assert package.why_not_this_triton() is None
+    package.why_not_this_triton.cache_clear()
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    assert backend.why_unavailable() == (
+        "its kernels need triton 3.6 or newer, which PyTorch 2.10 and newer come with; "
+        "3.5.1 is installed"
+    )
 
 
 def test_it_needs_a_gpu(backend, machine):
