@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,16 +76,24 @@ def test_an_older_triton_is_a_reason_that_names_what_is_needed(
     backend, machine, monkeypatch, interpreting
 ):
     machine((9, 0), interpreting=interpreting)
-    for version in ("3.6.0", "3.10.1+git", "4.0.0"):
+    for version in ("3.6.0", "3.10.1+git", "4.0.0", "3.5.1"):
         package.why_not_this_triton.cache_clear()
-        monkeypatch.setattr(triton, "__version__", version)
-        assert package.why_not_this_triton() is None
-    package.why_not_this_triton.cache_clear()
-    monkeypatch.setattr(triton, "__version__", "3.5.1")
+        monkeypatch.setattr(package, "version", {"triton": version}.get)
+        if version != "3.5.1":
+            assert package.why_not_this_triton() is None
     assert backend.why_unavailable() == (
         "its kernels need triton 3.6 or newer, which PyTorch 2.10 and newer come with; "
         "3.5.1 is installed"
     )
+
+
+def test_a_triton_of_another_name_tells_its_version_itself(monkeypatch):
+    def version(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(package, "version", version)
+    monkeypatch.setattr(triton, "__version__", "3.5.0")
+    assert "3.5.0 is installed" in package.why_not_this_triton()
 
 
 def test_it_needs_a_gpu(backend, machine):

@@ -26,6 +26,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -103,14 +104,14 @@ def _why_unavailable(interpreting: bool) -> str | None:
 def why_not_this_triton() -> str | None:
     """``None`` if the kernels run with the Triton that is installed, else why not."""
     try:
-        from triton import __version__
+        installed = _version()
     except ImportError:
         return "the package triton is not installed"
-    if tuple(map(int, __version__.split(".")[:2])) >= OLDEST_TRITON:
+    if tuple(map(int, installed.split(".")[:2])) >= OLDEST_TRITON:
         return None
     return (
         f"its kernels need triton {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} or newer, which PyTorch "
-        f"2.10 and newer come with; {__version__} is installed"
+        f"2.10 and newer come with; {installed} is installed"
     )
 
 
@@ -142,6 +143,16 @@ def _compile_as_triton_does() -> None:
             source = Path(folder, "launcher.c")
             source.write_text("#include <Python.h>\n")
             build._build("launcher", str(source), folder, [], [], [], [])
+
+
+def _version() -> str:
+    """Triton's version, without importing it if possible. Raises ImportError if it is missing."""
+    try:
+        return version("triton")
+    except PackageNotFoundError:  # it may come with another name, as that of PyTorch's nightlies
+        import triton
+
+        return str(triton.__version__)
 
 
 @cached_constant
