@@ -14,6 +14,7 @@ namespace {
 using Strides = std::array<int64_t, 5>;  // sample, channel, depth, height, width
 using Window = std::array<uint8_t, 3>;
 using Sizes = std::array<int64_t, 2>;
+using Slots = std::array<OptionalSlot, 2>;  // of student and teacher
 
 // Kernels count in 32 bits, and exceed a size by less than a tile.
 int32_t size(const char* what, int64_t value) {
@@ -46,7 +47,8 @@ MapSpec map_spec(int slot, Scalar scalar, Strides strides, int64_t rows, int64_t
 PairSpec pair_spec(std::array<OptionalMap, 4> maps, std::array<OptionalMap, 4> gradients,
                    OptionalMap out, int64_t out_part, int64_t samples, int64_t first_sample,
                    Sizes channels, Sizes positions, int parts, Residual residual, Norm norm,
-                   bool split, bool finishes, int index, float factor) {
+                   bool split, bool finishes, int index, float factor, Slots masks,
+                   Slots counts) {
   Pair pair{};
   pair.out_part = out_part;
   pair.samples = size("samples", samples);
@@ -60,12 +62,13 @@ PairSpec pair_spec(std::array<OptionalMap, 4> maps, std::array<OptionalMap, 4> g
   pair.split = split;
   pair.finishes = finishes;
   pair.factor = factor;
-  return {pair, maps, gradients, out, index};
+  return {pair, maps, gradients, out, masks, counts, index};
 }
 
 ProductSpec product_spec(OptionalMap own, MapSpec gradient, OptionalMap other, MapSpec slope,
                          int64_t samples, int64_t first_sample, Sizes channels,
-                         int64_t positions, bool split, float ratio) {
+                         int64_t positions, bool split, float ratio, OptionalSlot mask,
+                         OptionalSlot multiplier, OptionalSlot divisor) {
   Product product{};
   product.samples = size("samples", samples);
   product.first_sample = size("samples", first_sample);
@@ -74,7 +77,7 @@ ProductSpec product_spec(OptionalMap own, MapSpec gradient, OptionalMap other, M
   product.positions = size("positions", positions);
   product.split = split;
   product.ratio = ratio;
-  return {product, {own, gradient, other, slope}};
+  return {product, {own, gradient, other, slope}, mask, multiplier, divisor};
 }
 
 // Calls of CUDA may take long, so other Python threads run meanwhile. pybind11 converts the
@@ -126,10 +129,12 @@ PYBIND11_MODULE(_cuda, module) {
   py::class_<PairSpec>(module, "Pair", py::module_local())
       .def(py::init(&pair_spec), py::kw_only(), "maps"_a, "gradients"_a, "out"_a, "out_part"_a,
            "samples"_a, "first_sample"_a, "channels"_a, "positions"_a, "parts"_a,
-           "residual"_a, "norm"_a, "split"_a, "finishes"_a, "index"_a, "factor"_a);
+           "residual"_a, "norm"_a, "split"_a, "finishes"_a, "index"_a, "factor"_a,
+           "masks"_a = Slots{}, "counts"_a = Slots{});
   py::class_<ProductSpec>(module, "Product", py::module_local())
       .def(py::init(&product_spec), py::kw_only(), "own"_a, "gradient"_a, "other"_a, "slope"_a,
-           "samples"_a, "first_sample"_a, "channels"_a, "positions"_a, "split"_a, "ratio"_a);
+           "samples"_a, "first_sample"_a, "channels"_a, "positions"_a, "split"_a, "ratio"_a,
+           "mask"_a = py::none(), "multiplier"_a = py::none(), "divisor"_a = py::none());
   py::class_<LaunchDescription>(module, "LaunchDescription", py::module_local())
       .def_readonly("kernel", &LaunchDescription::kernel)
       .def_readonly("operand", &LaunchDescription::operand)

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(THREADS) fsp_combine(const __grid_constant__ P
   const int sample = place.program / across;
   float* const first = static_cast<float*>(parts.data) + sample * parts.sample + column;
   float* const sums = reinterpret_cast<float*>(shared_memory());  // (WARPS, 32)
-  const float scale = slope_scale(pair);
+  const float scale = slope_scale(pair, pair.first_sample + sample);
   const auto write_slope = [&](int i, float value) {
     if (out.data == nullptr) return;
     write(out.data, out.scalar, sample * out.sample + i * out.channel + column,

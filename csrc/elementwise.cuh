@@ -15,12 +15,13 @@ __global__ void __launch_bounds__(THREADS)
   const Map &slope = product.slope, &gradient = product.gradient;
   const int line = place.program % product.own_channels;
   const int sample = place.program / product.own_channels;
+  const int map_sample = product.first_sample + sample;
   const int64_t from = sample * slope.sample + line * slope.channel;
-  const int64_t to =
-      (product.first_sample + sample) * gradient.sample + line * gradient.channel;
+  const int64_t to = map_sample * gradient.sample + line * gradient.channel;
+  const float ratio = ratio_of(product, map_sample);
   for (int i = threadIdx.x; i < product.other_channels; i += THREADS) {
     const float value = static_cast<const float*>(slope.data)[from + i * slope.width];
-    write(gradient.data, gradient.scalar, to + i * gradient.width, value * product.ratio);
+    write(gradient.data, gradient.scalar, to + i * gradient.width, value * ratio);
   }
 }
 

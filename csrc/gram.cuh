@@ -110,7 +110,7 @@ struct Gram {
 
   template <class First, class Second>
   __device__ void write_operands(First set, Second add) {
-    const float scale = 2 * pair.factor / pair.positions[0];
+    const float scale = 2 * pair.factor / divisor(pair, 0, sample);
     set(Put{false, scale});
     __syncthreads();  // a transposed element is another thread's
     add(Put{true, scale});  // visible to all threads when a pipeline has its first tile
@@ -137,6 +137,9 @@ struct Gram {
             [&](Put put) { put.transposed(by_x, first.yx); put(by_y, first.yy); }, [](Put) {});
     }
   }
+
+  // Of both networks, since they are subtracted.
+  __device__ const uint8_t* mask() const { return pair.masks[0].data; }
 
   __device__ float* tile(bool teacher, int stage) const {
     return memory + (2 * stage + teacher) * Side::size;
@@ -167,6 +170,13 @@ struct Gram {
         [&](int block, int stage) {
           // p replaces a, or q replaces d.
           float *const of_student = tile(false, stage), *const of_teacher = tile(true, stage);
+          if (mask() != nullptr) {
+            for (int network = 0; network < 2; ++network) {
+              hide<Side>(tile(network, stage), pair.maps[side + 2 * network].channels_inner, mask(),
+                         sample, 0, pair.positions[0]);
+            }
+            __syncthreads();  // the zeros are there
+          }
           subtract<Side>(side == 0 ? of_student : of_teacher, of_student, of_teacher, student,
                          teacher);
           __syncthreads();
@@ -193,7 +203,7 @@ struct Gram {
         add(blocks.yy, y, y);
       });
     });
-    const float scale = 1.0f / pair.positions[0];
+    const float scale = 1.0f / divisor(pair, 0, sample);
     for (Block* block : {&blocks.xx, &blocks.yx, &blocks.yy}) {
       block->for_each([&](int, int, float& value) { value *= scale; });
     }
@@ -211,7 +221,7 @@ struct Gram {
       });
       result.store(own, line, sign);
       __syncthreads();
-      write_gradient<channels, POSITIONS>(own, pair.gradients[map], pair.maps[map], sample,
+      write_gradient<channels, POSITIONS>(own, pair.gradients[map], pair.maps[map], mask(), sample,
                                           block * channels, 0, map % 2 == 0 ? pair.m : pair.n,
                                           pair.positions[0]);
     });

@@ -119,6 +119,12 @@ void place(Map& map, const OptionalMap& spec, const std::vector<uintptr_t>& addr
   while (address % map.unit != 0) map.unit /= 2;
 }
 
+// The address in a slot; null if there is none.
+template <class T>
+const T* address_at(OptionalSlot slot, const std::vector<uintptr_t>& addresses) {
+  return slot ? reinterpret_cast<const T*>(addresses.at(*slot)) : nullptr;
+}
+
 void place(Pair& pair, const PairSpec& spec, const std::vector<uintptr_t>& addresses,
            const std::vector<float>& weights) {
   pair.factor *= weights.at(spec.index);
@@ -127,12 +133,19 @@ void place(Pair& pair, const PairSpec& spec, const std::vector<uintptr_t>& addre
     place(pair.gradients[i], spec.gradients[i], addresses);
   }
   place(pair.out, spec.out, addresses);
+  for (int i = 0; i < 2; ++i) {
+    pair.masks[i] = {address_at<uint8_t>(spec.masks[i], addresses),
+                     address_at<float>(spec.counts[i], addresses)};
+  }
 }
 
 void place(Product& product, const ProductSpec& spec, const std::vector<uintptr_t>& addresses,
            const std::vector<float>&) {
   Map* const maps[] = {&product.own, &product.gradient, &product.other, &product.slope};
   for (int i = 0; i < 4; ++i) place(*maps[i], spec.maps[i], addresses);
+  product.mask = address_at<uint8_t>(spec.mask, addresses);
+  product.multiplier = address_at<float>(spec.multiplier, addresses);
+  product.divisor = address_at<float>(spec.divisor, addresses);
 }
 
 Map map_of(const OptionalMap& spec) { return spec ? spec->map : Map{}; }

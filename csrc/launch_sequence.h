@@ -21,17 +21,20 @@ struct MapSpec {
 };
 
 using OptionalMap = std::optional<MapSpec>;
+using OptionalSlot = std::optional<int>;
 
 struct PairSpec {
   Pair pair;  // without addresses, weight and place of losses
   std::array<OptionalMap, 4> maps, gradients;
   OptionalMap out;
+  std::array<OptionalSlot, 2> masks, counts;  // of student and teacher
   int index;  // of the pair, and of its weight in the list that a call passes
 };
 
 struct ProductSpec {
   Product product;                  // without addresses
   std::array<OptionalMap, 4> maps;  // own, gradient, other, slope
+  OptionalSlot mask, multiplier, divisor;
 };
 
 // Throws std::runtime_error with CUDA's message unless `status` is cudaSuccess.

@@ -3,7 +3,8 @@
 // A map is read by its strides. What is contiguous in memory, positions or channels, is contiguous
 // in a tile, so reading and writing never transpose; products take tiles of both kinds. If a map is
 // pooled, each position of a tile stands for a window. The pooled map is not stored anywhere else:
-// the maximum is found again when its gradient is written.
+// the maximum is found again when its gradient is written. If a map has a mask, positions that do
+// not count are read like the others, and set to zero in the tile.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -390,6 +391,39 @@ __device__ __forceinline__ void subtract(T* to, const T* x, const T* y, const Ma
   }
 }
 
+// --- masks ---------------------------------------------------------------------------------------
+
+// What a network's sum over the positions of a sample is divided by: how many of them count.
+__device__ __forceinline__ float divisor(const Pair& pair, int network, int sample) {
+  const float* counts = pair.masks[network].counts;
+  return counts == nullptr ? static_cast<float>(pair.positions[network]) : counts[sample];
+}
+
+// The ratio of a product in a sample.
+__device__ __forceinline__ float ratio_of(const Product& product, int sample) {
+  float ratio = product.ratio;
+  if (product.multiplier != nullptr) ratio *= product.multiplier[sample];
+  if (product.divisor != nullptr) ratio /= product.divisor[sample];
+  return ratio;
+}
+
+// Set the positions of a tile to zero where the mask (B, positions) is zero, from `position` on.
+// They may hold NaN, and NaN times zero is NaN. The caller must synchronise the block before and
+// after.
+template <class Shape, class T>
+__device__ __forceinline__ void hide(T* tile, bool channels_inner, const uint8_t* mask, int sample,
+                                     int position, int positions) {
+  constexpr int C = Shape::channels, K = Shape::positions;
+  static_assert(THREADS % K == 0);
+  const int k = threadIdx.x % K;
+  if (position + k >= positions) return;
+  if (mask[static_cast<int64_t>(sample) * positions + position + k] != 0) return;
+  tile += k * Shape::position_stride(channels_inner);
+  const int line = Shape::channel_stride(channels_inner);
+#pragma unroll 1
+  for (int c = threadIdx.x / K; c < C; c += THREADS / K) tile[c * line] = narrow<T>(0.0f);
+}
+
 // --- writing -------------------------------------------------------------------------------------
 
 // Two elements as bf16; the first is in the lower half.
@@ -428,13 +462,20 @@ inline __device__ __noinline__ void write_window(const Map& gradient, const Map&
   }
 }
 
-// Write `tile`, (CHANNELS, POSITIONS) of fp32 in lines of positions, as the gradient of `own`.
+// Write `tile`, (CHANNELS, POSITIONS) of fp32 in lines of positions, as the gradient of `own`. With
+// a mask (B, positions) the gradient is zero where the mask is.
 //
 // Windows do not overlap, so each element is written once.
 template <int CHANNELS, int POSITIONS>
-__device__ void write_gradient(const float* tile, const Map& gradient, const Map& own, int sample,
-                               int channel, int position, int channels, int positions) {
-  constexpr int line = Tile<float, CHANNELS, POSITIONS>::position_line;
+__device__ void write_gradient(float* tile, const Map& gradient, const Map& own,
+                               const uint8_t* mask, int sample, int channel, int position,
+                               int channels, int positions) {
+  using Shape = Tile<float, CHANNELS, POSITIONS>;
+  constexpr int line = Shape::position_line;
+  if (mask != nullptr) {
+    hide<Shape>(tile, false, mask, sample, position, positions);
+    __syncthreads();  // the zeros are there
+  }
   const int64_t to = sample * gradient.sample + channel * gradient.channel;
   channels -= channel;
   positions -= position;

@@ -92,7 +92,7 @@ struct OnePass {
 
   __device__ __forceinline__ void write_matrix_gradient(Block& residual) {
     const Map& gradient = pair.gradients[2];
-    const float scale = -slope_scale(pair) * pair.positions[0];
+    const float scale = -slope_scale(pair, sample) * divisor(pair, 0, sample);
     residual.for_each([&](int i, int j, float& value) {
       if (i < pair.m && j < pair.n) {
         write(gradient.data, gradient.scalar,
@@ -103,7 +103,7 @@ struct OnePass {
 
   __device__ __forceinline__ void store_slope(Block& residual) {
     constexpr Scalar stored = sizeof(Element) == 2 ? Scalar::bf16 : Scalar::fp32;
-    const float scale = slope_scale(pair);
+    const float scale = slope_scale(pair, sample);
     residual.for_pairs([&](int i, int j, float first, float second) {
       struct alignas(2 * sizeof(Element)) Two {
         Element first, second;
@@ -120,7 +120,7 @@ struct OnePass {
     const bool first = map % 2 == 0, teacher = map >= 2;
     const Map& partner = pair.maps[map ^ 1];
     const int count = pair.positions[teacher];
-    const float ratio = teacher ? -static_cast<float>(pair.positions[0]) / count : 1.0f;
+    const float ratio = teacher ? -divisor(pair, 0, sample) / divisor(pair, 1, sample) : 1.0f;
     const int own_channels = first ? pair.m : pair.n, other_channels = first ? pair.n : pair.m;
     pipeline(
         0, (count + positions - 1) / positions, stages,
@@ -142,7 +142,8 @@ struct OnePass {
           });
           result.store(own(), Own::position_line, ratio);
           __syncthreads();
-          write_gradient<CHANNELS, positions>(own(), pair.gradients[map], pair.maps[map], sample, 0,
+          write_gradient<CHANNELS, positions>(own(), pair.gradients[map], pair.maps[map],
+                                              pair.masks[teacher].data, sample, 0,
                                               block * positions, own_channels, count);
         });
   }

@@ -1,6 +1,7 @@
 // Tiles of the residual D / K = G^S - G^T, their squares and their slopes.
 //
-// Student a (m, K), b (n, K), teacher c, d; differences p = a - c, q = b - d.
+// Student a (m, K), b (n, K), teacher c, d; differences p = a - c, q = b - d. If there is a mask,
+// sums are divided by the number of positions that count in a sample, instead of K.
 #pragma once
 
 #include "pipeline.cuh"
@@ -41,7 +42,7 @@ __device__ __forceinline__ void residual_tile(Accumulator<CHANNELS, CHANNELS>& r
   using Shape = typename Stages::Shape;
   const bool difference = pair.residual == Residual::difference;
   const bool apart = pair.residual == Residual::apart;
-  float scale = pair.residual == Residual::plain ? pair.factor : 1.0f / pair.positions[0];
+  float scale = pair.residual == Residual::plain ? pair.factor : 1.0f / divisor(pair, 0, sample);
   result.clear();
   // Sum over the positions of one network after the other (apart), or of both together.
 #pragma unroll 1
@@ -50,9 +51,9 @@ __device__ __forceinline__ void residual_tile(Accumulator<CHANNELS, CHANNELS>& r
     if (first == 2) {
       // Convert the student's sum to the teacher's scale and sign, so that one accumulator is
       // enough.
-      const float ratio = -scale * positions;
+      const float by = divisor(pair, 1, sample), ratio = -scale * by;
       result.for_each([&](int, int, float& value) { value *= ratio; });
-      scale = -1.0f / positions;
+      scale = -1.0f / by;
     }
     const int last = difference ? 4 : first + 2;
     const Range blocks = blocks_of_part(positions, POSITIONS, part, pair.parts);
@@ -69,6 +70,15 @@ __device__ __forceinline__ void residual_tile(Accumulator<CHANNELS, CHANNELS>& r
         },
         [&](int block, int stage) {
           const auto tile = [&](int map) { return Stages::tile(memory, map, stage); };
+          // Networks that are subtracted have one mask.
+          if (pair.masks[first / 2].data != nullptr) {
+#pragma unroll 1
+            for (int map = first; map < last; ++map) {
+              hide<Shape>(tile(map), pair.maps[map].channels_inner, pair.masks[first / 2].data,
+                          sample, block * POSITIONS, positions);
+            }
+            __syncthreads();  // the zeros are there
+          }
           if (difference) {  // p replaces a, and q replaces d
             subtract<Shape>(tile(0), tile(0), tile(2), pair.maps[0], pair.maps[2]);
             subtract<Shape>(tile(3), tile(1), tile(3), pair.maps[1], pair.maps[3]);
@@ -117,8 +127,8 @@ __device__ __forceinline__ float inverse_length(float length) {
 
 // The factor from D / K to slopes. (For the column norm the columns of D / K are divided by their
 // lengths first.) Slopes are scaled before they are multiplied, because the product might overflow.
-__device__ __forceinline__ float slope_scale(const Pair& pair) {
-  return (pair.norm == Norm::column ? pair.factor : 2 * pair.factor) / pair.positions[0];
+__device__ __forceinline__ float slope_scale(const Pair& pair, int sample) {
+  return (pair.norm == Norm::column ? pair.factor : 2 * pair.factor) / divisor(pair, 0, sample);
 }
 
 }  // namespace fsp

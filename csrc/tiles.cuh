@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 1 : 2)
   if (pair.out.data != nullptr) {
     const Map& out = pair.out;
     const int64_t start = sample * out.sample + part * pair.out_part;
-    const float scale = slope_scale(pair);
+    const float scale = slope_scale(pair, pair.first_sample + sample);
     tile.for_each([&](int i, int j, float value) {
       if (line + i < pair.m && column + j < pair.n) {
         if (pair.finishes) value = storable_slope(value * scale, out.scalar, pair.split);
@@ -143,10 +143,11 @@ __global__ void __launch_bounds__(THREADS, 2)
           add(result);  // it will be rounded to 16 bits anyway
         }
       });
-  result.store(own, Of::Own::position_line, product.ratio);
+  result.store(own, Of::Own::position_line, ratio_of(product, map_sample));
   __syncthreads();
-  write_gradient<Of::own, Of::positions>(own, product.gradient, product.own, map_sample, channel,
-                                         position, product.own_channels, product.positions);
+  write_gradient<Of::own, Of::positions>(own, product.gradient, product.own, product.mask,
+                                         map_sample, channel, position, product.own_channels,
+                                         product.positions);
 }
 
 }  // namespace fsp

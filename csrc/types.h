@@ -36,10 +36,17 @@ struct Map {
   uint8_t unit;
 };
 
+// Which positions of a network's maps count, in each sample of a batch.
+struct Mask {
+  const uint8_t* data;  // (B, K), contiguous; null if all positions count
+  const float* counts;  // (B,): how many positions count, at least 1; null if all do
+};
+
 // One pair of layers of both networks: maps a, b, c, d. A ready matrix takes the place of c.
 struct Pair {
   Map maps[4];
   Map gradients[4];
+  Mask masks[2];  // of student and teacher
   // A matrix for each sample. In tiles.cuh: slopes, or D / K if another launch adds its parts. In
   // combine.cuh: slopes; the parts to add are maps[0].
   Map out;
@@ -61,6 +68,9 @@ struct Pair {
 // One gradient as a product: ratio * slope (own, other) @ other (other, K), for each sample.
 struct Product {
   Map own, gradient, other, slope;
+  const uint8_t* mask;  // (B, K), contiguous: the gradient is zero where the mask is; or null
+  // (B,), or null: what the ratio is also multiplied with and divided by in each sample.
+  const float *multiplier, *divisor;
   int32_t samples, first_sample;  // first_sample of the maps is the first sample of the slope
   int32_t own_channels, other_channels, positions;
   int32_t programs;

@@ -54,6 +54,26 @@ def apart() -> None:
     check([pair_of(regime)], [pair_of(regime, size=(5, 7))], regime)
 
 
+def masked(road: str, which: str = "same", dtype: torch.dtype = FP32) -> None:
+    """Maps are NaN where they do not count."""
+    regime = REGIMES[road]
+    masks = [torch.rand(2, *regime.size) < 0.5 for _ in range(2)]
+    hidden = [~mask[:, None] for mask in (masks if which == "apart" else masks[:1] * 2)]
+    networks = [
+        tuple(
+            x.detach().masked_fill(h, torch.nan).requires_grad_()
+            for x in pair_of(regime, dtypes=(dtype, dtype), batch=2)
+        )
+        for h in hidden
+    ]
+    given = {"student_mask": masks[0]}
+    if which == "ready":
+        networks[1] = tensor(2, *regime.channels, dtype=dtype)
+    else:
+        given["teacher_mask"] = masks[which == "apart"]
+    check(networks[:1], networks[1:], regime, **given)
+
+
 def equal_columns() -> None:
     regime = REGIMES["one pass"]
     student, _ = four_of(regime)
@@ -102,6 +122,11 @@ CALLS: dict[str, Callable[[], None]] = {
     "column": partial(maps, "one pass", norm="column"),
     "ready": partial(ready, "one pass"),
     "apart": apart,
+    "masked apart": partial(masked, "one pass", "apart"),
+    "tiles, masked": partial(masked, "tiles"),
+    "tiles, masked apart": partial(masked, "tiles", "apart"),
+    "tiles, masked ready": partial(masked, "tiles", "ready"),
+    "Gram form, masked": partial(masked, "gram"),
     "equal columns": equal_columns,
     "max pooled": partial(pooled, "max", BF16),
     "avg pooled": partial(pooled, "avg", FP32),
@@ -193,6 +218,24 @@ MUTATIONS = [
         "teacher);\n          __syncthreads();",
     ),
     no_barrier(
+        "positions are multiplied before they are hidden",
+        "masked apart",
+        "residual.cuh",
+        "__syncthreads();  // the zeros are there",
+    ),
+    no_barrier(
+        "positions are subtracted before they are hidden: Gram form",
+        "Gram form, masked",
+        "gram.cuh",
+        "__syncthreads();  // the zeros are there",
+    ),
+    no_barrier(
+        "a gradient is written before its positions are hidden",
+        "tiles, masked",
+        "maps.cuh",
+        "__syncthreads();  // the zeros are there",
+    ),
+    no_barrier(
         "columns are measured before they are there",
         "column",
         "one_pass.cuh",
@@ -220,7 +263,7 @@ MUTATIONS = [
         "a gradient is written before it is there: tiles",
         "tiles",
         "tiles.cuh",
-        "result.store(own, Of::Own::position_line, product.ratio);\n  __syncthreads();",
+        "ratio_of(product, map_sample));\n  __syncthreads();",
     ),
     no_barrier(
         "a block is added to before others have set it",
@@ -276,7 +319,7 @@ MUTATIONS = [
             "0",
         )
     ),
-    # Masks.
+    # What lies beyond the end.
     Mutation(
         "positions beyond the end are read",
         "one pass, an element at a time",
@@ -441,15 +484,15 @@ MUTATIONS = [
         "the teacher's sign where it comes alone",
         "apart",
         "residual.cuh",
-        "-1.0f / positions",
-        "1.0f / positions",
+        "-1.0f / by",
+        "1.0f / by",
     ),
     instead(
         "the teacher's sign in its gradient",
         "one pass",
         "one_pass.cuh",
-        "-static_cast<float>(pair.positions[0])",
-        "static_cast<float>(pair.positions[0])",
+        "-divisor(pair, 0, sample) / divisor(pair, 1, sample)",
+        "divisor(pair, 0, sample) / divisor(pair, 1, sample)",
     ),
     Mutation(
         "the teacher's sign in its gradient: Gram form",
@@ -475,6 +518,56 @@ MUTATIONS = [
         "residual.cuh",
         "length == 0 ? 0.0f : 1.0f / length",
         "1.0f / length",
+    ),
+    # Masks.
+    Mutation(
+        "the mask of the first positions for all",
+        "masked apart",
+        "maps.cuh",
+        "positions + position + k] != 0",
+        "position + k",
+        "k",
+    ),
+    instead(
+        "the mask of the first sample for all",
+        "tiles, masked",
+        "maps.cuh",
+        "static_cast<int64_t>(sample) * positions",
+        "0",
+    ),
+    Mutation(
+        "the mask of the student for both networks",
+        "masked apart",
+        "residual.cuh",
+        "pair.masks[first / 2].data,",
+        "pair.masks[first / 2].data",
+        "pair.masks[0].data",
+    ),
+    instead(
+        "the other network's mask in a gradient",
+        "masked apart",
+        "one_pass.cuh",
+        "pair.masks[teacher].data",
+        "pair.masks[1 - teacher].data",
+    ),
+    instead(
+        "all positions are counted",
+        "tiles, masked",
+        "maps.cuh",
+        "counts == nullptr ? static_cast<float>(pair.positions[network]) : counts[sample]",
+        "static_cast<float>(pair.positions[network])",
+    ),
+    without(
+        "the teacher's positions that count do not divide its gradient",
+        "tiles, masked apart",
+        "maps.cuh",
+        "ratio /= product.divisor[sample];",
+    ),
+    without(
+        "the student's positions that count do not multiply a gradient",
+        "tiles, masked ready",
+        "maps.cuh",
+        "ratio *= product.multiplier[sample];",
     ),
     # Parts.
     instead(

@@ -23,8 +23,16 @@ _PARTS, _SLOPES = 8, 9
 class PlannedPair:
     """A pair of a plan and the strides of its maps. It makes the pair's kernel arguments."""
 
-    def __init__(self, index: int, plan: PairPlan, slots: Sequence[Tensor | None], precision: str):
+    def __init__(
+        self,
+        index: int,
+        plan: PairPlan,
+        slots: Sequence[Tensor | None],
+        mask_slots: Sequence[int | None],
+        precision: str,
+    ):
         self._index = index
+        self._masks, self._counts = mask_slots[:2], mask_slots[2:]  # of student and teacher
         self.plan = plan
         self._ready = plan.residual == "ready"
         dtypes = multiplied_dtypes(plan.student, plan.teacher)
@@ -79,8 +87,10 @@ class PlannedPair:
         found = []
         for own in range(2 if self._ready else 4):
             if self._has_gradient(own):
-                first, positions = own % 2 == 0, self.plan.maps[own].positions
-                ratio = 1 if own < 2 else -self.plan.positions / positions
+                first, network = own % 2 == 0, own // 2
+                fields = self._product_fields(chunk, network)
+                if self.plan.symmetric:
+                    fields["ratio"] *= 2  # both maps' gradients
                 found.append(
                     module().Product(
                         own=self._maps[own],
@@ -88,9 +98,9 @@ class PlannedPair:
                         other=self._maps[partner_of(own)],
                         slope=self._slopes(chunk, transposed=not first),
                         channels=(m, n) if first else (n, m),
-                        positions=positions,
-                        ratio=2 * ratio if self.plan.symmetric else ratio,  # both maps' gradients
-                        **self._product_fields(chunk),
+                        positions=self.plan.maps[own].positions,
+                        mask=self._masks[network],
+                        **fields,
                     )
                 )
         return found
@@ -107,18 +117,38 @@ class PlannedPair:
                 slope=self._slopes(chunk),
                 channels=self.plan.channels,
                 positions=1,
-                ratio=-self.plan.positions,
-                **self._product_fields(chunk),
+                **self._product_fields(chunk, 1),
             )
         ]
 
-    def _product_fields(self, chunk: int) -> dict[str, Any]:
+    def _product_fields(self, chunk: int, network: int) -> dict[str, Any]:
         first, samples = self._samples_of(chunk)
         return {
             "samples": samples,
             "first_sample": first,
             "split": self._split,
+            **(self._teacher_ratio() if network else {"ratio": 1}),
         }
+
+    def _teacher_ratio(self) -> dict[str, Any]:
+        """The teacher's slope over the student's, which is stored.
+
+        A network's slope is divided by its number of positions that count. The kernels read that
+        number if there is a mask.
+        """
+        student, teacher = (
+            k if slot is None else 1 for k, slot in zip(self._positions, self._counts, strict=True)
+        )
+        return {
+            "ratio": -student / teacher,
+            "multiplier": self._counts[0],
+            "divisor": self._counts[1],
+        }
+
+    @property
+    def _positions(self) -> tuple[int, int]:
+        """Of the student and of the teacher; 1 for a ready matrix, which is not divided."""
+        return self.plan.positions, 1 if self._ready else self.plan.teacher[0].positions
 
     def _samples_of(self, chunk: int) -> tuple[int, int]:
         """The first sample of a chunk, and the number of its samples."""
@@ -147,8 +177,6 @@ class PlannedPair:
     ) -> Any:
         """The entry for a chunk of samples, or for all samples if ``chunk`` is ``None``."""
         first, samples = (0, self.plan.batch) if chunk is None else self._samples_of(chunk)
-        m, n = self.plan.channels
-        positions = self.plan.positions
         return module().Pair(
             maps=self._maps[:4] if maps is None else maps,
             gradients=self._maps[4:],
@@ -156,8 +184,8 @@ class PlannedPair:
             out_part=self._part_elements,
             samples=samples,
             first_sample=first,
-            channels=(m, n),
-            positions=(positions, positions if self._ready else self.plan.teacher[0].positions),
+            channels=self.plan.channels,
+            positions=self._positions,
             parts=self.plan.parts,
             residual=getattr(module().Residual, self.plan.residual),
             norm=module().Norm.column if self.plan.norm == "column" else module().Norm.squares,
@@ -165,4 +193,6 @@ class PlannedPair:
             finishes=finishes,
             index=self._index,
             factor=1 / self.plan.divisor,
+            masks=self._masks,
+            counts=self._counts,
         )

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsp_kernels.backends.cuda.entries import PlannedPair
+from fsp_kernels.backends.cuda.entries import SLOTS, PlannedPair
 from fsp_kernels.backends.cuda.extension import index_of, module, scalar_of
 from fsp_kernels.backends.devices import raw_stream
-from fsp_kernels.backends.tensors import slots_of, tensors_at
+from fsp_kernels.backends.tensors import mask_slots_of, slots_of, tensors_at
 from fsp_kernels.loss_plan import LaunchGroup, LossPlan
 from fsp_kernels.plan import FP32_BYTES
 
@@ -30,9 +30,17 @@ class PreparedLoss:
 
     def __init__(self, plan: LossPlan, tensors: Sequence[Tensor]):
         all_slots = slots_of(plan)
+        # Masks and counts, which pairs share, follow the addresses of all pairs.
+        first_mask, after_pairs = len(plan.maps) + len(plan.wanted), SLOTS * len(plan.pairs)
+        mask_slots = [
+            [None if x is None else x - first_mask + after_pairs for x in slots]
+            for slots in mask_slots_of(plan)
+        ]
         pairs = [
-            PlannedPair(i, p, tensors_at(slots, tensors), plan.precision)
-            for i, (p, slots) in enumerate(zip(plan.pairs, all_slots, strict=True))
+            PlannedPair(i, p, tensors_at(slots, tensors), masks, plan.precision)
+            for i, (p, slots, masks) in enumerate(
+                zip(plan.pairs, all_slots, mask_slots, strict=True)
+            )
         ]
         self._launches = module().LaunchSequence(
             index_of(tensors[0]), _description(plan), by_pair=plan.by_pair
@@ -59,6 +67,7 @@ class PreparedLoss:
             for i, slots in enumerate(all_slots)
             for x in (*slots, count + 2 * i, count + 2 * i + 1)
         ]
+        places += range(first_mask, count)
         count += 2 * len(pairs)
         self._arrange = itemgetter(*places, count, count + 1)
         self._offsets = [*chain.from_iterable(workspaces), partials]
