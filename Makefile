@@ -140,8 +140,8 @@ OLD_PYTHON ?= python3.12
 TORCH ?= 2.6
 .PHONY: test-torch
 test-torch: .venv-torch-$(TORCH)/installed
-	.venv-torch-$(TORCH)/bin/python -m pytest -n auto --dist worksteal \
-		tests/test_*.py tests/compat tests/features tests/cuda tests/fused
+	.venv-torch-$(TORCH)/bin/python -m pytest -n auto --dist worksteal tests \
+		$(addprefix --ignore=tests/,distill benchmarks tools examples test_readme.py)
 
 .venv-torch-$(TORCH)/installed: export FSP_KERNELS_CUDA ?= 0
 .venv-torch-$(TORCH)/installed: $(BUILT_FROM)

@@ -141,7 +141,7 @@ class FeatureTaps:
         this.has_gradient = torch.is_grad_enabled()
 
     def _record_input(self, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        value: object = dict(enumerate(args)) | kwargs
+        value: object = {**dict(enumerate(args)), **kwargs}
         if not path.keys:
             value = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), value)
         self._record(path, value)
