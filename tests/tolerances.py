@@ -209,20 +209,24 @@ def oracle(
     weights: Sequence[float] | None = None,
     pool: str = "max",
     norm: str = "frobenius",
+    student_mask: Tensor | None = None,
+    teacher_mask: Tensor | None = None,
 ) -> Oracle:
     """The definition in float64, every tensor taken for a separate variable."""
+    masks = {"student_mask": student_mask, "teacher_mask": teacher_mask}
     exact = [x.detach().double().requires_grad_() for x in flatten(student, teacher)]
     sizes = [x.detach().double().abs().requires_grad_() for x in exact]
     weights = [1.0] * len(student) if weights is None else weights
-    loss = reference.fsp_loss(*unflatten(exact, teacher), weights, pool, norm)
+    loss = reference.fsp_loss(*unflatten(exact, teacher), weights, pool, norm, **masks)
     # The same with nothing cancelling: residuals of absolute values, added.
     bound = loss.new_zeros(())
     pairs = zip(*unflatten(exact, teacher), *unflatten(sizes, teacher), weights, strict=True)
     for pair, entry, pair_sizes, entry_sizes, weight in pairs:
-        total = _matrix(pair_sizes, pool) + _matrix(entry_sizes, pool)
+        total = _matrix(pair_sizes, pool, student_mask) + _matrix(entry_sizes, pool, teacher_mask)
         term = reference.residual_norm(total, norm)
         if norm == "column":  # a direction is as uncertain as its column is short
-            length = (_matrix(pair, pool) - _matrix(entry, pool)).norm(dim=1)
+            residual = _matrix(pair, pool, student_mask) - _matrix(entry, pool, teacher_mask)
+            length = residual.norm(dim=1)
             columns = total.norm(dim=1)
             term = (columns * (columns / length.clamp_min(1e-300)).detach()).sum(dim=1).mean()
         bound = bound + weight * term
@@ -233,5 +237,7 @@ def oracle(
     )
 
 
-def _matrix(entry: Tensor | tuple[Tensor, Tensor], pool: str) -> Tensor:
-    return entry if isinstance(entry, Tensor) else reference.fsp_matrix(*entry, pool=pool)
+def _matrix(entry: Tensor | tuple[Tensor, Tensor], pool: str, mask: Tensor | None = None) -> Tensor:
+    if isinstance(entry, Tensor):
+        return entry
+    return reference.fsp_matrix(*entry, pool=pool, mask=mask)
