@@ -180,7 +180,7 @@ def test_ready_matrices(memory, regime):
 
 @pytest.mark.parametrize("regime", MATRIX_ROADS, indirect=True)
 def test_rows_of_a_mask(memory, regime):
-    batch, size = LIMIT // math.prod(regime.size) + 1, regime.size
+    batch, size = LIMIT // math.prod(regime.size) + 2, regime.size
     strides = (1 << 10, *torch.empty(1, 1, *size).stride()[1:])
     maps = [huge((batch, c, *size), strides, regime.dtype) for c in regime.channels * 2]
     mask = huge((batch, *size), (math.prod(size), size[1], 1), torch.bool, grad=False)
