@@ -17,12 +17,13 @@ from benchmarks.checks import float32_products
 from benchmarks.workloads import Layer, Workload
 from fsp_kernels.backends import registered_backends
 from fsp_kernels.backends.devices import fp32_precision, raw_stream
+from fsp_kernels.backends.tensors import counts
 from fsp_kernels.backends.triton import configurations
 from fsp_kernels.backends.triton.configurations import Row
 from fsp_kernels.backends.triton.launch import Launch
 from fsp_kernels.backends.triton.loss import PreparedLoss
 from fsp_kernels.backends.triton.product import prepare
-from fsp_kernels.loss_plan import LossPlan, MapSpec
+from fsp_kernels.loss_plan import LossPlan, MapSpec, MaskIndices
 from fsp_kernels.plan import plan_loss
 
 # The chip that each family's table is compiled for.
@@ -120,10 +121,11 @@ def planned(
     wanted: tuple[bool, ...] = (True, True, False, False),
     pool: str = "max",
     norm: str = "frobenius",
+    masks: MaskIndices = (None, None),
 ) -> tuple[LossPlan, list[Tensor]]:
     """The plan of pairs with ``len(wanted)`` maps each, outside of all caches.
 
-    And what a program takes: the maps, and after them their gradients.
+    And what a program takes: the maps, and after them their gradients, masks and their counts.
     """
     size = len(wanted)
     specs = [
@@ -132,12 +134,19 @@ def planned(
     ]
     pairs = [specs[start : start + size] for start in range(0, len(specs), size)]
     student, teacher = tuple((p[0], p[1]) for p in pairs), tuple(tuple(p[2:]) for p in pairs)
+    backend = registered_backends()["triton"]
     # Not from the cache: the table, on which plans depend, changes between calls.
     plan = plan_loss.__wrapped__(
-        student, teacher, pool, norm, registered_backends()["triton"], fp32_precision()
+        student, teacher, pool, norm, backend, fp32_precision(), masks=masks
     )
     gradients = [torch.empty_like(maps[i], dtype=plan.maps[i].gradient_dtype) for i in plan.wanted]
-    return plan, [*maps, *gradients]
+    masked = {plan.mask: x for x, plan in zip(maps, plan.maps, strict=True)}
+    flat = [
+        torch.ones(x.shape[0], x[0, 0].numel(), dtype=backend.mask_dtype, device=x.device)
+        for i, x in masked.items()
+        if i is not None
+    ]
+    return plan, [*maps, *gradients, *flat, *map(counts, flat)]
 
 
 def _product_call(first: Tensor, second: Tensor, slope: Tensor) -> Callable[[], list[Tensor]]:

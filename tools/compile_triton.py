@@ -31,7 +31,7 @@ from fsp_kernels.backends import registered_backends
 from fsp_kernels.backends.triton import configurations
 from fsp_kernels.backends.triton.configurations import FAMILIES, KERNELS
 from fsp_kernels.backends.triton.launch import Launch
-from fsp_kernels.loss_plan import Scaling
+from fsp_kernels.loss_plan import MaskIndices, Scaling
 from tools import record
 from tools.calls import ARCHITECTURES, Case, call_of, call_on, cases, instead_of_launches
 
@@ -103,6 +103,8 @@ class Variant(NamedTuple):
     pool: str = "max"
     norm: str = "frobenius"
     cropped: bool = False
+    channels_last: bool = False
+    masks: MaskIndices = (None, None)  # of student and teacher: which mask, or none
     family: str = ""
 
     def __str__(self) -> str:
@@ -136,6 +138,19 @@ VARIANTS = (
     Variant("rows of 4 bytes in Gram form", _FP32, (_square(512, 7),) * 4),
     Variant("one element", _FP16, ((1, 1, 1),) * 4),
     Variant("64-bit offsets", _BF16, (_square(16, 20000),) * 4),
+    Variant("masked", _BF16, ((128, 64, 256),) * 4, channels_last=True, masks=(0, 0)),
+    Variant("masked in Gram form", _FP32, ((128, 512, 49),) * 4, channels_last=True, masks=(0, 0)),
+    Variant("masked rows", _FP32, (_square(64, 32),) * 4, masks=(0, 0)),
+    Variant(
+        *("masks of both by tiles", _BF16, ((128, 256, 196),) * 4, _ALL),
+        norm="column",
+        channels_last=True,
+        masks=(0, 1),
+    ),
+    Variant(
+        *("masked beside ready", _FP32, (_square(256, 32),) * 2 + ((128, 256, 256),), _READY),
+        masks=(0, None),
+    ),
 )
 # Kernels without a configuration of their own, which may not spill in any variant either.
 UNCONFIGURED = ("fsp_combine", "fsp_matrix_gradients", "fsp_finish", "fsp_scale")
@@ -148,9 +163,11 @@ def compile_variant(variant: Variant) -> list[Usage]:
     maps = [torch.empty(shape, dtype=variant.dtype, device="meta") for shape in variant.shapes]
     if variant.cropped:
         maps = [x[..., 1:-1, 1:-1] for x in maps]
+    if variant.channels_last:
+        maps = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in maps]
 
     def call() -> None:
-        call_on(maps, variant.wanted, variant.pool, variant.norm)()
+        call_on(maps, variant.wanted, variant.pool, variant.norm, variant.masks)()
         factor, gradients = torch.empty((), device="meta"), [x.float() for x in maps]
         held, dtypes = (tuple(x.dtype for x in some) for some in (gradients, maps))
         scaling = Scaling(tuple(map(Tensor.numel, maps)), held, dtypes, (0,) * len(maps))

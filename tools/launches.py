@@ -161,11 +161,12 @@ def _touched_by(kernel: str, tensors: Sequence[Any]) -> tuple[list[Tensor], list
     if kernel == "fsp_finish":
         return [pointers], [tensors[1]]
     if kernel == "fsp_gradients":
-        return [x for p in pointers for x in p[2:]], [p[1] for p in pointers]
+        reads = [x for p in pointers for x in p[2:] if x is not None]
+        return reads, [p[1] for p in pointers]
     if kernel in ("fsp_combine", "fsp_gram_combine"):
-        return [parts for parts, _ in pointers], [x for _, x in pointers if x is not None]
+        return [p[0] for p in pointers], [p[1] for p in pointers if p[1] is not None]
     reads = [x for p in pointers for x in p[:4]]
-    writes = [x for p in pointers for x in p[4:]]
+    writes = [x for p in pointers for x in p[4:8]]
     if kernel == "fsp_gram_gradients":
         reads += tensors[1]
     if kernel in ("fsp_residual", "fsp_gram"):

@@ -33,6 +33,7 @@ class FusedBackend:
         self.prepared: dict[tuple[LossPlan, int], PreparedLoss] = {}
 
     transposes = False
+    mask_dtype = torch.bool  # in which kernels read a mask
 
     on_cpu: str  # where kernels run on the CPU: why they do not serve tensors of a GPU
 
@@ -70,7 +71,10 @@ class FusedBackend:
             with torch.cuda.device(device):
                 return self.loss(maps, plan, weights, masks)
         gradients = empty_gradients(maps, plan)
-        tensors = [*in_memory(maps), *gradients, *masks, *map(counts, masks)]
+        tensors = [*in_memory(maps), *gradients]
+        if masks:
+            tensors += [x.to(self.mask_dtype) for x in masks]
+            tensors += map(counts, masks)
         pooled = pool_maps(tensors, plan, plan.pooled_before) if plan.pooled_before else []
         # A plan holds the strides of the maps, and those of the gradients follow from them.
         prepared = self.prepared.get((plan, device))

@@ -69,8 +69,8 @@ def slots_of(plan: LossPlan) -> list[Slots]:
 def mask_slots_of(plan: LossPlan) -> list[Slots]:
     """For each pair, the indices of its masks and then of their counts, student before teacher.
 
-    In the list of a call, the masks follow the wanted gradients, and their :func:`counts` the
-    masks. ``None`` stands for no mask.
+    In the list of a call, the masks follow the wanted gradients, in the dtype of the backend, and
+    their :func:`counts` the masks. ``None`` stands for no mask.
     """
     first = len(plan.maps) + len(plan.wanted)
     count = len({i for pair in plan.pairs for i in pair.masks if i is not None})

@@ -74,6 +74,24 @@ def test_a_kernel_that_spills_is_refused():
     assert "to the stack" in result.stdout, result.stderr
 
 
+@pytest.mark.slow
+def test_tensor_cores_load_masked_maps_as_they_load_others():
+    script = (
+        "import torch\n"
+        "from tools.calls import call_on, instead_of_launches\n"
+        "from tools.compile_triton import compiled\n"
+        "maps = [torch.empty(128, 256, 64, dtype=torch.bfloat16, device='meta').mT] * 4\n"
+        "options = (True, True, False, False), 'max', 'frobenius'\n"
+        "for masks in ((None, None), (0, 0)):\n"
+        "    call = lambda: call_on(maps, *options, masks)()\n"
+        "    kernel, _ = instead_of_launches(compiled, call, 'sm_80', 'half')\n"
+        "    print(kernel.asm['ptx'].count('ldmatrix'))\n"
+    )
+    result = _python("-c", script)
+    unmasked, masked = result.stdout.split()
+    assert int(masked) == int(unmasked) > 0, result.stderr
+
+
 def test_the_pinned_triton_may_use_no_stack():
     pinned = (ROOT / "constraints.txt").read_text()
     assert f"triton=={TABLE_TRITON}." in pinned

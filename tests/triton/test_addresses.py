@@ -6,6 +6,7 @@ bits, and here they are only compared with where the elements of the tensors lie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from calls import BF16, FP32, ROADS
+from calls import BF16, FP32, MATRIX_ROADS, ROADS
 from triton.runtime import interpreter
 
 import fsp_kernels as fsp
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 LIMIT = 1 << 31
 FAR = 1 << 30  # a stride that fits 32 bits, and twice which does not
 MANY = 1 << 25  # samples; a few hundred elements kept for each are more than 2^31
-TYPES = {FP32: tl.float32, BF16: tl.bfloat16}
+TYPES = {FP32: tl.float32, BF16: tl.bfloat16, torch.int32: tl.int32}
 
 
 class Memory:
@@ -120,12 +121,15 @@ def huge(shape, strides, dtype=FP32, grad=True) -> torch.Tensor:
     return torch.empty_strided(shape, strides, dtype=dtype, device="meta").requires_grad_(grad)
 
 
-def compute(student, teacher, **options) -> list[torch.Tensor]:
-    """Launch the loss of one pair; its maps and their gradients."""
+def compute(student, teacher, mask=None, **options) -> list[torch.Tensor]:
+    """Launch the loss of one pair; its maps and their gradients. Both networks have the mask."""
     teacher = teacher if isinstance(teacher, torch.Tensor) else tuple(teacher)
     maps = [*student, *([teacher] if isinstance(teacher, torch.Tensor) else teacher)]
+    if mask is not None:
+        options |= {"student_mask": mask, "teacher_mask": mask}
     plan = fsp.explain([tuple(student)], [teacher], **options)
-    return [*maps, *get_backend("triton").loss(maps, plan, [1.0])[1]]
+    masks = [] if mask is None else [mask.flatten(1)]
+    return [*maps, *get_backend("triton").loss(maps, plan, [1.0], masks)[1]]
 
 
 def offsets_of_last_sample(x: torch.Tensor) -> np.ndarray:
@@ -174,6 +178,18 @@ def test_ready_matrices(memory, regime):
     assert memory.touched(teacher).max() > LIMIT
 
 
+@pytest.mark.parametrize("regime", MATRIX_ROADS, indirect=True)
+def test_rows_of_a_mask(memory, regime):
+    batch, size = LIMIT // math.prod(regime.size) + 2, regime.size
+    strides = (1 << 10, *torch.empty(1, 1, *size).stride()[1:])
+    maps = [huge((batch, c, *size), strides, regime.dtype) for c in regime.channels * 2]
+    mask = huge((batch, *size), (math.prod(size), size[1], 1), torch.bool, grad=False)
+    check(memory, compute(maps[:2], maps[2:], mask))
+    (read,) = [x for x in memory.tensors if x.dtype == torch.int32]
+    assert np.isin(memory.touched(read), offsets_of_last_sample(read)).all()
+    assert memory.touched(read).max() >= LIMIT
+
+
 # --- within a sample ------------------------------------------------------------------------------
 
 FAR_APART = {
@@ -218,7 +234,7 @@ def test_two_neighbours_of_a_window(memory, regimes, pool, axis):
 @triton.jit
 def last_tile(pointer, layout, position, positions, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
     sample = tl.program_id(0)
-    load_tile(MapRef(pointer, layout, 1, positions), sample, 0, position, BLOCK_C, BLOCK_K)
+    load_tile(MapRef(pointer, layout, 1, positions, None), sample, 0, position, BLOCK_C, BLOCK_K)
 
 
 @pytest.mark.parametrize("size", [LIMIT, LIMIT + 64, 2 * LIMIT - 64])

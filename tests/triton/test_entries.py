@@ -20,12 +20,20 @@ def maps(dtype=FP32, size=SIZE, batch=5, channels=CHANNELS):
     return [torch.empty(batch, c, *size, dtype=dtype, device=DEVICE) for c in channels]
 
 
-def pair_of(student, teacher, wanted=(0, 1), precision="tf32x3", **changes) -> PlannedPair:
+def mask_of(x):
+    """A mask of the map ``x``."""
+    return torch.ones(x.shape[0], *x.shape[2:], dtype=torch.bool, device=DEVICE)
+
+
+def pair_of(
+    student, teacher, wanted=(0, 1), precision="tf32x3", masks=(None, None), **changes
+) -> PlannedPair:
     """A pair as the loss prepares it; ``changes`` are of its plan."""
     teacher = [teacher] if isinstance(teacher, torch.Tensor) else teacher
     tensors = [x.requires_grad_(i in wanted) for i, x in enumerate([*student, *teacher])]
     entry = tuple(tensors[2:]) if len(tensors) == 4 else tensors[2]
-    (plan,) = fsp.explain([tuple(tensors[:2])], [entry]).pairs
+    options = {"student_mask": masks[0], "teacher_mask": masks[1]}
+    (plan,) = fsp.explain([tuple(tensors[:2])], [entry], **options).pairs
     tensors += [None] * (4 - len(tensors))
     gradients = [torch.empty_like(x) if i in wanted else None for i, x in enumerate(tensors)]
     slots = [None if x is None else x.detach() for x in tensors] + gradients
@@ -83,6 +91,22 @@ def test_each_wanted_map_has_an_entry_for_its_gradient():
     assert to_b.slope == to_d.slope == MatrixLayout(m * n, 1, n)  # read across
     assert (to_a.positions, to_d.positions) == (18, 9)
     assert (to_a.ratio, to_d.ratio) == (1.0, -2.0)  # a teacher's part is subtracted, over its own K
+
+
+@pytest.mark.parametrize(
+    ("masked", "ratio"),
+    [((True, False), -1 / 9), ((False, True), -18), ((True, True), -1)],
+    ids=["the student's", "the teacher's", "both"],
+)
+def test_the_ratio_leaves_out_what_a_mask_counts(masked, ratio):
+    student, teacher = maps(), maps(size=(3, 3))
+    masks = [
+        mask_of(x) if wanted else None
+        for x, wanted in zip((student[0], teacher[0]), masked, strict=True)
+    ]
+    pair = pair_of(student, teacher, wanted=(0, 2), masks=masks)
+    (_, to_a, _), (_, to_c, _) = pair.gradient_entries(pair.residual_entry(0)[0])
+    assert (to_a.ratio, to_c.ratio) == (1, ratio)
 
 
 @pytest.mark.parametrize("wanted", [(0,), (0, 2)], ids=["maps alone", "and the matrix"])

@@ -201,8 +201,9 @@ def test_a_row_ends_where_a_unit_does():
     assert layout(x).unit.value == 2
 
 
-def access(x: torch.Tensor, size=None) -> str:
-    plan = MapPlan(tuple(x.shape), x.stride(), x.dtype, size, "max" if size else "none", None)
+def access(x: torch.Tensor, size=None, mask=None) -> str:
+    pool = "max" if size else "none"
+    plan = MapPlan(tuple(x.shape), x.stride(), x.dtype, size, pool, None, mask)
     return access_of((plan, plan), (plan, plan))
 
 
@@ -228,3 +229,9 @@ def test_rows_without_neighbours_are_not_aligned():
 
 def test_what_is_pooled_is_scattered():
     assert access(empty(2, 3, 8, 8), (4, 4)) == "scattered"
+
+
+def test_a_mask_takes_positions_out_of_rows_but_not_channels():
+    x = empty(2, 8, 4, 8)
+    assert access(x, mask=0) == "odd"
+    assert access(empty(2, 8, 4, 8, kind="channels last"), mask=0) == "aligned"

@@ -44,6 +44,9 @@ class TritonBackend(FusedBackend):
     """See :class:`fsp_kernels.backends.Backend` for what each method promises."""
 
     name = "triton"
+    # Triton lays out the operands of a product for the narrowest element that they are computed
+    # from. For masks of bytes, tensor cores' loads of whole matrices could not read them.
+    mask_dtype = torch.int32
     on_cpu = "TRITON_INTERPRET=1 is set, so its kernels run only on the CPU"
 
     @property

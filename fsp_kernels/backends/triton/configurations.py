@@ -25,9 +25,10 @@ KERNELS = ("one_pass", "gram", "residual", "gradients", "product")
 # Kinds of products: of half-precision maps; of fp32 as one TF32 product; of fp32 as three.
 KINDS = ("half", "tf32", "tf32x3")
 # How maps are read, from fastest to slowest. "aligned": rows can be copied in units of 4 bytes or
-# more. "odd": they cannot, e.g. rows of 49 halves, so elements are read one by one. "scattered":
-# pooled while reading, or by more than one stride, which takes the most registers. For "product",
-# "aligned" means that strides are multiples of 16 bytes.
+# more. "odd": they cannot, e.g. rows of 49 halves, so elements are read one by one; or a mask takes
+# elements out of rows, which needs as many registers. "scattered": pooled while reading, or by more
+# than one stride, which takes the most registers. For "product", "aligned" means that strides are
+# multiples of 16 bytes.
 ACCESSES = ("aligned", "odd", "scattered")
 
 

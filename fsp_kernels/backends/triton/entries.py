@@ -45,7 +45,7 @@ class PlannedPair:
         )
         # If kernels pool a map, its gradient still has the map's full size.
         self._gradients: tuple[Any, ...] = tuple(
-            self._layout(g, m) for g, m in zip(slots[4:], planned, strict=True)
+            self._layout(g, m) for g, m in zip(slots[4:8], planned, strict=True)
         )
 
     def _layout(self, x: Tensor | None, plan: MapPlan | None) -> MapLayout | MatrixLayout | None:
@@ -114,7 +114,7 @@ class PlannedPair:
                 own_channels=tl.constexpr(n if second else m),
                 other_channels=tl.constexpr(m if second else n),
                 positions=positions,
-                ratio=-self.plan.positions / positions if teacher else 1.0,
+                ratio=self._teacher_ratio if teacher else 1.0,
                 precision=residual.precision,
                 block_own=tl.constexpr(c.block_m),
                 block_other=tl.constexpr(c.block_n),
@@ -123,6 +123,16 @@ class PlannedPair:
             )
             found.append((own, entry, c.warps))
         return found
+
+    @property
+    def _teacher_ratio(self) -> float:
+        """The factor of the teacher's gradients, since the slope is scaled for the student's.
+
+        A network with a mask has 1 in place of its positions: if the masks differ, the kernel
+        replaces it by the positions that count in a sample.
+        """
+        student, teacher = (1 if x.mask is not None else x.positions for x in self.plan.maps[::2])
+        return -student / teacher
 
     def _configuration(self, kernel: str, size: int) -> Configuration:
         c = configuration_of(kernel, self._kind, self._family, self._access, size)

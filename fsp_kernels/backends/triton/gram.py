@@ -23,6 +23,7 @@ import triton.language as tl
 from fsp_kernels.backends.triton.arithmetic import multiply, round_to_tf32
 from fsp_kernels.backends.triton.residual import (
     GRADIENT,
+    counted,
     difference,
     load_map,
     range_of,
@@ -77,8 +78,9 @@ def _write_block(pointers, workspace, entry, INDEX: tl.constexpr, sample, part):
 def fsp_gram_combine(workspaces, partials, entries, places, COUNT: tl.constexpr, factors):
     """Add the parts of some rows of a sample's blocks; write their loss and the operands.
 
-    ``workspaces`` holds for each pair that of the blocks and that of the operands. The operands of
-    a sample are ``operand_count`` blocks ``(block_k, block_k)``, two for each gradient.
+    ``workspaces`` holds for each pair that of the blocks, that of the operands and the counts of
+    its mask. The operands of a sample are ``operand_count`` blocks ``(block_k, block_k)``, two for
+    each gradient.
     """
     program = tl.program_id(0)
     start = 0
@@ -97,7 +99,7 @@ def fsp_gram_combine(workspaces, partials, entries, places, COUNT: tl.constexpr,
 @triton.jit
 def _combine_rows(workspaces, entry, factor, sample, rows):
     """The loss of some rows, without its factor. Rounding errors may make it negative."""
-    blocks, operands = workspaces
+    blocks, operands, counts = workspaces
     pp = _sum_of_parts(blocks, entry, 0, sample, rows)
     cp = _sum_of_parts(blocks, entry, 1, sample, rows)
     cc = _sum_of_parts(blocks, entry, 2, sample, rows)
@@ -105,7 +107,7 @@ def _combine_rows(workspaces, entry, factor, sample, rows):
     qb = _sum_of_parts(blocks, entry, 4, sample, rows)
     qq = _sum_of_parts(blocks, entry, 5, sample, rows)
     # Scaled before they are multiplied, because the products might overflow.
-    inverse = 1.0 / entry.student_positions
+    inverse = 1.0 / counted(counts, entry.student_positions, sample + entry.first_sample)
     inverse *= inverse
     products = pp * inverse * bb + 2 * (cp * inverse) * qb + cc * inverse * qq
     if operands is not None:

@@ -13,7 +13,7 @@ from fsp_kernels.backends.triton.configurations import (
     configuration_of,
     rows_of,
 )
-from fsp_kernels.backends.triton.maps import unit_of
+from fsp_kernels.backends.triton.maps import has_inner_channels, unit_of
 from fsp_kernels.loss_plan import Evaluation, Limits, MapPlan, multiplied_dtypes
 from fsp_kernels.plan import HALF
 
@@ -67,6 +67,8 @@ def _access_of_map(plan: MapPlan) -> str:
     axes = axes_of(plan.shape, plan.strides, plan.pooled_size)
     if not axes.flat:
         return "scattered"
+    if plan.mask is not None and not has_inner_channels(plan.strides, axes):
+        return "odd"
     neighbours = 1 in (plan.strides[1], axes.strides[2])
     return "aligned" if neighbours and _row_bytes(plan) >= SMALLEST_COPY else "odd"
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import count
-from operator import itemgetter, truediv
+from operator import add, itemgetter, truediv
 
 import torch
 import triton
 from torch import Tensor
 
 from fsp_kernels.backends.devices import raw_stream
-from fsp_kernels.backends.tensors import Slots, partner_of, slots_of, tensors_at
+from fsp_kernels.backends.tensors import Slots, mask_slots_of, partner_of, slots_of, tensors_at
 from fsp_kernels.backends.torch_backend import bmm_into
 from fsp_kernels.backends.triton.elementwise import BLOCK, fsp_finish
 from fsp_kernels.backends.triton.entries import PlannedPair
@@ -27,7 +27,7 @@ from fsp_kernels.backends.triton.gram import (
 )
 from fsp_kernels.backends.triton.launch import Launch, Places, device_family
 from fsp_kernels.backends.triton.one_pass import fsp_one_pass
-from fsp_kernels.backends.triton.residual import Entry
+from fsp_kernels.backends.triton.residual import COUNTS, MASK, Entry
 from fsp_kernels.backends.triton.tiles import (
     GradientEntry,
     fsp_combine,
@@ -44,12 +44,13 @@ Run = Callable[[int, Sequence[Tensor], Sequence[float]], None]
 class PreparedLoss:
     """The launches of a plan, group by group.
 
-    A group is called with a list of all maps, the wanted gradients and, last, the partial losses.
+    A group is called with a list of all maps, the wanted gradients, the masks and their counts and,
+    last, the partial losses.
     """
 
     def __init__(self, plan: LossPlan, tensors: Sequence[Tensor]):
         self._divisors = [p.divisor for p in plan.pairs]
-        self._slots = slots_of(plan)
+        self._slots = list(map(add, slots_of(plan), mask_slots_of(plan)))
         family = device_family(tensors[0].device)
         pairs = [
             PlannedPair(i, pair, tensors_at(slots, tensors), family, plan.precision)
@@ -171,7 +172,8 @@ class _GramBlocks:
         grid = sum(e.samples * programs for e, programs in zip(entries, each, strict=True))
         losses = tuple(map(partials.place, pairs, entries, each))
         constants = entries, losses, len(entries)
-        places: Places = tuple(zip(blocks, operands, strict=True)), partials.slot
+        counts = [own_slots[COUNTS.value] for own_slots in slots]
+        places: Places = tuple(zip(blocks, operands, counts, strict=True)), partials.slot
         self._combine = Launch(fsp_gram_combine, grid, 4, *constants, places=places)
         wanted = [sum(m.gradient_dtype is not None for m in p.plan.maps) for p in pairs]
         grid = sum(number * n for number, n in zip(programs, wanted, strict=True))
@@ -230,12 +232,15 @@ class _Tiles:
             each = [_combined_tiles(e) for e in chosen]
             grid = sum(e.samples * programs for e, programs in zip(chosen, each, strict=True))
             losses = tuple(map(partials.place, [pairs[i] for i in self._combined], chosen, each))
-            places = tuple((parts[i], slopes[i]) for i in self._combined), partials.slot
+            workspaces = tuple(
+                (parts[i], slopes[i], slots[i][COUNTS.value]) for i in self._combined
+            )
+            places = workspaces, partials.slot
             self._combine = Launch(fsp_combine, grid, 4, chosen, losses, len(chosen), places=places)
 
         found = [
             (
-                (own_slots[own], own_slots[4 + own], own_slots[partner_of(own)], slope),
+                _gradient_places(own_slots, slope, own),
                 _of_both_maps(entry) if p.plan.symmetric else entry,
                 warps,
                 p.plan,
@@ -245,7 +250,7 @@ class _Tiles:
             for own, entry, warps in p.gradient_entries(e)
         ]
         self._by_blas = [
-            (itemgetter(*places[1:]), own, entry)
+            (itemgetter(*places[1:4]), own, entry)
             for places, entry, _, plan, own in found
             if plan.blas_gradients
         ]
@@ -297,6 +302,17 @@ class _Tiles:
 def _of_both_maps(entry: GradientEntry) -> GradientEntry:
     """The gradient of a map that is both maps of its pair: twice that of one."""
     return entry._replace(ratio=2 * entry.ratio)
+
+
+def _gradient_places(slots: Slots, slope: int | None, own: int) -> Places:
+    """What fsp_gradients takes for the map number ``own`` of a pair with these slots.
+
+    Last are the counts that multiply and divide the ratio: the slope is divided by the student's
+    counts. If the teacher's mask is another, its gradients must be divided by its own instead.
+    """
+    mask, counts = slots[MASK.value + own // 2], slots[COUNTS.value :]
+    of_ratio = (None, None) if own < 2 or counts[0] == counts[1] else counts
+    return slots[own], slots[4 + own], slots[partner_of(own)], slope, mask, *of_ratio
 
 
 def _multiply_by_blas(

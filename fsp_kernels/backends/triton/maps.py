@@ -4,6 +4,9 @@ A map is read by its strides, one ``(channels, positions)`` tile at a time. If i
 partner's size, each position of the tile stands for a window. The pooled map is not stored: the
 maximum is found again when its gradient is written. If windows have two neighbours in a row, whole
 rows are read and written. Other windows are read and written element by element.
+
+A map that is not pooled may have a mask ``(B, K)``, true where a position counts. Other positions
+are read as zeros, whatever they hold, and their gradient is zero.
 """
 
 from __future__ import annotations
@@ -67,8 +70,13 @@ def layout_of(
         wide=constant(reach > INT32_LIMIT),
         span=constant(span),
         unit=constant(unit_of(strides, axes)),
-        inner=constant(strides[1] == 1 and axes.strides[2] != 1),
+        inner=constant(has_inner_channels(strides, axes)),
     )
+
+
+def has_inner_channels(strides: Sequence[int], axes: Axes) -> bool:
+    """Whether channels, not positions, are neighbours in memory."""
+    return strides[1] == 1 and axes.strides[2] != 1
 
 
 def span_of(axes: Axes) -> int:
@@ -101,6 +109,7 @@ class MapRef(NamedTuple):
     layout: Any
     channels: Any  # constant
     positions: Any  # after pooling
+    mask: Any  # pointer to the mask, or None; None if it is pooled
 
 
 @triton.jit
@@ -126,6 +135,9 @@ def write_gradient(value, x, gradient, sample, channel, position):
     first, mask = _addresses(gradient, sample, channel, position, BLOCK_C, BLOCK_K)
     dtype: tl.constexpr = gradient.pointer.dtype.element_ty
     if x.layout.pool == "none":
+        if x.mask is not None:
+            # Not a product with zeros: if the slope is infinite, that would be NaN.
+            value = tl.where(_counting(x, sample, position, BLOCK_K), value, 0.0)
         tl.store(first, cast(value, dtype), mask)
     else:
         if x.layout.pool == "max":
@@ -151,7 +163,14 @@ def _load(x, sample, channel, position, BLOCK_C: tl.constexpr, BLOCK_K: tl.const
     first, mask = _addresses(x, sample, channel, position, BLOCK_C, BLOCK_K)
     choice = tl.zeros((BLOCK_C, BLOCK_K), tl.int32)
     if x.layout.pool == "none":
-        tile = tl.load(first, mask, other=0.0)
+        if x.mask is None:
+            tile = tl.load(first, mask, other=0.0)
+        elif x.layout.inner:
+            tile = tl.load(first, mask & _counting(x, sample, position, BLOCK_K), other=0.0)
+        else:
+            # With such a mask, positions that are neighbours would be read one by one.
+            tile = tl.load(first, mask, other=0.0)
+            tile = tl.where(_counting(x, sample, position, BLOCK_K), tile, 0.0)
     else:
         # In fp32: averages stay in fp32, and a maximum, being one of the elements, is exact.
         start = 0.0 if x.layout.pool == "avg" else -float("inf")
@@ -173,6 +192,14 @@ def _load(x, sample, channel, position, BLOCK_C: tl.constexpr, BLOCK_K: tl.const
         else:
             tile = tile.to(x.pointer.dtype.element_ty)
     return tile, choice
+
+
+@triton.jit
+def _counting(x, sample, position, BLOCK_K: tl.constexpr):
+    """Which positions of a tile count, ``(1, BLOCK_K)``; none beyond the map's end."""
+    k = position + tl.arange(0, BLOCK_K)
+    start = x.mask + sample.to(tl.int64) * x.positions
+    return (tl.load(start + k, k < x.positions, other=0) != 0)[None, :]
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from fsp_kernels.backends.triton.residual import (
     STUDENT_SECOND,
     TEACHER_FIRST,
     TEACHER_SECOND,
+    divisor_of,
     load_map,
     loss_and_slope,
     positions_of,
@@ -51,7 +52,7 @@ def _sample_loss(pointers, entry, factor, sample):
     scale = factor
     if entry.norm != "column":
         scale = factor * 2
-    slope = scaled_slope(slope, scale, entry)
+    slope = scaled_slope(slope, scale, divisor_of(pointers, entry, STUDENT_FIRST, sample))
     if pointers[GRADIENT + STUDENT_FIRST] is not None:
         _write_gradient(slope, 1.0, pointers, entry, STUDENT_FIRST, sample)
     if pointers[GRADIENT + STUDENT_SECOND] is not None:
@@ -60,11 +61,11 @@ def _sample_loss(pointers, entry, factor, sample):
         if entry.residual == "ready":
             write_matrix_gradient(slope, pointers, entry, sample, 0, 0)
         else:
-            _write_gradient(slope, teacher_ratio(entry), pointers, entry, TEACHER_FIRST, sample)
+            ratio = teacher_ratio(pointers, entry, sample)
+            _write_gradient(slope, ratio, pointers, entry, TEACHER_FIRST, sample)
     if pointers[GRADIENT + TEACHER_SECOND] is not None:
-        _write_gradient(
-            tl.trans(slope), teacher_ratio(entry), pointers, entry, TEACHER_SECOND, sample
-        )
+        ratio = teacher_ratio(pointers, entry, sample)
+        _write_gradient(tl.trans(slope), ratio, pointers, entry, TEACHER_SECOND, sample)
     return loss * factor
 
 

@@ -13,12 +13,15 @@ import triton.language as tl
 from fsp_kernels.backends.triton.arithmetic import cast, multiply, round_to_tf32
 from fsp_kernels.backends.triton.maps import MapLayout, MapRef, load_tile, write_gradient
 
-# The numbers of a, b, c, d among the pointers of a pair. Their gradients follow in the same order.
+# The numbers of a, b, c, d among the pointers of a pair. Their gradients follow in the same order,
+# then the masks of student and teacher and how many positions of each sample they count.
 STUDENT_FIRST = tl.constexpr(0)
 STUDENT_SECOND = tl.constexpr(1)
 TEACHER_FIRST = tl.constexpr(2)
 TEACHER_SECOND = tl.constexpr(3)
 GRADIENT = tl.constexpr(4)
+MASK = tl.constexpr(8)
+COUNTS = tl.constexpr(10)
 
 
 class MatrixLayout(NamedTuple):
@@ -81,7 +84,7 @@ def residual_tile(pointers, entry, sample, row, column, part):
             a_tile = _tile(pointers, entry, STUDENT_FIRST, sample, row, k)
             b_tile = _tile(pointers, entry, STUDENT_SECOND, sample, column, k)
             result = multiply(a_tile, tl.trans(b_tile), result, entry.precision)
-    result = result * (1.0 / K)
+    result = result * (1.0 / divisor_of(pointers, entry, STUDENT_FIRST, sample))
     if entry.residual == "apart":
         K = entry.teacher_positions
         begin, end = range_of(part, entry.parts, K, BLOCK_K)
@@ -90,7 +93,7 @@ def residual_tile(pointers, entry, sample, row, column, part):
             c_tile = _tile(pointers, entry, TEACHER_FIRST, sample, row, k)
             d_tile = _tile(pointers, entry, TEACHER_SECOND, sample, column, k)
             target = multiply(c_tile, tl.trans(d_tile), target, entry.precision)
-        result = result - target * (1.0 / K)
+        result = result - target * (1.0 / divisor_of(pointers, entry, TEACHER_FIRST, sample))
     if entry.residual == "ready":  # noqa: SIM102  (the first is decided by the compiler)
         if part == 0:
             addresses, mask = matrix_addresses(
@@ -134,20 +137,21 @@ def loss_and_slope(residual, NORM: tl.constexpr):
 
 
 @triton.jit
-def scaled_slope(slope, scale, entry):
+def scaled_slope(slope, scale, divisor):
     """``scale * slope / K``, which the student's gradients are products with.
 
     It is scaled before it is multiplied, because the product might overflow.
     """
-    return slope * (scale / entry.student_positions)
+    return slope * (scale / divisor)
 
 
 @triton.jit
-def teacher_ratio(entry):
+def teacher_ratio(pointers, entry, sample):
     """The factor of the teacher's gradients, since the slope is scaled for the student's."""
     ratio = -1.0
     if entry.residual == "apart":
-        ratio = ratio * entry.student_positions / entry.teacher_positions
+        ratio = ratio * divisor_of(pointers, entry, STUDENT_FIRST, sample)
+        ratio = ratio / divisor_of(pointers, entry, TEACHER_FIRST, sample)
     return ratio
 
 
@@ -157,7 +161,7 @@ def write_matrix_gradient(slope, pointers, entry, sample, row, column):
     pointer = pointers[GRADIENT + TEACHER_FIRST]
     layout = entry.gradients[TEACHER_FIRST]
     addresses, mask = matrix_addresses(pointer, layout, entry, sample, row, column)
-    gradient = slope * -entry.student_positions
+    gradient = slope * -divisor_of(pointers, entry, STUDENT_FIRST, sample)
     tl.store(addresses, cast(gradient, pointer.dtype.element_ty), mask)
 
 
@@ -197,6 +201,7 @@ def load_map(
             entry.layouts[INDEX],
             entry.m if INDEX % 2 == 0 else entry.n,
             positions_of(entry, INDEX),
+            pointers[MASK + network_of(INDEX, entry.residual)],
         ),
         sample,
         channel,
@@ -213,20 +218,50 @@ def write_map_gradient(value, pointers, entry, INDEX: tl.constexpr, sample, chan
     positions = positions_of(entry, INDEX)
     write_gradient(
         value,
-        MapRef(pointers[INDEX], entry.layouts[INDEX], channels, positions),
-        MapRef(pointers[GRADIENT + INDEX], entry.gradients[INDEX], channels, positions),
+        MapRef(
+            pointers[INDEX],
+            entry.layouts[INDEX],
+            channels,
+            positions,
+            pointers[MASK + network_of(INDEX, entry.residual)],
+        ),
+        MapRef(pointers[GRADIENT + INDEX], entry.gradients[INDEX], channels, positions, None),
         sample,
         channel,
         position,
     )
 
 
+@triton.constexpr_function
+def network_of(index: int, residual: str) -> int:
+    """Whose positions the map number ``index`` has: 0 for the student's, 1 for the teacher's.
+
+    If the networks' maps are subtracted, their positions and masks are the same.
+    """
+    return index // 2 if residual == "apart" else 0
+
+
 @triton.jit
 def positions_of(entry, INDEX: tl.constexpr):
     """How many positions the map number INDEX has, after pooling."""
     positions = entry.student_positions
-    if INDEX >= TEACHER_FIRST and entry.residual == "apart":
+    if network_of(INDEX, entry.residual) == 1:
         positions = entry.teacher_positions
+    return positions
+
+
+@triton.jit
+def divisor_of(pointers, entry, INDEX: tl.constexpr, sample):
+    """How many positions of the map number INDEX count in a sample."""
+    counts = pointers[COUNTS + network_of(INDEX, entry.residual)]
+    return counted(counts, positions_of(entry, INDEX), sample)
+
+
+@triton.jit
+def counted(counts, positions, sample):
+    """How many positions count in a sample: as ``counts (B,)`` say, or all if there is no mask."""
+    if counts is not None:
+        positions = tl.load(counts + sample)
     return positions
 
 

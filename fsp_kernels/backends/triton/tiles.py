@@ -23,7 +23,10 @@ from fsp_kernels.backends.triton.maps import (
     write_gradient,
 )
 from fsp_kernels.backends.triton.residual import (
+    STUDENT_FIRST,
     MatrixLayout,
+    counted,
+    divisor_of,
     loss_and_slope,
     residual_tile,
     scaled_slope,
@@ -45,7 +48,7 @@ class GradientEntry(NamedTuple):
     own_channels: Any  # constant, as all below but the positions
     other_channels: Any
     positions: int
-    ratio: float  # the factor of the product
+    ratio: float  # the factor of the product, as far as it does not depend on a mask
     precision: Any
     block_own: Any
     block_other: Any
@@ -79,7 +82,8 @@ def fsp_residual(pointers, workspaces, partials, entries, places, COUNT: tl.cons
             if entries[i].finishes:
                 loss, slope = loss_and_slope(tile, entries[i].norm)
                 tl.store(partials + places[i] + program - start, loss * factors[i])
-                tile = scaled_slope(slope, 2 * factors[i], entries[i])
+                divisor = divisor_of(pointers[i], entries[i], STUDENT_FIRST, map_sample)
+                tile = scaled_slope(slope, 2 * factors[i], divisor)
             if workspaces[i] is not None:
                 _store_tile(tile, workspaces[i], entries[i], slot, row, column)
         start = stop
@@ -89,8 +93,8 @@ def fsp_residual(pointers, workspaces, partials, entries, places, COUNT: tl.cons
 def fsp_combine(workspaces, partials, entries, places, COUNT: tl.constexpr, factors):
     """Add the parts of a tile, or of a block of columns; write its loss and slopes.
 
-    ``workspaces`` holds for each pair that of the parts and that of the slopes. The slopes may be
-    written over the first part.
+    ``workspaces`` holds for each pair that of the parts, that of the slopes and the counts of the
+    student's mask. The slopes may be written over the first part.
     """
     program = tl.program_id(0)
     start = 0
@@ -113,17 +117,18 @@ def fsp_combine(workspaces, partials, entries, places, COUNT: tl.constexpr, fact
 
 @triton.jit
 def _combine_tile(workspace, entry, factor, sample, row, column):
-    parts, slopes = workspace
+    parts, slopes, counts = workspace
     loss, slope = loss_and_slope(_sum_of_parts(parts, entry, sample, row, column), entry.norm)
     if slopes is not None:
-        slope = scaled_slope(slope, 2 * factor, entry)
+        divisor = counted(counts, entry.student_positions, sample + entry.first_sample)
+        slope = scaled_slope(slope, 2 * factor, divisor)
         _store_tile(slope, slopes, entry, sample, row, column)
     return loss
 
 
 @triton.jit
 def _combine_columns(workspace, entry, factor, sample, column):
-    parts, slopes = workspace
+    parts, slopes, counts = workspace
     squares = tl.zeros((entry.block_n,), tl.float32)
     for row in range(0, entry.m, entry.block_m):
         total = _sum_of_parts(parts, entry, sample, row, column)
@@ -134,11 +139,12 @@ def _combine_columns(workspace, entry, factor, sample, column):
     if slopes is not None:
         # As in PyTorch, the subgradient of a zero column is zero.
         inverse = tl.where(lengths == 0, 0.0, 1.0 / lengths)
+        divisor = counted(counts, entry.student_positions, sample + entry.first_sample)
         tl.debug_barrier()  # the tiles are read again, maybe by other threads
         for row in range(0, entry.m, entry.block_m):
             addresses, mask = _workspace_tile(parts, entry, sample, row, column)
             slope = tl.load(addresses, mask, other=0.0) * inverse[None, :]
-            _store_tile(scaled_slope(slope, factor, entry), slopes, entry, sample, row, column)
+            _store_tile(scaled_slope(slope, factor, divisor), slopes, entry, sample, row, column)
     return tl.sum(lengths)
 
 
@@ -155,7 +161,12 @@ def _sum_of_parts(parts, entry, sample, row, column):
 
 @triton.jit
 def fsp_gradients(pointers, entries, COUNT: tl.constexpr):
-    """Write ``ratio * slope @ other`` for every gradient. A program has one tile of a gradient."""
+    """Write ``ratio * slope @ other`` for every gradient. A program has one tile of a gradient.
+
+    ``pointers`` holds for each one the map, the gradient, the other map, the slope and the mask.
+    If the networks have different masks, there are the counts that multiply the ratio of a
+    teacher's gradient and those that divide it, else ``None``.
+    """
     program = tl.program_id(0)
     start = 0
     for i in tl.static_range(COUNT):
@@ -173,7 +184,7 @@ def fsp_gradients(pointers, entries, COUNT: tl.constexpr):
 
 @triton.jit
 def _gradient_tile(pointers, entry, sample, row, column):
-    own, gradient, other, slope = pointers
+    own, gradient, other, slope, own_mask, numerators, denominators = pointers
     map_sample = sample + entry.first_sample
     result = tl.zeros((entry.block_own, entry.block_k), tl.float32)
     rows = row + tl.arange(0, entry.block_own)
@@ -189,7 +200,7 @@ def _gradient_tile(pointers, entry, sample, row, column):
         offsets = rows[:, None] * entry.slope.row + columns[None, :] * entry.slope.column
         x = tl.load(slope + offsets, mask, other=0.0)
         y = load_tile(
-            MapRef(other, entry.other, entry.other_channels, entry.positions),
+            MapRef(other, entry.other, entry.other_channels, entry.positions, own_mask),
             map_sample,
             start,
             column,
@@ -197,10 +208,15 @@ def _gradient_tile(pointers, entry, sample, row, column):
             entry.block_k,
         )
         result = multiply_computed(x, y, result, own.dtype.element_ty, entry.precision)
+    ratio = entry.ratio
+    if numerators is not None:
+        ratio *= tl.load(numerators + map_sample)
+    if denominators is not None:
+        ratio /= tl.load(denominators + map_sample)
     write_gradient(
-        result * entry.ratio,
-        MapRef(own, entry.own, entry.own_channels, entry.positions),
-        MapRef(gradient, entry.gradient, entry.own_channels, entry.positions),
+        result * ratio,
+        MapRef(own, entry.own, entry.own_channels, entry.positions, own_mask),
+        MapRef(gradient, entry.gradient, entry.own_channels, entry.positions, None),
         map_sample,
         row,
         column,
