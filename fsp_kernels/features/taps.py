@@ -141,10 +141,10 @@ class FeatureTaps:
         this.has_gradient = torch.is_grad_enabled()
 
     def _record_input(self, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        value: object = {**dict(enumerate(args)), **kwargs}
-        if not path.keys:
-            value = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), value)
-        self._record(path, value)
+        arguments: dict[Any, object] = dict(enumerate(args))
+        arguments.update(kwargs)
+        tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
+        self._record(path, tensors[0] if tensors and not path.keys else arguments)
 
     def _record_output(self, path: Path, _args: tuple[Any, ...], output: object) -> None:
         self._record(path, output)
