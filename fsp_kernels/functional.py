@@ -16,7 +16,6 @@ from fsp_kernels.autograd import matrix, needs_operator, planned_loss
 from fsp_kernels.backends import Backend, requested_backend, select_backend
 from fsp_kernels.backends.devices import fp32_precision
 from fsp_kernels.loss_plan import (
-    NO_MASKS,
     LossPlan,
     MapSpec,
     MaskIndices,
@@ -263,7 +262,7 @@ def _plan_here(
         checks.check_loss(*checks.specs_of(maps, ready), channel_dim)
         raise
     options = pool, norm, reduction, requested, channel_dim, all_or_none, fp32_precision()
-    masked = () if masks is NO_MASKS else (_specs_of_masks(masks), masks.of_networks)
+    masked = (_specs_of_masks(masks), masks.of_networks) if masks.tensors else ()
     return _checked_plan(metadata, strides, ready, same, *options, *masked)
 
 
@@ -355,7 +354,7 @@ def _loss_operator(
     flags = list(symmetric) if any(symmetric) else []
     options = pool, norm, backend.name, changing, reduction, flags
     masked: tuple[Any, ...] = ()
-    if masks is not NO_MASKS:
+    if masks.tensors:
         flat, shares = masks.flat(), masks.student == masks.teacher
         of_student = None if masks.student is None else flat[0]
         of_teacher = None if masks.teacher is None or shares else flat[-1]
