@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsp_kernels.loss_plan import MapSpec, Masks, PairSpec, TeacherSpec, by_network
+from fsp_kernels.loss_plan import NO_MASKS, MapSpec, Masks, PairSpec, TeacherSpec, by_network
 
 POOLS = ("max", "avg")
 NORMS = ("frobenius", "mse", "column")
@@ -113,6 +113,8 @@ def distinct_masks(student_mask: Any, teacher_mask: Any) -> Masks:
     Raises:
         TypeError: a mask is not a dense tensor of bool.
     """
+    if student_mask is None and teacher_mask is None:  # saves calls: most losses have no masks
+        return NO_MASKS
     for name, mask in (("student_mask", student_mask), ("teacher_mask", teacher_mask)):
         if mask is not None:
             _check_mask_dtype(name, mask)
@@ -364,11 +366,15 @@ def _are_maps(values: Iterable[Any]) -> bool:
     return all(isinstance(x, Tensor) for x in values)
 
 
-def _check_dense_floating(name: str, spec: MapSpec) -> None:
+def _check_dense(name: str, spec: MapSpec) -> None:
     if spec.layout != torch.strided:
         raise TypeError(
             f"{name}: has layout {spec.layout}, expected a dense (strided) tensor; use .to_dense()"
         )
+
+
+def _check_dense_floating(name: str, spec: MapSpec) -> None:
+    _check_dense(name, spec)
     if spec.dtype not in DTYPES:
         hint = "; use .dequantize()" if "q" in str(spec.dtype) else ""
         raise TypeError(
@@ -390,8 +396,7 @@ def _check_map(name: str, spec: MapSpec, channel_dim: int | None) -> None:
 
 def _check_mask_dtype(name: str, mask: Any) -> None:
     spec = spec_of(name, mask)
-    if spec.layout != torch.strided:
-        raise TypeError(f"{name}: has layout {spec.layout}, expected a dense (strided) tensor")
+    _check_dense(name, spec)
     if spec.dtype != torch.bool:
         raise TypeError(
             f"{name}: has dtype {spec.dtype}, expected torch.bool, true where a position counts; "

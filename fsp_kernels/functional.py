@@ -15,6 +15,7 @@ from fsp_kernels import checks
 from fsp_kernels.autograd import matrix, needs_operator, planned_loss
 from fsp_kernels.backends import Backend, requested_backend, select_backend
 from fsp_kernels.backends.devices import fp32_precision
+from fsp_kernels.backends.tensors import counts
 from fsp_kernels.loss_plan import (
     LossPlan,
     MapSpec,
@@ -93,8 +94,8 @@ def _masked_matrix(first: Tensor, second: Tensor, mask: Tensor, backend: str) ->
     hidden = ~mask[:, None]
     result = matrix(first.masked_fill(hidden, 0), second.masked_fill(hidden, 0), backend)
     wide = result.to(accumulation_dtype(result.dtype))
-    counts = mask.sum(1, dtype=wide.dtype).clamp(min=1)[:, None, None]
-    return (wide * (mask.shape[1] / counts)).to(result.dtype)
+    rescale = mask.shape[1] / counts(mask, wide.dtype)
+    return (wide * rescale[:, None, None]).to(result.dtype)
 
 
 def fsp_loss(

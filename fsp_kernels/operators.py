@@ -102,7 +102,7 @@ def _loss(
 ) -> tuple[Tensor, list[Tensor]]:
     if changing is not None:
         weights = check_weights(changing.tolist(), len(ready))
-    masks = Masks.of(student_mask, student_mask if shares_mask else teacher_mask)
+    masks = _masks(student_mask, teacher_mask, shares_mask)
     plan = _plan(maps, ready, needs, pool, norm, backend, reduction, symmetric, masks)
     with torch.no_grad(), outside_autocast(plan.device):
         return planned_backend(plan).loss(maps, plan, weights, masks.flat())
@@ -131,6 +131,10 @@ def _loss_fake(
     ]
     shape = (len(ready),) if reduction == "none" else ()
     return maps[0].new_empty(shape, dtype=accumulation_dtype(*(x.dtype for x in maps))), gradients
+
+
+def _masks(student: Tensor | None, teacher: Tensor | None, shared: bool) -> Masks:
+    return Masks.of(student, student if shared else teacher)
 
 
 def _plan(
@@ -264,7 +268,7 @@ def _loss_flops(
     **_: Any,
 ) -> int:
     """The flops of value and gradients: the forward computes both, so backward counts none."""
-    masks = Masks.of(student_mask, student_mask if shares_mask else teacher_mask)
+    masks = _masks(student_mask, teacher_mask, shares_mask)
     return _plan(maps, ready, needs, pool, norm, backend, reduction, symmetric, masks).flops
 
 

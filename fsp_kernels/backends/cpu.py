@@ -105,6 +105,7 @@ class _PreparedLoss:
     def __init__(self, plan: LossPlan, tensors: Sequence[Tensor], threads: int):
         self._plan, self._threads = plan, threads
         self._slots = slots_of(plan)
+        self._mask_slots = [pair.masks for pair in plan.pairs]
         self._by_torch = [
             i
             for i, (pair, slots) in enumerate(zip(plan.pairs, self._slots, strict=True))
@@ -141,7 +142,7 @@ class _PreparedLoss:
         own: list[Tensor | None] = []
         for i in kernels.pairs:
             own += tensors_at(self._slots[i], tensors)
-            own += tensors_at(self._plan.pairs[i].masks, masks)
+            own += tensors_at(self._mask_slots[i], masks)
         addresses = [0 if x is None else x.data_ptr() for x in own]
         factors = [weights[i] / self._plan.pairs[i].divisor for i in kernels.pairs]
         losses = kernels.run(addresses, factors, self._threads)

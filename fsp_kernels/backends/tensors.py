@@ -82,12 +82,12 @@ def mask_slots_of(plan: LossPlan) -> list[Slots]:
     ]
 
 
-def counts(mask: Tensor) -> Tensor:
-    """How many positions of a mask count in each sample, at least 1: ``(B, K)`` to fp32 ``(B,)``.
+def counts(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """How many positions of a mask count in each sample, at least 1: ``(B, K)`` to ``(B,)``.
 
     At least 1, because the sum over no positions is zero, whatever it is divided by.
     """
-    return mask.sum(1, dtype=torch.float32).clamp_(min=1)
+    return mask.sum(1, dtype=dtype).clamp(min=1)
 
 
 def tensors_at(slots: Slots, tensors: Sequence[Tensor]) -> list[Tensor | None]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fsp_kernels.backends.tensors import elements_of
+from fsp_kernels.backends.tensors import counts, elements_of
 from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan, PairPlan, Scaling
 from fsp_kernels.plan import (
     GPU_GRAM_POSITIONS,
@@ -158,9 +158,13 @@ def _chunk_loss(
     """``factor`` times the loss of a chunk, summed over its samples; fills its gradients."""
     # The second maps of a symmetric pair are the first ones.
     places = [i - i % 2 if pair.symmetric else i for i in range(len(maps))]
-    chunks = {
-        i: _Chunk(maps[i], gradients[i], masks, pair.maps[i], plan) for i in dict.fromkeys(places)
-    }
+    rescales = [x.shape[1] / counts(x, plan.compute_dtype)[:, None, None] for x in masks]
+    chunks = {}
+    for i in dict.fromkeys(places):
+        chunks[i] = _Chunk(maps[i], gradients[i], pair.maps[i], plan)
+        place = pair.maps[i].mask
+        if place is not None:
+            chunks[i].hide(masks[place], rescales[place])
     sweep = _gram_sweep if pair.form == "gram" else _matrix_sweep
     loss, terms = sweep([chunks[i] for i in places], pair, factor)
     for i, chunk in chunks.items():
@@ -181,7 +185,6 @@ class _Chunk:
         self,
         x: Tensor,
         gradient: Tensor | None,
-        masks: Sequence[Tensor],
         map_plan: MapPlan,
         plan: LossPlan,
     ):
@@ -193,15 +196,14 @@ class _Chunk:
             x, self._indices = pool(x, self._size, self._mode, indexed=gradient is not None)
         self.flat = x.flatten(2)
         self.rescale: float | Tensor = 1.0
-        if map_plan.mask is not None:
-            mask = masks[map_plan.mask][:, None]
-            self.flat = self.flat.where(mask, 0)
-            counted = mask.sum(2, keepdim=True, dtype=self.flat.dtype).clamp_(min=1)
-            self.rescale = self.flat.shape[2] / counted
         self.writable: Tensor | None = None
         if gradient is not None and self._size is None and gradient.dtype == x.dtype:
             flat = gradient.flatten(2)
             self.writable = flat if flat.data_ptr() == gradient.data_ptr() else None
+
+    def hide(self, mask: Tensor, rescale: Tensor) -> None:
+        """Count only the positions where the mask ``(s, K)`` is true."""
+        self.flat, self.rescale = self.flat.where(mask[:, None], 0), rescale
 
     def minus(self, other: _Chunk) -> Tensor:
         """The difference of two maps, stored in the memory of this one's gradient if possible."""
@@ -245,7 +247,6 @@ def _matrix_sweep(
     if pair.wants_gradients:
         slope.mul_(pair.slope_scale * factor / pair.positions * rescale)
     a, b, *teacher = (chunk.flat for chunk in chunks)
-
     both = 2 if pair.has_symmetric_slope else 1
 
     def by_first_map(slope: Tensor) -> Tensor:
@@ -272,18 +273,19 @@ def _residual(chunks: Sequence[_Chunk], pair: PairPlan) -> Tensor:
     out = a.new_empty(a.shape[0], *pair.channels)
     scale = 1 / pair.positions
     if pair.residual == "difference":
-        out = _difference(out, chunks, pair, scale)
-        return out.mul_(rescale) if pair.masked else out
+        return _times(_difference(out, chunks, pair, scale), rescale)
     bmm_into(out, a, b.mT, scale)
     if len(teacher) == 1:
-        if pair.masked:
-            out.mul_(rescale)
-        return out.sub_(teacher[0])
+        return _times(out, rescale).sub_(teacher[0])
     c, d = teacher
-    if pair.masked:
-        out.mul_(rescale / chunks[2].rescale)
+    out = _times(out, rescale / chunks[2].rescale)
     bmm_into(out, c, d.mT, -1 / c.shape[2], keep=True)
-    return out.mul_(chunks[2].rescale) if pair.masked else out
+    return _times(out, chunks[2].rescale)
+
+
+def _times(x: Tensor, rescale: float | Tensor) -> Tensor:
+    """``x * rescale`` in place. A number is 1: there is no mask."""
+    return x.mul_(rescale) if isinstance(rescale, Tensor) else x
 
 
 def _difference(out: Tensor, chunks: Sequence[_Chunk], pair: PairPlan, scale: float) -> Tensor:
@@ -380,10 +382,8 @@ def _gram_sweep(
         terms[2] = [(-1, p, operand(bb - qb.mT)), (-1, c, operand(qb - qq))]
     if teacher_second:
         terms[3] = [(-1, b, operand(cp.mT.clone())), (-1, q, operand(cc.clone()))]
-    losses = cc.mul_(qq).addcmul_(cp, qb, value=2).addcmul_(pp, bb).sum((1, 2))
-    losses.clamp_(min=0)
-    if isinstance(rescale, Tensor):
-        losses.mul_(rescale.view(-1))
+    losses = cc.mul_(qq).addcmul_(cp, qb, value=2).addcmul_(pp, bb).sum((1, 2), keepdim=True)
+    losses = _times(losses.clamp_(min=0), rescale)
     return losses.sum().mul_(factor).to(p.dtype), terms
 
 
