@@ -297,9 +297,10 @@ def test_a_mask_may_change_between_calls_and_after_them():
     assert_close(found, expected)
 
 
-def test_the_flops_and_the_memory_of_a_plan_are_those_of_its_execution():
-    masks = masks_of("each its own", MASKS["anywhere"], 4, (40, 40))
-    student, teacher = ([network(4, (24, 20), (40, 40), None)] for _ in range(2))
+@pytest.mark.parametrize(("channels", "size"), [((24, 20), (40, 40)), ((64, 48), (2, 3))], ids=str)
+def test_the_flops_and_the_memory_of_a_plan_are_those_of_its_execution(channels, size):
+    masks = masks_of("each its own", MASKS["anywhere"], 4, size)
+    student, teacher = ([network(4, channels, size, None)] for _ in range(2))
     with fsp.use_backend("torch"):
         plan = fsp.explain(student, teacher, **masks)
         with FlopCounterMode(display=False) as counter:
