@@ -213,8 +213,8 @@ def _pair_plans(
     n = student[1].shape[1]
     compute_dtype = accumulation_dtype(*(plan.dtype for plan in maps))
     halves = all(dtype in HALF for dtype in multiplied_dtypes(student_maps, teacher_maps))
-    exact = halves and limits.exact_halves
     halved = symmetric and backend.transposes
+    exact = halves and limits.exact_halves and not (halved and "samples" in limits.evaluations)
     flops = _flops(student_maps, teacher_maps, norm, exact, halved)
     for form in _forms(flops, m, n, student_maps[0].positions, limits, halved):
         residual = _residual(form, student_maps, teacher_maps, exact)

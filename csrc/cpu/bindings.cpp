@@ -76,6 +76,9 @@ std::vector<Variant> variants() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")) {
+    if (__builtin_cpu_supports("avx512bf16")) {
+      found.push_back({"avx512_bf16", avx512_bf16::evaluate});
+    }
     found.push_back({"avx512", avx512::evaluate});
   }
   if (avx2) found.push_back({"avx2", avx2::evaluate});
@@ -217,6 +220,7 @@ PYBIND11_MODULE(_cpu, module) {
       .value("column", Norm::column);
   py::enum_<Residual>(module, "Residual", py::module_local())
       .value("difference", Residual::difference)
+      .value("direct", Residual::direct)
       .value("apart", Residual::apart);
   py::enum_<Form>(module, "Form", py::module_local())
       .value("matrix", Form::matrix)

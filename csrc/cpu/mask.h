@@ -41,38 +41,38 @@ inline Tensor from_position(const Tensor& x, int64_t sample, int64_t position) {
   return {x.address + offset * size_of(x.scalar), 0, x.row, x.column, x.scalar};
 }
 
+// Copy `count` elements that lie apart by a stride.
+template <class T>
+void copy_line(T* to, int64_t to_stride, const T* from, int64_t from_stride, int64_t count) {
+  if (to_stride == 1 && from_stride == 1) {
+    memcpy(to, from, count * sizeof(T));
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i * to_stride] = from[i * from_stride];
+  }
+}
+
 inline bool positions_adjoin(const Tensor& x) {
   return View{x.address, x.row, x.column, x.scalar}.columns_adjoin();
 }
 
-inline Tensor fp32_tensor(float* x, int64_t row, int64_t column) {
-  return {reinterpret_cast<char*>(x), 0, row, column, Scalar::fp32};
-}
-
-// Copy the elements of a row that count.
-inline void gather(const View& row, const Counted& at, float* to) {
-  if (row.scalar == Scalar::fp32) {
-    for (int64_t j = 0; j < at.count; ++j) to[j] = *row.fp32(0, at.places[j]);
-    return;
+// Copy the positions that count, in rows of positions or of channels as in `x`. `x` starts at the
+// first of them. T has the size of an element.
+template <class T>
+Tensor copy_counted(const Tensor& x, int64_t channels, const Counted& at, Scratch& scratch) {
+  const T* from = reinterpret_cast<const T*>(x.address);
+  T* copy = take<T>(scratch, channels * at.count);
+  char* address = reinterpret_cast<char*>(copy);
+  if (positions_adjoin(x)) {
+    for (int64_t i = 0; i < channels; ++i) {
+      const T* row = from + i * x.row;
+      for (int64_t j = 0; j < at.count; ++j) *copy++ = row[at.places[j] * x.column];
+    }
+    return {address, 0, at.count, 1, x.scalar};
   }
-  const uint16_t* x = reinterpret_cast<const uint16_t*>(row.data);
-  for (int64_t j = 0; j < at.count; ++j) to[j] = widened(x[at.places[j] * row.column], row.scalar);
-}
-
-// Copy the positions that count as fp32, in rows of positions or of channels as in `x`. `x` starts
-// at the first of them.
-inline Tensor copy_counted(const Tensor& x, int64_t channels, const Counted& at, Scratch& scratch) {
-  const View view{x.address, x.row, x.column, x.scalar};
-  float* copy = take<float>(scratch, channels * at.count);
-  if (view.columns_adjoin()) {
-    for (int64_t i = 0; i < channels; ++i) gather(view.from(i, 0), at, copy + i * at.count);
-    return fp32_tensor(copy, at.count, 1);
+  for (int64_t j = 0; j < at.count; ++j, copy += channels) {
+    copy_line(copy, 1, from + at.places[j] * x.column, x.row, channels);
   }
-  for (int64_t j = 0; j < at.count; ++j) {
-    float* to = copy + j * channels;
-    convert(read(view.from(0, at.places[j]).data, x.scalar, x.row, channels, to), to, channels);
-  }
-  return fp32_tensor(copy, 1, channels);
+  return {address, 0, 1, channels, x.scalar};
 }
 
 // A sample of a map, with the positions that count as all positions.
@@ -81,10 +81,12 @@ inline Tensor map_at(const Tensor& x, int64_t sample, int64_t channels, const Co
   if (at.count == 0) {
     float* zero = take<float>(scratch, 1);
     *zero = 0;
-    return fp32_tensor(zero, 0, 1);  // one position of all channels
+    return {reinterpret_cast<char*>(zero), 0, 0, 1, x.scalar};  // one position of all channels
   }
   const Tensor found = from_position(x, sample, at.first);
-  return at.adjoin() ? found : copy_counted(found, channels, at, scratch);
+  if (at.adjoin()) return found;
+  const bool wide = x.scalar == Scalar::fp32;
+  return (wide ? copy_counted<float> : copy_counted<uint16_t>)(found, channels, at, scratch);
 }
 
 // --- gradients -----------------------------------------------------------------------------------
@@ -107,15 +109,6 @@ void set_zero(T* x, const Tensor& of, int64_t channels, int64_t positions) {
   }
 }
 
-template <class T>
-void copy_line(T* to, const T* from, int64_t stride, int64_t count) {
-  if (stride == 1) {
-    memcpy(to, from, count * sizeof(T));
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i * stride] = from[i * stride];
-  }
-}
-
 // Move the first `count` positions to their places.
 template <class T>
 void move_to_places(T* x, const Tensor& of, int64_t channels, const Counted& at, Scratch& scratch) {
@@ -132,7 +125,7 @@ void move_to_places(T* x, const Tensor& of, int64_t channels, const Counted& at,
   }
   for (int64_t j = at.count - 1; j >= 0; --j) {  // the last first, since none moves to the left
     T *to = x + at.places[j] * of.column, *from = x + j * of.column;
-    if (to != from) copy_line(to, from, of.row, channels);
+    if (to != from) copy_line(to, of.row, from, of.row, channels);
   }
   for (int64_t j = at.count; j < span; ++j) {
     set_zero(x + at.places[j] * of.column, of.row, channels);

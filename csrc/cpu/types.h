@@ -6,7 +6,7 @@
 namespace fsp::cpu {
 
 enum class Scalar : uint8_t { fp32, fp16, bf16 };
-enum class Residual : uint8_t { difference, apart };
+enum class Residual : uint8_t { difference, direct, apart };
 enum class Norm : uint8_t { squares, column };
 enum class Form : uint8_t { matrix, gram };
 
@@ -32,6 +32,12 @@ struct Pair {
   double* losses;  // (B,)
 
   int64_t channels(int map) const { return map % 2 ? n : m; }
+  bool all_bf16() const {
+    for (const Tensor& map : maps) {
+      if (map.scalar != Scalar::bf16) return false;
+    }
+    return true;
+  }
 };
 
 // Temporary memory of one thread. It is kept from call to call.
@@ -59,6 +65,9 @@ namespace avx2 {
 void evaluate(const Pair& pair, int64_t sample, Scratch& scratch);
 }
 namespace avx512 {
+void evaluate(const Pair& pair, int64_t sample, Scratch& scratch);
+}
+namespace avx512_bf16 {
 void evaluate(const Pair& pair, int64_t sample, Scratch& scratch);
 }
 

@@ -18,6 +18,12 @@ constexpr int kVectorBytes = FSP_VECTOR_BYTES;
 constexpr int kRows = kVectorBytes == 64 ? 12 : kVectorBytes == 32 ? 6 : 4;
 constexpr int kColumnVectors = 2;
 
+// Two elements of bf16 that are next to each other along the sum of a product. A processor with
+// products of bf16 multiplies such twos, and adds both products.
+struct TwoBf16 {
+  uint16_t elements[2];
+};
+
 template <class T>
 struct VectorOf;
 template <>
@@ -30,11 +36,45 @@ struct VectorOf<double> {
   typedef double Type __attribute__((vector_size(kVectorBytes)));
   typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
 };
+template <>
+struct VectorOf<TwoBf16> {
+  typedef uint32_t Type __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Unaligned __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
+};
 template <class T>
 using Vector = typename VectorOf<T>::Type;
 
+// What products of T are summed in.
+template <class T>
+struct SumOf {
+  using Type = T;
+};
+template <>
+struct SumOf<TwoBf16> {
+  using Type = float;
+};
+template <class T>
+using Sum = typename SumOf<T>::Type;
+
+// What elements are read as before they are copied as T.
+template <class T>
+struct SourceOf {
+  using Type = float;
+};
+template <>
+struct SourceOf<TwoBf16> {
+  using Type = TwoBf16;
+};
+template <class T>
+using Source = typename SourceOf<T>::Type;
+
 template <class T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+// Elements of a map in one T.
+template <class T>
+constexpr int kElements = 1;
+template <>
+constexpr int kElements<TwoBf16> = 2;
 // Columns of a tile, and of a panel of the right operand.
 template <class T>
 constexpr int kColumns = kColumnVectors * kLanes<T>;
@@ -47,6 +87,22 @@ template <class T>
 inline void store(T* to, Vector<T> x) {
   *reinterpret_cast<typename VectorOf<T>::Unaligned*>(to) = x;
 }
+
+inline Vector<float> multiply_add(float x, Vector<float> y, Vector<float> sum) {
+  return sum + x * y;
+}
+inline Vector<double> multiply_add(double x, Vector<double> y, Vector<double> sum) {
+  return sum + x * y;
+}
+#ifdef __AVX512BF16__
+inline Vector<float> multiply_add(TwoBf16 x, Vector<TwoBf16> y, Vector<float> sum) {
+  int32_t both;
+  memcpy(&both, &x, sizeof both);
+  return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(both),
+                                         (__m512bh)y);
+}
+#endif
+
 template <class T>
 inline T total_of(Vector<T> x) {
   T total = 0;
@@ -126,19 +182,31 @@ inline void write(char* to, Scalar scalar, int64_t stride, int64_t count, const 
     return;
   }
   uint16_t* out = reinterpret_cast<uint16_t*>(to);
-  for (int64_t i = 0; i < count; ++i) out[i * stride] = rounded_to_bf16(x[i]);
+  int64_t i = 0;
+#ifdef __AVX512BF16__
+  for (; stride == 1 && i + 16 <= count; i += 16) {
+    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), rounded);
+  }
+#endif
+  for (; i < count; ++i) out[i * stride] = rounded_to_bf16(x[i]);
 }
 
 // --- transposition of 8 x 8 blocks ---------------------------------------------------------------
 
 using Eight = float __attribute__((vector_size(32)));
-using UnalignedEight = float __attribute__((vector_size(32), aligned(4), may_alias));
+using UnalignedEight = float __attribute__((vector_size(32), aligned(2), may_alias));
 using EightIndices = int __attribute__((vector_size(32)));
 
-inline Eight load_eight(const float* from) {
+template <class T>
+Eight load_eight(const T* from) {
+  static_assert(sizeof(T) == sizeof(float));
   return *reinterpret_cast<const UnalignedEight*>(from);
 }
-inline void store_eight(float* to, Eight x) { *reinterpret_cast<UnalignedEight*>(to) = x; }
+template <class T>
+void store_eight(T* to, Eight x) {
+  *reinterpret_cast<UnalignedEight*>(to) = x;
+}
 
 // GCC and Clang name the shuffle of two vectors differently.
 #ifdef __clang__

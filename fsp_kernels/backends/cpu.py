@@ -59,6 +59,9 @@ class CpuBackend(TorchBackend):
     ) -> Limits:
         if len(teacher) == 1:
             return super().limits(device, student, teacher, precision)
+        bf16 = {m.multiplied_dtype for m in (*student, *teacher)} == {torch.bfloat16}
+        if bf16 and _multiplies_bf16():
+            return Limits(evaluations=("samples",), exact_halves=True)
         return Limits(evaluations=("samples",), gram_flop_cost=CPU_GRAM_FLOP_COST)
 
     def loss(
@@ -88,6 +91,12 @@ def _why_unavailable() -> str | None:
     if isinstance(found, str):
         return found
     return None if found.instruction_sets else "its kernels need a processor with AVX2"
+
+
+@cached_constant
+def _multiplies_bf16() -> bool:
+    module: Any = compiled_module("cpu")
+    return bool(module.instruction_sets[0] == "avx512_bf16")
 
 
 class _Kernels(NamedTuple):
