@@ -56,9 +56,19 @@ inline const TwoBf16* read_twos_along(const Operand& x, int64_t i, int64_t j, in
   return buffer;
 }
 
+inline void interleave(const uint16_t* first, const uint16_t* second, int64_t count,
+                       TwoBf16* to) {
+  for (int64_t k = 0; k < count; k += kBf16Lanes) {
+    const __mmask16 mask = mask_of(count - k);
+    const __m512i upper = _mm512_slli_epi32(bits_of(second + k, mask), 16);
+    _mm512_mask_storeu_epi32(to + k, mask, _mm512_or_si512(bits_of(first + k, mask), upper));
+  }
+}
+
 // `count` elements of rows `i` and `i + 1`, element by element; zeros for a row that is missing.
-inline const TwoBf16* read_twos_across(const Operand& x, int64_t i, int64_t j, int64_t count,
-                                       bool both, TwoBf16* buffer) {
+__attribute__((noinline)) inline const TwoBf16* read_any_twos_across(const Operand& x, int64_t i,
+                                                                     int64_t j, int64_t count,
+                                                                     bool both, TwoBf16* buffer) {
   static const uint16_t kInterleaved[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                             21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                             11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
@@ -84,6 +94,16 @@ inline const TwoBf16* read_twos_across(const Operand& x, int64_t i, int64_t j, i
     }
     _mm512_mask_storeu_epi32(buffer + k, mask, twos);
   }
+  return buffer;
+}
+
+inline const TwoBf16* read_twos_across(const Operand& x, int64_t i, int64_t j, int64_t count,
+                                       bool both, TwoBf16* buffer) {
+  if (!both || x.sign != 0 || x.view.column != 1) {
+    return read_any_twos_across(x, i, j, count, both, buffer);
+  }
+  const uint16_t* row = x.view.at<uint16_t>(i, j);
+  interleave(row, row + x.view.row, count, buffer);
   return buffer;
 }
 

@@ -111,7 +111,7 @@ inline double column_lengths(float* x, int64_t rows, int64_t stride, float scale
 // T: what is multiplied, fp32 or twos of bf16.
 template <class T>
 void matrix_form(const Pair& pair, const View* maps, int64_t sample, Scratch& scratch) {
-  const int64_t stride = round_up(pair.n, kColumns<T>);
+  const int64_t stride = round_up(pair.n, kLanes<T>);
   float* slope = take<float>(scratch, pair.m * stride);
   residual<T>(pair, maps, slope, stride, scratch);
   const bool column = pair.norm == Norm::column;
@@ -171,7 +171,7 @@ void gram_blocks(const Operand& x, const Operand& y, int64_t channels, int64_t p
         for (int64_t i = 0; i < positions; i += kRows) {
           if (pair != 1 && i >= j + width) break;  // below the diagonal of a symmetric block
           const Sides<T> sides{a.data + i, a.row, a.step, b + j * count, false};
-          tile_of(smaller(kRows, positions - i), &sides, 1, count, Sum<T>{1}, l > 0,
+          tile_of(smaller(kRows, positions - i), positions - j, &sides, 1, count, Sum<T>{1}, l > 0,
                   out[pair] + i * stride + j, stride);
         }
       }

@@ -71,8 +71,15 @@ void copy_panels_of_rows(const Lines<T>& x, int64_t rows, int64_t columns, T* pa
     const int64_t count = smaller(kSpan, columns - j);
     for (int64_t i = 0; i < rows; ++i) {
       if (i + kAhead < rows) x.prefetch(i + kAhead, j, count);
-      const Source<T>* row = x.read(i, j, count, buffer);
       T* to = panels + j * rows + i * width;
+      if constexpr (sizeof(T) == sizeof(Source<T>)) {
+        if (count < width) {
+          memset(to, 0, width * sizeof(T));
+          convert(x.read(i, j, count, to), to, count);
+          continue;
+        }
+      }
+      const Source<T>* row = x.read(i, j, count, buffer);
       int64_t k = 0;
       for (; k + width <= count; k += width, to += rows * width) convert(row + k, to, width);
       if (k == count) continue;
@@ -135,24 +142,24 @@ void copy_panels(const Operand& x, int64_t length, int64_t columns, T* panels) {
 }
 
 // A tile of out = alpha * sum of left @ right, or out += that if `keep`. `length` counts Ts.
-template <class T, int rows>
+template <class T, int rows, int vectors>
 __attribute__((noinline)) void compute_tile(const Sides<T>* sides, int terms, int64_t length,
                                             Sum<T> alpha, bool keep, Sum<T>* out, int64_t stride) {
-  Vector<Sum<T>> tile[rows][kColumnVectors] = {};
+  Vector<Sum<T>> tile[rows][vectors] = {};
   for (int term = 0; term < terms; ++term) {
     const T* left = sides[term].left;
     const T* right = sides[term].right;
     const int64_t row = sides[term].row, step = sides[term].step;
     if (sides[term].negates) {
       for (int i = 0; i < rows; ++i) {
-        for (int v = 0; v < kColumnVectors; ++v) tile[i][v] = -tile[i][v];
+        for (int v = 0; v < vectors; ++v) tile[i][v] = -tile[i][v];
       }
     }
     for (int64_t l = 0; l < length; ++l) {
-      Vector<T> columns[kColumnVectors];
-      for (int v = 0; v < kColumnVectors; ++v) columns[v] = load(right + v * kLanes<T>);
+      Vector<T> columns[vectors];
+      for (int v = 0; v < vectors; ++v) columns[v] = load(right + v * kLanes<T>);
       for (int i = 0; i < rows; ++i) {
-        for (int v = 0; v < kColumnVectors; ++v) {
+        for (int v = 0; v < vectors; ++v) {
           tile[i][v] = multiply_add(left[i * row], columns[v], tile[i][v]);
         }
       }
@@ -161,7 +168,7 @@ __attribute__((noinline)) void compute_tile(const Sides<T>* sides, int terms, in
     }
   }
   for (int i = 0; i < rows; ++i) {
-    for (int v = 0; v < kColumnVectors; ++v) {
+    for (int v = 0; v < vectors; ++v) {
       Sum<T>* to = out + i * stride + v * kLanes<T>;
       const Vector<Sum<T>> x = tile[i][v] * alpha;
       store(to, keep ? load(to) + x : x);
@@ -169,14 +176,24 @@ __attribute__((noinline)) void compute_tile(const Sides<T>* sides, int terms, in
   }
 }
 
-template <class T, int most = kRows>
-void tile_of(int64_t rows, const Sides<T>* sides, int terms, int64_t length, Sum<T> alpha,
-             bool keep, Sum<T>* out, int64_t stride) {
+template <class T, int vectors, int most = kRows>
+void tile_of_rows(int64_t rows, const Sides<T>* sides, int terms, int64_t length, Sum<T> alpha,
+                  bool keep, Sum<T>* out, int64_t stride) {
   if constexpr (most > 1) {
-    if (rows < most)
-      return tile_of<T, most - 1>(rows, sides, terms, length, alpha, keep, out, stride);
+    if (rows < most) {
+      tile_of_rows<T, vectors, most - 1>(rows, sides, terms, length, alpha, keep, out, stride);
+      return;
+    }
   }
-  compute_tile<T, most>(sides, terms, length, alpha, keep, out, stride);
+  compute_tile<T, most, vectors>(sides, terms, length, alpha, keep, out, stride);
+}
+
+// At most kRows rows and kColumns columns. It writes whole vectors.
+template <class T>
+void tile_of(int64_t rows, int64_t columns, const Sides<T>* sides, int terms, int64_t length,
+             Sum<T> alpha, bool keep, Sum<T>* out, int64_t stride) {
+  auto* of_rows = columns > kLanes<T> ? tile_of_rows<T, kColumnVectors> : tile_of_rows<T, 1>;
+  of_rows(rows, sides, terms, length, alpha, keep, out, stride);
 }
 
 // How a left operand was copied: columns that adjoin stay adjoining.
@@ -223,7 +240,8 @@ Left<T> in_place(const View& x) {
 
 // Bytes of copied operands: a block of the left one stays in the second-level cache while the
 // panels of the right one pass by.
-constexpr int64_t kLeftBytes = 256 << 10, kRightBytes = 1 << 20;
+constexpr int64_t kLeftBytes = (kVectorBytes == 64 ? 512 : 256) << 10;
+constexpr int64_t kRightBytes = (kVectorBytes == 64 ? 512 : 1024) << 10;
 
 // Rows of left operands, of `count` Ts together, that fit the cache.
 template <class T>
@@ -248,7 +266,7 @@ void aim(Sides<T>* sides, const Product& p, const Left<T>* left, int64_t i, T* c
 }
 
 // out = product, or out += product if `keep`; out has rows of `stride` elements, a multiple of
-// kColumns. The sum over `length`, the positions of maps, is split into blocks that fit the cache.
+// kLanes. The sum over `length`, the positions of maps, is split into blocks that fit the cache.
 template <class T>
 void accumulate(const Product& p, float* out, int64_t stride, bool keep, Scratch& scratch) {
   const int64_t columns = round_up(p.columns, kColumns<T>), all = count_of<T>(p.length);
@@ -278,8 +296,8 @@ void accumulate(const Product& p, float* out, int64_t stride, bool keep, Scratch
       for (int64_t j = 0; j < columns; j += kColumns<T>) {
         for (int64_t i = 0; i < rows; i += kRows) {
           aim(sides, p, left, i, panels, j * count);
-          tile_of(smaller(kRows, rows - i), sides, p.terms, count, alpha, keep || l > 0,
-                  out + (i0 + i) * stride + j, stride);
+          tile_of(smaller(kRows, rows - i), p.columns - j, sides, p.terms, count, alpha,
+                  keep || l > 0, out + (i0 + i) * stride + j, stride);
         }
       }
     }
@@ -332,11 +350,11 @@ void write_product(Product p, Tensor out, int64_t sample, Scratch& scratch) {
           aim(sides, p, left, i, panels, j * count);
           char* to = base + ((i0 + i) * row + (j0 + j) * column) * size_of(out.scalar);
           if (direct && filled == width) {
-            tile_of(height, sides, p.terms, count, p.alpha, false, reinterpret_cast<float*>(to),
-                    row);
+            tile_of(height, width, sides, p.terms, count, p.alpha, false,
+                    reinterpret_cast<float*>(to), row);
             continue;
           }
-          tile_of(height, sides, p.terms, count, p.alpha, false, tile, width);
+          tile_of(height, filled, sides, p.terms, count, p.alpha, false, tile, width);
           for (int64_t r = 0; r < height; ++r) {
             write(to + r * row * size_of(out.scalar), out.scalar, column, filled, tile + r * width);
           }

@@ -32,6 +32,7 @@ struct Pair {
   double* losses;  // (B,)
 
   int64_t channels(int map) const { return map % 2 ? n : m; }
+  int64_t elements(int map) const { return batch * channels(map) * positions[map / 2]; }
   bool all_bf16() const {
     for (const Tensor& map : maps) {
       if (map.scalar != Scalar::bf16) return false;
