@@ -241,7 +241,7 @@ Left<T> in_place(const View& x) {
 // Bytes of copied operands: a block of the left one stays in the second-level cache while the
 // panels of the right one pass by.
 constexpr int64_t kLeftBytes = (kVectorBytes == 64 ? 512 : 256) << 10;
-constexpr int64_t kRightBytes = (kVectorBytes == 64 ? 512 : 1024) << 10;
+constexpr int64_t kRightBytes = 1 << 20;
 
 // Rows of left operands, of `count` Ts together, that fit the cache.
 template <class T>
