@@ -196,7 +196,7 @@ class Limits(NamedTuple):
     other flops.
 
     ``exact_halves``: products of half-precision maps are exact, while their differences would be
-    rounded. ``bf16_slopes``: tiles are stored in bf16 if the maps are bf16. ``blas_gradients``:
+    rounded. ``bf16_products``: the operands of every product are bf16. ``bf16_slopes``: tiles are stored in bf16 if the maps are bf16. ``blas_gradients``:
     BLAS has fast kernels for the products of such tiles and these maps. Pairs whose ``kernels`` of
     their evaluation are equal share a launch, at most ``launch_pairs`` pairs or
     ``launch_products`` gradients at a time.
@@ -208,6 +208,7 @@ class Limits(NamedTuple):
     gram_positions: int | None = None
     gram_flop_cost: float = 1.0
     exact_halves: bool = False
+    bf16_products: bool = False
     bf16_slopes: bool = False
     blas_gradients: bool = False
     kernels: Mapping[Evaluation, Hashable] = MappingProxyType({})
@@ -232,8 +233,9 @@ class PairPlan:
     batched product computes the gradients from the stored tiles. ``scratch_bytes`` are allocated
     while the launches of the pair's group run, ``pooled_bytes`` for the whole call. A ``symmetric``
     pair is a map with itself, in each network that has maps. Its second maps want no gradient: it
-    is part of the first ones'. Threads of a CPU that evaluate samples keep their scratch memory
-    from call to call.
+    is part of the first ones'. With ``bf16_products`` the operands of every product are bf16:
+    residuals and Gram blocks are rounded for the gradients, as are differences of maps. Threads of
+    a CPU that evaluate samples keep their scratch memory from call to call.
     """
 
     batch: int
@@ -253,6 +255,7 @@ class PairPlan:
     slope_dtype: torch.dtype | None = None  # of stored tiles, if gradients are wanted
     blas_gradients: bool = False
     symmetric: bool = False
+    bf16_products: bool = False
 
     @property
     def maps(self) -> tuple[MapPlan, ...]:

@@ -68,6 +68,7 @@ GRAM_FLOP_COST = 2.6
 GRAM_BLOCK_BYTES = 1 << 20  # of maps that are widened to fp64 at a time; they stay in cache
 CPU_GRAM_FLOP_COST = 1.8  # the same cost for the kernels of the CPU backend
 CPU_OPERAND_BYTES = 2 << 20  # of operands that a thread of the CPU backend copies at a time
+CPU_PANEL = 32  # channels that it pools at a time
 GPU_TILE_CHANNELS = 128  # of a tile of a residual on a GPU
 GPU_GRAM_POSITIONS = 64  # the most for which Gram blocks stay on chip on a GPU
 # Programs that fill a large GPU (two for each of about 130 multiprocessors). With fewer tiles the
@@ -214,7 +215,8 @@ def _pair_plans(
     compute_dtype = accumulation_dtype(*(plan.dtype for plan in maps))
     halves = all(dtype in HALF for dtype in multiplied_dtypes(student_maps, teacher_maps))
     halved = symmetric and backend.transposes
-    exact = halves and limits.exact_halves and not (halved and "samples" in limits.evaluations)
+    # One product of rounded differences takes half the time of two exact ones.
+    exact = halves and limits.exact_halves and not (halved and limits.bf16_products)
     flops = _flops(student_maps, teacher_maps, norm, exact, halved)
     for form in _forms(flops, m, n, student_maps[0].positions, limits, halved):
         residual = _residual(form, student_maps, teacher_maps, exact)
@@ -244,6 +246,7 @@ def _pair_plans(
                 scratch_bytes=found.scratch_bytes,
                 pooled_bytes=found.pooled_bytes,
                 symmetric=symmetric,
+                bf16_products=limits.bf16_products,
             )
             yield plan, limits
 
@@ -351,11 +354,14 @@ def _by_samples(
     batch, k = maps[0].shape[0], maps[0].positions
     sample = sum(plan.bytes + plan.gradient_bytes for plan in maps) // batch
     own = FP32_BYTES * m * n if form == "matrix" else 2 * FP32_BYTES * (GRAM_BLOCKS + 1) * k * k
-    pooled = batch * sum(_pooled_bytes(plan) for plan in maps if plan.pooled_size is not None)
+    for plan in maps:
+        if plan.pooled_size is not None:  # the map, its gradient, the places of maxima; two panels
+            own += 3 * FP32_BYTES * plan.shape[1] * plan.positions
+            own += 2 * FP32_BYTES * CPU_PANEL * math.prod(plan.shape[2:])
     passes = 1 if sample <= CHUNK_BYTES["cpu"] else 2
     masked = [plan for plan in (maps[::2] if symmetric else maps) if plan.mask is not None]
     own += sum(FP32_BYTES * (plan.shape[1] + 3) * plan.positions for plan in masked)
-    return _Evaluation("samples", batch, passes, own + CPU_OPERAND_BYTES, pooled)
+    return _Evaluation("samples", batch, passes, own + CPU_OPERAND_BYTES)
 
 
 def _adds_transpose(maps: Sequence[MapPlan], form: Form, residual: Residual, norm: str) -> bool:

@@ -10,6 +10,7 @@
 #include <new>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -118,6 +119,7 @@ void ask_for_huge_pages([[maybe_unused]] const char* address, [[maybe_unused]] i
 // --- the loss ------------------------------------------------------------------------------------
 
 using Strides = std::array<int64_t, 3>;  // sample, channel, position
+using Axes = std::array<int64_t, 3>;
 using Layout = std::optional<std::pair<Strides, Scalar>>;
 using Layouts = std::array<Layout, 4>;
 constexpr int kSlots = 10;  // the addresses of a pair: a, b, c, d, their gradients, both masks
@@ -128,13 +130,27 @@ Tensor tensor(const Layout& layout) {
   return {nullptr, strides[0], strides[1], strides[2], scalar};
 }
 
-Pair pair(const Layouts& maps, const Layouts& gradients, int64_t batch,
+// (size, pooled size, whether averages are taken) of a map that is pooled; sizes have three axes.
+using Poolings = std::array<std::optional<std::tuple<Axes, Axes, bool>>, 4>;
+
+Pooling pooling(const Poolings::value_type& given) {
+  Pooling made{};
+  if (!given) return made;
+  const auto& [size, pooled, average] = *given;
+  std::copy(size.begin(), size.end(), made.size);
+  std::copy(pooled.begin(), pooled.end(), made.pooled);
+  made.average = average;
+  return made;
+}
+
+Pair pair(const Layouts& maps, const Layouts& gradients, const Poolings& poolings, int64_t batch,
           std::array<int64_t, 2> channels, std::array<int64_t, 2> positions, Residual residual,
-          Norm norm, Form form, bool symmetric) {
+          Norm norm, Form form, bool symmetric, bool bf16_products) {
   Pair made{};
   for (int i = 0; i < 4; ++i) {
     made.maps[i] = tensor(maps[i]);
     made.gradients[i] = tensor(gradients[i]);
+    made.pooling[i] = pooling(poolings[i]);
   }
   made.batch = batch;
   made.m = channels[0];
@@ -144,6 +160,7 @@ Pair pair(const Layouts& maps, const Layouts& gradients, int64_t batch,
   made.norm = norm;
   made.form = form;
   made.symmetric = symmetric;
+  made.bf16_products = bf16_products;
   return made;
 }
 
@@ -249,8 +266,8 @@ PYBIND11_MODULE(_cpu, module) {
       .value("matrix", Form::matrix)
       .value("gram", Form::gram);
   py::class_<Pair>(module, "Pair", py::module_local())
-      .def(py::init(&pair), py::kw_only(), "maps"_a, "gradients"_a, "batch"_a, "channels"_a,
-           "positions"_a, "residual"_a, "norm"_a, "form"_a, "symmetric"_a);
+      .def(py::init(&pair), py::kw_only(), "maps"_a, "gradients"_a, "poolings"_a, "batch"_a, "channels"_a,
+           "positions"_a, "residual"_a, "norm"_a, "form"_a, "symmetric"_a, "bf16_products"_a);
   py::class_<Loss>(module, "Loss", py::module_local())
       .def(py::init<std::vector<Pair>, const std::string&>(), "pairs"_a, "instructions"_a)
       .def("__call__", &Loss::operator(), "addresses"_a, "factors"_a, "threads"_a,

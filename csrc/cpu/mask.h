@@ -51,10 +51,6 @@ void copy_line(T* to, int64_t to_stride, const T* from, int64_t from_stride, int
   }
 }
 
-inline bool positions_adjoin(const Tensor& x) {
-  return View{x.address, x.row, x.column, x.scalar}.columns_adjoin();
-}
-
 // Copy the positions that count, in rows of positions or of channels as in `x`. `x` starts at the
 // first of them. T has the size of an element.
 template <class T>
@@ -142,42 +138,5 @@ void finish_gradient(const Tensor& x, int64_t sample, int64_t channels, int64_t 
   set_zero(start(0), x, channels, at.first);
   set_zero(start(at.end), x, channels, positions - at.end);
 }
-
-// --- a sample ------------------------------------------------------------------------------------
-
-// One sample as a pair of its own, with the positions that count as all positions.
-struct CountedSample {
-  Counted at[2];  // of the student, of the teacher
-  Pair pair;
-
-  CountedSample(const Pair& whole, int64_t sample, Scratch& scratch) : pair(whole) {
-    pair.losses += sample;
-    for (int network = 0; network < 2; ++network) {
-      const int64_t positions = whole.positions[network];
-      const uint8_t* mask = whole.masks[network];
-      at[network] = counted(mask ? mask + sample * positions : nullptr, positions, scratch);
-      pair.positions[network] = at[network].positions();
-    }
-    for (int own = 0; own < 4; ++own) {
-      const Counted& here = at[own / 2];
-      const bool same = whole.symmetric && own % 2;
-      pair.maps[own] = same ? pair.maps[own - 1]
-                            : map_at(whole.maps[own], sample, whole.channels(own), here, scratch);
-      if (!whole.gradients[own].address) continue;
-      pair.gradients[own] = from_position(whole.gradients[own], sample, here.first);
-    }
-  }
-
-  // Move the gradients to their places and fill the other positions with zeros.
-  void finish_gradients(const Pair& whole, int64_t sample, Scratch& scratch) const {
-    for (int own = 0; own < 4; ++own) {
-      const Tensor& gradient = whole.gradients[own];
-      if (!gradient.address) continue;
-      const bool wide = gradient.scalar == Scalar::fp32;
-      (wide ? finish_gradient<float> : finish_gradient<uint16_t>)(
-          gradient, sample, whole.channels(own), whole.positions[own / 2], at[own / 2], scratch);
-    }
-  }
-};
 
 }  // namespace fsp::cpu::FSP_VARIANT

@@ -23,6 +23,11 @@ struct View {
   bool columns_adjoin() const { return column == 1 || (row != 1 && column <= row); }
 };
 
+// Whether the positions of a map adjoin in memory, not its channels.
+inline bool positions_adjoin(const Tensor& x) {
+  return View{x.address, x.row, x.column, x.scalar}.columns_adjoin();
+}
+
 // view + sign * other; the sign is -1, 0 or 1.
 struct Operand {
   View view, other;

@@ -17,27 +17,35 @@ struct Tensor {
   Scalar scalar;
 };
 
+// From the spatial axes of a map to those that it is pooled to.
+struct Pooling {
+  int64_t size[3], pooled[3];
+  bool average;  // else the maximum
+
+  bool pools() const { return pooled[0] != 0; }
+};
+
 // One pair of a loss. The maps are a, b of the student and c, d of the teacher. If the pair is
 // symmetric, b is a and d is c, and the gradient of a holds that of b.
 struct Pair {
   Tensor maps[4], gradients[4];
+  Pooling pooling[4];
   int64_t batch, m, n;
-  int64_t positions[2];     // of the student's maps, of the teacher's maps
+  int64_t positions[2];     // of the student's maps, of the teacher's maps, pooled
   const uint8_t* masks[2];  // the same, (B, positions); not 0 where a position counts; null: all do
   Residual residual;
   Norm norm;
   Form form;
   bool symmetric;
+  bool bf16_products;  // all maps are bf16 and are multiplied as such
   double factor;   // of the sum of the losses of all samples
   double* losses;  // (B,)
 
   int64_t channels(int map) const { return map % 2 ? n : m; }
-  int64_t elements(int map) const { return batch * channels(map) * positions[map / 2]; }
-  bool all_bf16() const {
-    for (const Tensor& map : maps) {
-      if (map.scalar != Scalar::bf16) return false;
-    }
-    return true;
+  int64_t elements(int map) const {
+    const Pooling& x = pooling[map];
+    const int64_t full = x.pools() ? x.size[0] * x.size[1] * x.size[2] : positions[map / 2];
+    return batch * channels(map) * full;
   }
 };
 

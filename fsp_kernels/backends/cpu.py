@@ -1,9 +1,11 @@
 """The CPU backend: C++ kernels in csrc/cpu/ that evaluate the loss one sample at a time.
 
-While a thread copies the maps of a sample to its cache, it widens half precision and subtracts the
-teacher. Positions that a mask leaves out take no part in the products. The torch backend computes
-FSP matrices, and what these kernels do not serve: ready matrices, which come from there, fewer
-samples than threads, and spatial axes that cannot be flattened.
+While a thread copies the maps of a sample to its cache, it pools them, widens half precision and
+subtracts the teacher. If the processor multiplies bf16, maps of bf16 are multiplied as they are, and
+residuals and Gram blocks are rounded to bf16 for the gradients. Positions that a mask leaves out
+take no part in the products. The torch backend computes FSP matrices, and what these kernels do not
+serve: ready matrices, which come from there, fewer samples than threads, and spatial axes that
+cannot be flattened.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from fsp_kernels.backends.tensors import (
     Slots,
     empty_gradients,
     in_memory,
-    pool_maps,
     slots_of,
     tensors_at,
 )
@@ -61,7 +62,7 @@ class CpuBackend(TorchBackend):
             return super().limits(device, student, teacher, precision)
         bf16 = {m.multiplied_dtype for m in (*student, *teacher)} == {torch.bfloat16}
         if bf16 and _multiplies_bf16():
-            return Limits(evaluations=("samples",), exact_halves=True)
+            return Limits(evaluations=("samples",), exact_halves=True, bf16_products=True)
         return Limits(evaluations=("samples",), gram_flop_cost=CPU_GRAM_FLOP_COST)
 
     def loss(
@@ -103,7 +104,6 @@ class _Kernels(NamedTuple):
     """The pairs of a plan that the kernels evaluate."""
 
     pairs: list[int]
-    pooled: list[int]  # the indices of maps that PyTorch pools before the kernels read them
     # (addresses of the pairs' tensors and masks, a factor for each pair, threads) -> their losses
     run: Callable[[Sequence[int], Sequence[float], int], list[float]]
 
@@ -146,30 +146,21 @@ class _PreparedLoss:
         weights: Sequence[float],
         masks: Sequence[Tensor],
     ) -> list[float]:
-        tensors = list(tensors)
-        pooled = pool_maps(tensors, self._plan, kernels.pooled)
         own: list[Tensor | None] = []
         for i in kernels.pairs:
             own += tensors_at(self._slots[i], tensors)
             own += tensors_at(self._mask_slots[i], masks)
         addresses = [0 if x is None else x.data_ptr() for x in own]
         factors = [weights[i] / self._plan.pairs[i].divisor for i in kernels.pairs]
-        losses = kernels.run(addresses, factors, self._threads)
-        for x in pooled:
-            x.unpool()
-        return losses
+        return kernels.run(addresses, factors, self._threads)
 
     def _describe(self, pairs: list[int], tensors: Sequence[Tensor]) -> _Kernels:
-        tensors, maps = list(tensors), self._plan.maps
-        members = {slot for i in pairs for slot in self._slots[i][:4]}
-        pooled = [i for i, m in enumerate(maps) if i in members and m.pooled_size is not None]
-        pool_maps(tensors, self._plan, pooled)
         module: Any = compiled_module("cpu")
         described = [
             _described(module, self._plan.pairs[i], tensors_at(self._slots[i], tensors))
             for i in pairs
         ]
-        return _Kernels(pairs, pooled, module.Loss(described, module.instruction_sets[0]))
+        return _Kernels(pairs, module.Loss(described, module.instruction_sets[0]))
 
 
 def _all_flat(slots: Slots, tensors: Sequence[Tensor]) -> bool:
@@ -187,6 +178,7 @@ def _described(module: Any, pair: PairPlan, tensors: Sequence[Tensor | None]) ->
     return module.Pair(
         maps=layouts[:4],
         gradients=layouts[4:],
+        poolings=[_pooling(plan) for plan in pair.maps],
         batch=pair.batch,
         channels=pair.channels,
         positions=(pair.positions, pair.teacher[0].positions),
@@ -194,4 +186,13 @@ def _described(module: Any, pair: PairPlan, tensors: Sequence[Tensor | None]) ->
         norm=module.Norm.column if pair.norm == "column" else module.Norm.squares,
         form=getattr(module.Form, pair.form),
         symmetric=pair.symmetric,
+        bf16_products=pair.bf16_products,
     )
+
+
+def _pooling(plan: MapPlan) -> tuple[list[int], list[int], bool] | None:
+    """The spatial size of a map, the size that it is pooled to, each of three axes, and how."""
+    if plan.pooled_size is None:
+        return None
+    missing = [1] * (3 - len(plan.pooled_size))
+    return [*missing, *plan.shape[2:]], [*missing, *plan.pooled_size], plan.pool == "avg"
