@@ -196,10 +196,10 @@ class Limits(NamedTuple):
     other flops.
 
     ``exact_halves``: products of half-precision maps are exact, while their differences would be
-    rounded. ``bf16_products``: the operands of every product are bf16. ``bf16_slopes``: tiles are stored in bf16 if the maps are bf16. ``blas_gradients``:
-    BLAS has fast kernels for the products of such tiles and these maps. Pairs whose ``kernels`` of
-    their evaluation are equal share a launch, at most ``launch_pairs`` pairs or
-    ``launch_products`` gradients at a time.
+    rounded. ``bf16_products``: the operands of every product are bf16. ``bf16_slopes``: tiles are
+    stored in bf16 if the maps are bf16. ``blas_gradients``: BLAS has fast kernels for the products
+    of such tiles and these maps. Pairs whose ``kernels`` of their evaluation are equal share a
+    launch, at most ``launch_pairs`` pairs or ``launch_products`` gradients at a time.
     """
 
     evaluations: tuple[Evaluation, ...] = ("chunks",)

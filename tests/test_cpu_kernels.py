@@ -48,7 +48,8 @@ def check(a, b, c, d, **options):
     leaves = list(dict.fromkeys((a, b, c, d)))
     gradients = torch.autograd.grad(loss, leaves)
     if len(leaves) == 4:
-        oracle([(a, b)], [(c, d)], **options).check(loss, gradients)
+        plan = fsp.explain([(a, b)], [(c, d)], backend="cpu", channel_dim=1, **options)
+        oracle([(a, b)], [(c, d)], **options).check(loss, gradients, plan)
     return loss, gradients
 
 
@@ -208,11 +209,50 @@ def test_the_loss_is_on_the_cpu_whatever_device_is_the_default():
         assert fsp.fsp_loss([(a, b)], [(c, d)]).device.type == "cpu"
 
 
-def test_a_pooled_map_gets_its_gradient():
-    a, _, c, _ = pair_of(m=20, n=20, size=(8, 8))
-    _, b, _, d = pair_of(m=20, n=20, size=(4, 4))
-    for pool in ("max", "avg"):
-        check(a, b, c, d, pool=pool)
+@pytest.mark.parametrize(
+    ("size", "pooled"),
+    [
+        ((12,), (4,)),
+        ((10,), (3,)),
+        ((8, 8), (4, 4)),
+        ((8, 6), (8, 3)),
+        ((7, 9), (3, 4)),
+        ((7, 7), (1, 1)),
+        ((33, 31), (2, 3)),
+        ((4, 6, 8), (2, 3, 4)),
+        ((5, 7, 3), (2, 3, 3)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("pool", ["max", "avg"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "slice of channels"])
+@pytest.mark.parametrize("channels", [3, 40])
+def test_a_map_is_pooled_by_the_kernels(
+    size, pooled, pool, dtype, layout, channels, calls_of_torch
+):
+    own = {"m": channels, "n": channels, "dtypes": (dtype,) * 4, "layout": layout}
+    a, _, c, _ = pair_of(size=size, **own)
+    _, b, _, d = pair_of(size=pooled, **own)
+    check(a, b, c, d, pool=pool)
+    check(b, a, d, c, pool=pool)
+    assert not calls_of_torch
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_ties_and_nan_are_pooled_as_by_pytorch(layout):
+    x = torch.randint(0, 3, (2, 5, 8, 6), generator=torch.Generator().manual_seed(0)).float()
+    x[0, 1, 2, 2:4] = float("nan")
+    x[0, 2, :, :] = -float("inf")
+    a = LAYOUTS[layout](x).requires_grad_()
+    b = random(2, 4, 4, 3)
+    c, d = torch.zeros_like(a), torch.zeros_like(b)
+    found, expected = (
+        torch.autograd.grad(fsp.fsp_loss([(a, b)], [(c, d)], backend=backend), (a, b))
+        for backend in ("cpu", "torch")
+    )
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, equal_nan=True)
 
 
 def test_what_it_does_not_serve_is_an_error_that_says_so():
@@ -271,7 +311,7 @@ def module_of(tmp_path_factory):
         # The other variants that bindings.cpp names are not compiled: they are never called.
         others = "\n".join(
             f"namespace fsp::cpu::{x} {{ void evaluate(const Pair&, int64_t, Scratch&) {{}} }}"
-            for x in ("avx2", "avx512", "baseline")
+            for x in ("avx2", "avx512", "avx512_bf16", "baseline")
             if x != name
         )
         (folder / "others.cpp").write_text(f'#include "types.h"\n{others}\n')

@@ -1,10 +1,10 @@
 """The CPU backend: C++ kernels in csrc/cpu/ that evaluate the loss one sample at a time.
 
 While a thread copies the maps of a sample to its cache, it pools them, widens half precision and
-subtracts the teacher. If the processor multiplies bf16, maps of bf16 are multiplied as they are, and
-residuals and Gram blocks are rounded to bf16 for the gradients. Positions that a mask leaves out
-take no part in the products. The torch backend computes FSP matrices, and what these kernels do not
-serve: ready matrices, which come from there, fewer samples than threads, and spatial axes that
+subtracts the teacher. If the processor multiplies bf16, maps of bf16 are multiplied as they are,
+and residuals and Gram blocks are rounded to bf16 for the gradients. Positions that a mask leaves
+out take no part in the products. The torch backend computes FSP matrices, and what these kernels do
+not serve: ready matrices, which come from there, fewer samples than threads, and spatial axes that
 cannot be flattened.
 """
 
