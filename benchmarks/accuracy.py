@@ -20,8 +20,7 @@ from benchmarks.checks import Row, Truth, float32_products
 from benchmarks.contenders import Contender
 from benchmarks.measure import NotRun, failure
 from benchmarks.options import chosen_contenders
-from benchmarks.peers import Loss
-from benchmarks.workloads import Case, Pairs, Workload
+from benchmarks.workloads import Case, Loss, Pairs, Workload
 from fsp_kernels.autograd import planned_loss
 from fsp_kernels.backends import registered_backends
 from fsp_kernels.backends.devices import fp32_precision

@@ -18,6 +18,7 @@ from benchmarks.measure import NotRun, Rounds, measure
 from benchmarks.memory import Job, add_peaks
 from benchmarks.tables import digits
 from benchmarks.workloads import Case
+from fsp_kernels import reference
 
 
 class Problem:
@@ -26,7 +27,8 @@ class Problem:
     def __init__(self, case: Case, device: str):
         self.case, self._device = case, device
         student, teacher = case.maps(device)
-        self._truth = Truth(student, teacher, case.training)
+        definition = case.masked(reference.fsp_loss, device)
+        self._truth = Truth(student, teacher, case.training, definition)
         on_gpu = device == "cuda"
         self.maps = copies_beyond_cache(student, teacher) if on_gpu else [(student, teacher)]
         self._facts = floor_facts(case, student, teacher, device) | {
@@ -42,7 +44,7 @@ class Problem:
         reason = contenders.why_not_run(contender, self.case, self._device)
         if reason is not None:
             raise NotRun(reason)
-        loss = contender.build()
+        loss = self.case.masked(contender.build(), self._device)
         errors = self._truth.errors(loss)
         require_small(contender, errors, self.maps[0][0][0][0].dtype, self.case.workload.name)
         steps = [step_of(loss, *maps, self.case.training) for maps in self.maps]
@@ -86,7 +88,8 @@ def show(what: str, rows: Sequence[Row]) -> None:
 
 def lone_step(case: Case, contender_name: str) -> Step:
     """A contender's step on a CPU, unchecked, to measure its peak memory."""
-    return step_of(contenders.BY_NAME[contender_name].build(), *case.maps("cpu"), case.training)
+    loss = case.masked(contenders.BY_NAME[contender_name].build(), "cpu")
+    return step_of(loss, *case.maps("cpu"), case.training)
 
 
 def memory_jobs(case: Case, rows: Sequence[Row]) -> list[tuple[Row, Job]]:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.contenders import Contender
-from benchmarks.peers import Loss
-from benchmarks.workloads import Pairs
+from benchmarks.workloads import Loss, Pairs
 from fsp_kernels import reference
 
 Step = Callable[[], object]
@@ -128,14 +127,21 @@ class Truth:
     """Loss and gradients of given maps by the definition in float64.
 
     They are computed from the maps as rounded to their dtype, so rounding the maps is no error.
-    Without ``training`` there are no gradients.
+    Without ``training`` there are no gradients. ``definition`` is the loss, with masks if the loss
+    has any.
     """
 
-    def __init__(self, student: Pairs, teacher: Pairs, training: bool = True):
+    def __init__(
+        self,
+        student: Pairs,
+        teacher: Pairs,
+        training: bool = True,
+        definition: Loss = reference.fsp_loss,
+    ):
         self.student, self.teacher, self._training = student, teacher, training
         self._scale = LOSS_SCALES.get(student[0][0].dtype, 1.0)
         exact = in_float64(student), in_float64(teacher)
-        self.loss, self.gradients = self._evaluate(reference.fsp_loss, *exact)
+        self.loss, self.gradients = self._evaluate(definition, *exact)
 
     def errors(self, loss: Loss) -> dict[str, float]:
         """Relative errors in the 2-norm; ``gradient_error`` is that of the worst gradient."""

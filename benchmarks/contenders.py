@@ -10,8 +10,7 @@ import torch
 
 import fsp_kernels as fsp
 from benchmarks import peers
-from benchmarks.peers import Loss
-from benchmarks.workloads import DTYPES, Case
+from benchmarks.workloads import DTYPES, Case, Loss
 from fsp_kernels.backends import registered_backends
 
 

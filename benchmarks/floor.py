@@ -30,25 +30,37 @@ PRODUCTS = 10
 TF32_TERMS = 3  # products of TF32 that make one of fp32
 
 
-def floor_bytes(student: Pairs, teacher: Pairs, training: bool = True) -> int:
-    """Every map read once, and in training every gradient of the student's maps written once."""
+def floor_bytes(
+    student: Pairs, teacher: Pairs, training: bool = True, mask: Tensor | None = None
+) -> int:
+    """Every map read once, and in training every gradient of the student's maps written once.
+
+    Of maps with a mask, the positions that count are read, and whole gradients written.
+    """
     maps = maps_of(student) + maps_of(teacher)
     wanted = [x for x in maps if training and x.requires_grad]
-    return sum(x.nbytes for x in maps) + sum(x.nbytes for x in wanted)
+    share = 1.0 if mask is None else mask.double().mean().item()
+    return round(share * sum(x.nbytes for x in maps)) + sum(x.nbytes for x in wanted)
 
 
-def floor_flops(student: Pairs, teacher: Pairs, training: bool = True) -> int:
-    """The flops of the cheaper form of each pair."""
+def floor_flops(
+    student: Pairs, teacher: Pairs, training: bool = True, mask: Tensor | None = None
+) -> int:
+    """The flops of the cheaper form of each pair; with a mask, of each sample of a pair."""
 
-    def specs(pair: tuple[Tensor, Tensor]) -> tuple[MapSpec, MapSpec]:
+    def specs(pair: tuple[Tensor, Tensor], count: int | None) -> tuple[MapSpec, MapSpec]:
         first, second = (
             MapSpec.of(x)._replace(requires_grad=training and x.requires_grad) for x in pair
         )
+        if count is not None:
+            first, second = (x._replace(shape=(1, x.shape[1], count)) for x in (first, second))
         return first, second
 
+    counts = [None] if mask is None else mask.sum(1).tolist()
     return sum(
-        fewest_flops(specs(s), specs(t), symmetric=s[0] is s[1] and t[0] is t[1])
+        fewest_flops(specs(s, count), specs(t, count), symmetric=s[0] is s[1] and t[0] is t[1])
         for s, t in zip(student, teacher, strict=True)
+        for count in counts
     )
 
 
@@ -133,10 +145,11 @@ def _product_rate(device: str, dtype: torch.dtype) -> float:
 
 def floor_facts(case: Case, student: Pairs, teacher: Pairs, device: str) -> Row:
     """The columns of a row that tell the floor of a case."""
-    moved = floor_bytes(student, teacher, case.training)
+    mask = case.workload.mask(case.batch, device)
+    moved = floor_bytes(student, teacher, case.training, mask)
     return {
         "floor_bytes": moved,
-        "floor_flops": floor_flops(student, teacher, case.training),
+        "floor_flops": floor_flops(student, teacher, case.training, mask),
         "copy_bytes_per_second": copy_rate(device, moved),
         "matrix_flops_per_second": matrix_rate(device, case.dtype),
     }

@@ -20,8 +20,8 @@ from benchmarks import contenders
 from benchmarks.checks import Prepared, Step, require_small
 from benchmarks.contenders import Contender
 from benchmarks.measure import NotRun
-from benchmarks.peers import Loss
 from benchmarks.training_step import Distillation, TappedNetwork, errors, split_facts
+from benchmarks.workloads import Loss
 from fsp_kernels.distill.models import CifarResNet
 
 

@@ -12,42 +12,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.workloads import Pairs, Workload
+from benchmarks.workloads import Loss, Pairs, Workload
 
-Matrix = Callable[[Tensor, Tensor], Tensor]
-Loss = Callable[[Pairs, Pairs], Tensor]
+Matrix = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # two maps and a mask
 
 # The broadcast product holds (B, m, n, K) tensors, three at its peak in backward. Where one takes
 # more bytes than this, a CPU does not run it: it would take minutes to say what is known.
 BROADCAST_LIMIT = 1 << 28
 
 
-def flattened(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Pool the larger map to the smaller and flatten: ``(B, m, K)`` and ``(B, n, K)``."""
+def flattened(
+    first: Tensor, second: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, int | Tensor]:
+    """Pool the larger map to the smaller and flatten: ``(B, m, K)`` and ``(B, n, K)``.
+
+    The third result is the number of positions. With a mask ``(B, K)`` it is that of each sample,
+    and the first map is zero where the mask is false.
+    """
     size = [min(p, q) for p, q in zip(first.shape[2:], second.shape[2:], strict=True)]
     if [*first.shape[2:]] != size:
         first = F.adaptive_max_pool2d(first, size)
     if [*second.shape[2:]] != size:
         second = F.adaptive_max_pool2d(second, size)
-    return first.flatten(2), second.flatten(2)
+    f1, f2 = first.flatten(2), second.flatten(2)
+    if mask is None:
+        return f1, f2, f1.shape[2]
+    return f1 * mask[:, None].to(f1.dtype), f2, mask.sum(1)[:, None, None]
 
 
-def einsum_matrix(first: Tensor, second: Tensor) -> Tensor:
+def einsum_matrix(first: Tensor, second: Tensor, mask: Tensor | None = None) -> Tensor:
     """The naive op: one einsum over positions."""
-    f1, f2 = flattened(first, second)
-    return torch.einsum("bmk,bnk->bmn", f1, f2) / f1.shape[2]
+    f1, f2, positions = flattened(first, second, mask)
+    return torch.einsum("bmk,bnk->bmn", f1, f2) / positions
 
 
-def bmm_matrix(first: Tensor, second: Tensor) -> Tensor:
+def bmm_matrix(first: Tensor, second: Tensor, mask: Tensor | None = None) -> Tensor:
     """A batched matrix product, as in Knowledge-Distillation-Zoo."""
-    f1, f2 = flattened(first, second)
-    return torch.bmm(f1, f2.transpose(1, 2)) / f1.shape[2]
+    f1, f2, positions = flattened(first, second, mask)
+    return torch.bmm(f1, f2.transpose(1, 2)) / positions
 
 
-def broadcast_matrix(first: Tensor, second: Tensor) -> Tensor:
+def broadcast_matrix(first: Tensor, second: Tensor, mask: Tensor | None = None) -> Tensor:
     """Every product of two channels at every position, then the mean, as in RepDistiller."""
-    f1, f2 = flattened(first, second)
-    return (f1.unsqueeze(2) * f2.unsqueeze(1)).mean(dim=3)  # (B, m, n, K) -> (B, m, n)
+    f1, f2, positions = flattened(first, second, mask)
+    products = f1.unsqueeze(2) * f2.unsqueeze(1)  # (B, m, n, K)
+    return products.mean(dim=3) if mask is None else products.sum(dim=3) / positions
 
 
 def broadcast_bytes(workload: Workload, batch: int) -> int:
@@ -63,9 +72,16 @@ def loss_over(matrix: Matrix) -> Loss:
     of zero and its sum is infinite.
     """
 
-    def loss(student: Pairs, teacher: Pairs) -> Tensor:
+    def loss(
+        student: Pairs,
+        teacher: Pairs,
+        student_mask: Tensor | None = None,
+        teacher_mask: Tensor | None = None,
+    ) -> Tensor:
         terms = [
-            F.mse_loss(matrix(*s), matrix(*t), reduction="none").sum(dim=(1, 2)).mean()
+            F.mse_loss(matrix(*s, student_mask), matrix(*t, teacher_mask), reduction="none")
+            .sum(dim=(1, 2))
+            .mean()
             for s, t in zip(student, teacher, strict=True)
         ]
         return torch.stack(terms).sum()

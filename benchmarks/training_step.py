@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.checks import Row, Truth, as_results, gradients_of, maps_of, with_each
 from benchmarks.measure import Rounds, without_garbage_collection
-from benchmarks.peers import Loss
-from benchmarks.workloads import Pairs
+from benchmarks.workloads import Loss, Pairs
 from fsp_kernels.features.taps import FeatureTaps
 
 # The networks see the same batch in every step. A larger rate would train them, and later rounds

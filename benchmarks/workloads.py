@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 Layer = tuple[int, int]  # channels and side of the square map; for tokens, channels and tokens
 Pairs = Sequence[tuple[Tensor, Tensor]]
+# (student, teacher, student_mask=None, teacher_mask=None) -> loss; both masks are the same
+Loss = Callable[..., Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 TOKENS = "tokens"  # the layout of a transformer's maps, which have no other
@@ -22,7 +25,8 @@ PASSES = (FORWARD, TRAINING)
 class Workload:
     """Feature maps of one distillation step: ``batch`` is the GPU's, see ``batch_on``.
 
-    In a ``symmetric`` workload both maps of a pair are one tensor, of equal layers.
+    In a ``symmetric`` workload both maps of a pair are one tensor, of equal layers. In a ``padded``
+    one, which has tokens, samples are sequences of different lengths; a mask tells their positions.
     """
 
     name: str
@@ -30,6 +34,7 @@ class Workload:
     layers: tuple[tuple[Layer, Layer], ...]
     tokens: bool = False
     symmetric: bool = False
+    padded: bool = False
 
     @property
     def cpu_batch(self) -> int:
@@ -49,6 +54,14 @@ class Workload:
         """K of a pair: the larger map is pooled to the smaller one."""
         size = min(pair[0][1], pair[1][1])
         return size if self.tokens else size * size
+
+    def mask(self, batch: int, device: str = "cpu") -> Tensor | None:
+        """Which positions count, ``(B, tokens)``: sequences from an eighth of the tokens to all."""
+        if not self.padded:
+            return None
+        tokens = self.layers[0][0][1]
+        lengths = torch.linspace(tokens / 8, tokens, batch, device=device).round()
+        return torch.arange(tokens, device=device) < lengths[:, None]
 
     def layouts(self, chosen: Sequence[str]) -> tuple[str, ...]:
         """The chosen memory formats; a transformer's maps have only ``TOKENS``."""
@@ -87,6 +100,11 @@ class Case:
         """``(student, teacher)``; the student's maps require gradients."""
         dtype = DTYPES[self.dtype]
         return feature_maps(self.workload, self.batch, dtype, device=device, layout=self.layout)
+
+    def masked(self, loss: Loss, device: str) -> Loss:
+        """The loss with the mask of the workload, if it has one."""
+        mask = self.workload.mask(self.batch, device)
+        return loss if mask is None else partial(loss, student_mask=mask, teacher_mask=mask)
 
 
 WORKLOADS = (
@@ -133,6 +151,7 @@ WORKLOADS = (
     Workload("wide-late-512", 32, (((512, 7), (512, 7)),)),
     Workload("wide-late-2048", 32, (((2048, 7), (2048, 7)),)),
     Workload("tokens-vit-b", 64, (((768, 196), (768, 196)),), tokens=True),
+    Workload("tokens-padded", 64, (((768, 256), (768, 256)),), tokens=True, padded=True),
     Workload("segmentation", 4, (((256, 128), (256, 128)),)),
     # The maps of a VGG-19 whose Gram matrices are the style of an image of 256 x 256 pixels:
     # relu1_1, relu2_1, ..., relu5_1.

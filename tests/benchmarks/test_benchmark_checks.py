@@ -31,7 +31,7 @@ TWICE = Rounds(2, 2, 0.0)
 
 
 def off_by(factor):
-    return peers.loss_over(lambda f, s: peers.bmm_matrix(f, s) * factor)
+    return peers.loss_over(lambda *maps: peers.bmm_matrix(*maps) * factor)
 
 
 def gradient_is_off(student, teacher):

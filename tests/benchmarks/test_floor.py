@@ -51,6 +51,15 @@ def test_a_map_with_itself_is_read_and_multiplied_once():
     assert floor.floor_flops(*maps) == 2 * 2 * 8 * 6 * 6 * 16
 
 
+def test_positions_that_do_not_count_are_not_read_but_their_gradients_are_written():
+    padded = Workload("padded", 8, (((6, 16), (6, 16)),), tokens=True, padded=True)
+    maps, mask = feature_maps(padded, 3), padded.mask(3)
+    assert mask.sum(1).tolist() == [2, 9, 16]
+    assert floor.floor_bytes(*maps, mask=mask) == 4 * 6 * 27 * 4 + 2 * 6 * 48 * 4
+    form = {2: 6 * 12 * 4 + 8 * 6 * 4, 9: 4 * 2 * 36 * 9, 16: 4 * 2 * 36 * 16}
+    assert floor.floor_flops(*maps, mask=mask) == sum(form.values())
+
+
 def test_few_positions_take_fewer_flops_than_products_of_maps():
     assert floor.floor_flops(*feature_maps(WIDE, 2)) < 4 * 2 * 2 * 512 * 512 * 49 / 4
 

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import contenders, peers
 from benchmarks.checks import evaluate
-from benchmarks.workloads import Workload, feature_maps
+from benchmarks.workloads import Case, Workload, feature_maps
 from fsp_kernels import reference
 
 # Equal sizes, the first map pooled, the second map pooled, tokens, a map with itself.
@@ -15,14 +15,17 @@ SMALL = (
     Workload("second-pooled", 16, (((6, 3), (5, 7)),)),
     Workload("tokens", 16, (((6, 10), (5, 10)),), tokens=True),
     Workload("symmetric", 16, (((6, 4), (6, 4)), ((3, 2), (3, 2))), symmetric=True),
+    Workload("padded", 16, (((6, 10), (5, 10)),), tokens=True, padded=True),
 )
 MATRICES = (peers.einsum_matrix, peers.bmm_matrix, peers.broadcast_matrix)
 
 
 def assert_is_the_loss(loss, workload):
     student, teacher = feature_maps(workload, batch=3, dtype=torch.float64)
-    value, gradients = evaluate(loss, student, teacher)
-    true_value, true_gradients = evaluate(reference.fsp_loss, student, teacher)
+    case = Case(workload, 3)
+    value, gradients = evaluate(case.masked(loss, "cpu"), student, teacher)
+    definition = case.masked(reference.fsp_loss, "cpu")
+    true_value, true_gradients = evaluate(definition, student, teacher)
     torch.testing.assert_close(value, true_value)
     torch.testing.assert_close(gradients, true_gradients)
 

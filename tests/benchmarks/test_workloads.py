@@ -49,6 +49,16 @@ def test_tokens_are_seen_across_their_rows():
     assert first.stride() == (60, 1, 6)
 
 
+def test_a_padded_workload_has_sequences_from_an_eighth_of_the_tokens_to_all():
+    padded = Workload("tiny-padded", 16, TINY_TOKENS.layers, tokens=True, padded=True)
+    assert padded.mask(3).tolist() == [
+        [True] + [False] * 9,
+        [True] * 6 + [False] * 4,
+        [True] * 10,
+    ]
+    assert TINY_TOKENS.mask(3) is None
+
+
 def test_the_same_seed_gives_the_same_maps():
     one, other = feature_maps(TINY_POOLED, batch=2), feature_maps(TINY_POOLED, batch=2)
     assert torch.equal(one[0][0][0], other[0][0][0])
