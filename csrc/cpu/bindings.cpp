@@ -14,10 +14,6 @@
 #include <utility>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "types.h"
 
 namespace py = pybind11;
@@ -100,22 +96,6 @@ Evaluate evaluate_by(const std::string& name) {
   throw std::invalid_argument("this processor does not run the kernels for " + name);
 }
 
-// --- pages ---------------------------------------------------------------------------------------
-
-constexpr uintptr_t kHugePage = 2 << 20;
-
-// Ask for huge pages for memory that will be written. PyTorch often gets the memory of a large
-// tensor anew from the system, which then stops at each page when it is first written. With pages
-// of 4 KiB that can take as long as the products.
-void ask_for_huge_pages([[maybe_unused]] const char* address, [[maybe_unused]] int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  const uintptr_t from = reinterpret_cast<uintptr_t>(address);
-  const uintptr_t first = (from + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (from + bytes) / kHugePage * kHugePage;
-  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#endif
-}
-
 // --- the loss ------------------------------------------------------------------------------------
 
 using Strides = std::array<int64_t, 3>;  // sample, channel, position
@@ -189,10 +169,7 @@ class Loss {
       };
       for (int own = 0; own < 4; ++own) {
         pairs[i].maps[own].address = address(own);
-        const Tensor& gradient = pairs[i].gradients[own];
         pairs[i].gradients[own].address = address(4 + own);
-        const int64_t size = gradient.scalar == Scalar::fp32 ? 4 : 2;
-        if (gradient.address) ask_for_huge_pages(gradient.address, pairs[i].elements(own) * size);
       }
       for (int network = 0; network < 2; ++network) {
         pairs[i].masks[network] = reinterpret_cast<const uint8_t*>(address(8 + network));

@@ -42,11 +42,6 @@ struct Pair {
   double* losses;  // (B,)
 
   int64_t channels(int map) const { return map % 2 ? n : m; }
-  int64_t elements(int map) const {
-    const Pooling& x = pooling[map];
-    const int64_t full = x.pools() ? x.size[0] * x.size[1] * x.size[2] : positions[map / 2];
-    return batch * channels(map) * full;
-  }
 };
 
 // Temporary memory of one thread. It is kept from call to call.

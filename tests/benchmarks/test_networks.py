@@ -124,7 +124,10 @@ def test_bf16_is_autocast_in_channels_last():
 
 
 def test_a_wrong_contender_is_not_timed():
-    wrong = Contender("wrong", lambda: peers.loss_over(lambda *maps: peers.bmm_matrix(*maps) * 1.001))
+    def matrix(*maps):
+        return 1.001 * peers.bmm_matrix(*maps)
+
+    wrong = Contender("wrong", lambda: peers.loss_over(matrix))
     with pytest.raises(AssertionError, match="wrong is wrong on tiny"):
         StepProblem(TINY, "cpu", "fp32").prepare(wrong)
 
