@@ -156,6 +156,22 @@ def test_a_nan_and_infinity_stay_in_their_sample():
             assert all(g[1].isfinite().all() for g in gradients)
 
 
+@multiplies_bf16
+def test_half_as_many_samples_as_threads_are_enough(monkeypatch):
+    left = []
+    monkeypatch.setattr(cpu, "pair_loss", lambda *x: left.append(x) or torch.zeros(()))
+    monkeypatch.setattr(BACKEND, "prepared", {})
+    a, b, c, d = pair_of(5, 4, (6, 6), batch=3)
+    before = torch.get_num_threads()
+    try:
+        for threads, expected in ((6, 0), (7, 1)):
+            torch.set_num_threads(threads)
+            fsp.fsp_loss([(a, b)], [(c, d)], backend="cpu")
+            assert len(left) == expected
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_other_dtypes_are_widened():
     for dtypes in (
         (torch.float32,) * 4,

@@ -167,6 +167,17 @@ def test_fewer_samples_than_threads_are_left_to_torch(threads, calls_of_torch):
     assert len(calls_of_torch) == 1
 
 
+def test_samples_of_all_pairs_count(threads, calls_of_torch):
+    pairs = [pair_of(batch=2), pair_of(batch=1)]
+    student, teacher = [x[:2] for x in pairs], [x[2:] for x in pairs]
+    for number in (3, 4):
+        threads(number)
+        loss = fsp.fsp_loss(student, teacher, backend="cpu", channel_dim=1)
+        found = torch.autograd.grad(loss, [x for pair in pairs for x in pair])
+        oracle(student, teacher).check(loss, found)
+        assert len(calls_of_torch) == (0 if number == 3 else 2)
+
+
 def test_spatial_axes_that_cannot_be_flattened_are_left_to_torch(calls_of_torch):
     tensors = [x.detach().transpose(2, 3).requires_grad_() for x in pair_of(size=(4, 6))]
     check(*tensors)

@@ -4,8 +4,8 @@ While a thread copies the maps of a sample to its cache, it pools them, widens h
 subtracts the teacher. If the processor multiplies bf16, maps of bf16 are multiplied as they are,
 and residuals and Gram blocks are rounded to bf16 for the gradients. Positions that a mask leaves
 out take no part in the products. The torch backend computes FSP matrices, and what these kernels do
-not serve: ready matrices, which come from there, fewer samples than threads, and spatial axes that
-cannot be flattened.
+not serve: ready matrices, which come from there, fewer samples of all pairs than threads, and spatial
+axes that cannot be flattened.
 """
 
 from __future__ import annotations
@@ -115,12 +115,14 @@ class _PreparedLoss:
         self._plan, self._threads = plan, threads
         self._slots = slots_of(plan)
         self._mask_slots = [pair.masks for pair in plan.pairs]
-        self._by_torch = [
+        by_kernels = [
             i
             for i, (pair, slots) in enumerate(zip(plan.pairs, self._slots, strict=True))
-            if pair.evaluation == "chunks" or pair.batch < threads or not _all_flat(slots, tensors)
+            if pair.evaluation == "samples" and _all_flat(slots, tensors)
         ]
-        by_kernels = [i for i in range(len(plan.pairs)) if i not in self._by_torch]
+        if _leave_threads_idle([plan.pairs[i] for i in by_kernels], threads):
+            by_kernels = []
+        self._by_torch = [i for i in range(len(plan.pairs)) if i not in by_kernels]
         self._kernels = self._describe(by_kernels, tensors) if by_kernels else None
 
     def __call__(
@@ -161,6 +163,15 @@ class _PreparedLoss:
             for i in pairs
         ]
         return _Kernels(pairs, module.Loss(described, module.instruction_sets[0]))
+
+
+def _leave_threads_idle(pairs: Sequence[PairPlan], threads: int) -> bool:
+    """Whether so many threads have no sample that PyTorch, which uses them all, is faster.
+
+    The kernels for bf16 are faster on half of the threads than PyTorch's products of fp32 on all.
+    """
+    busy = sum(pair.batch * (2 if pair.bf16_products else 1) for pair in pairs)
+    return busy < threads
 
 
 def _all_flat(slots: Slots, tensors: Sequence[Tensor]) -> bool:
