@@ -3,9 +3,10 @@
 While a thread copies the maps of a sample to its cache, it pools them, widens half precision and
 subtracts the teacher. If the processor multiplies bf16, maps of bf16 are multiplied as they are,
 and residuals and Gram blocks are rounded to bf16 for the gradients. Positions that a mask leaves
-out take no part in the products. The torch backend computes FSP matrices, and what these kernels do
-not serve: ready matrices, which come from there, fewer samples of all pairs than threads, and spatial
-axes that cannot be flattened.
+out take no part in the products.
+
+The torch backend computes FSP matrices, and what these kernels do not serve: ready matrices, which
+come from there, fewer samples of all pairs than threads, and spatial axes that cannot be flattened.
 """
 
 from __future__ import annotations
