@@ -53,7 +53,10 @@ def evaluate(a, b, c, d, **options):
 
 def check(a, b, c, d, **options):
     loss, gradients, plan = evaluate(a, b, c, d, **options)
-    oracle([(a, b)], [(c, d)], **options).check(loss, gradients, plan)
+    exact = oracle([(a, b)], [(c, d)], **options)
+    exact.check(loss, gradients, plan)
+    if plan.pairs[0].bf16_products:
+        exact.check_fused(plan, loss, gradients)
     return plan.pairs[0]
 
 

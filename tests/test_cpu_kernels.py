@@ -312,7 +312,8 @@ def module_of(tmp_path_factory):
 
     def build(width):
         folder = tmp_path_factory.mktemp(f"width{width}")
-        (name,) = compiled.compiled_module("cpu").instruction_sets[:1]
+        sets = compiled.compiled_module("cpu").instruction_sets
+        name = next(x for x in sets if x != "avx512_bf16")  # which not every compiler has
         instructions = ["-mavx2", "-mfma", "-mf16c"] if name != "baseline" else []
         extension = Path(compiled.compiled_module("cpu").__file__).name
         kernels = [f"-DFSP_VARIANT={name}", f"-DFSP_VECTOR_BYTES={width}", *instructions]

@@ -91,7 +91,9 @@ def check(student, teacher, **options):
     tensors = flatten(student, teacher)
     loss = fsp.fsp_loss(student, teacher, channel_dim=1, **options)
     gradients = torch.autograd.grad(loss, tensors)
-    oracle(student, teacher, **options).check(loss, gradients)
+    planned = {name: value for name, value in options.items() if name != "weights"}
+    plan = fsp.explain(student, teacher, channel_dim=1, **planned)
+    oracle(student, teacher, **options).check(loss, gradients, plan)
     for x, gradient in zip(tensors, gradients, strict=True):
         assert gradient.dtype == x.dtype
         assert gradient.stride() == torch.empty_like(x).stride()

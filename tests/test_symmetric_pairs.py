@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layouts import LAYOUTS
 from products import Products
-from tolerances import RESIDUAL_EPS, TOLERANCES, assert_close, flatten, oracle, residual_terms
+from tolerances import (
+    RESIDUAL_EPS,
+    TOLERANCES,
+    assert_close,
+    flatten,
+    oracle,
+    residual_terms,
+    row_of,
+)
 from torch.autograd import gradcheck
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
@@ -65,7 +73,8 @@ def check(student, teacher, weights=None, **options):
         for pair, x in zip(student, teacher, strict=True)
     ]
     exact = oracle(student, entries, weights, **options)
-    assert_close(loss, exact.loss, exact.loss_scale)
+    row = row_of(fsp.explain(student, teacher, channel_dim=1, **options))
+    assert_close(loss, exact.loss, exact.loss_scale, row)
     places = [id(x) for x in flatten(student, teacher)]
     for x, gradient in zip(tensors, gradients, strict=True):
         mine = [i for i, place in enumerate(places) if place == id(x)]
@@ -74,7 +83,7 @@ def check(student, teacher, weights=None, **options):
         if expected.shape != x.shape:  # a matrix for all samples
             expected, scale = expected.sum(0, keepdim=True), scale * len(expected)
         assert gradient.dtype == x.dtype
-        assert_close(gradient, expected, scale)
+        assert_close(gradient, expected, scale, row)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -77,9 +77,11 @@ std::vector<Variant> variants() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")) {
+#ifdef FSP_AVX512_BF16
     if (__builtin_cpu_supports("avx512bf16")) {
       found.push_back({"avx512_bf16", avx512_bf16::evaluate});
     }
+#endif
     found.push_back({"avx512", avx512::evaluate});
   }
   if (avx2) found.push_back({"avx2", avx2::evaluate});
