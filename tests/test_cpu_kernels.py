@@ -100,6 +100,13 @@ def test_both_networks_may_have_any_layout(layouts, teacher):
     check(*students[:2], *teachers[2:])
 
 
+@pytest.mark.parametrize("layouts", list(itertools.permutations(LAYOUTS, 2)), ids="-".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_both_maps_may_have_any_layout(layouts, dtype):
+    first, second = (pair_of(m=9, n=20, layout=x, dtypes=(dtype,) * 4) for x in layouts)
+    check(first[0], second[1], first[2], second[3])
+
+
 @pytest.mark.parametrize(
     "dtypes",
     list(itertools.product((torch.float32, torch.bfloat16, torch.float16), repeat=2)),

@@ -234,8 +234,8 @@ bool is_ready(const Operand& x, int64_t length) {
 
 template <class T>
 Left<T> in_place(const View& x) {
-  constexpr int elements = kElements<T>;
-  return {reinterpret_cast<const T*>(x.data), x.row / elements, larger(x.column / elements, 1)};
+  const int64_t step = kElements<T> == 1 ? x.column : 1;
+  return {reinterpret_cast<const T*>(x.data), x.row / kElements<T>, step};
 }
 
 // Bytes of copied operands: a block of the left one stays in the second-level cache while the
