@@ -68,7 +68,7 @@ GRAM_FLOP_COST = 2.6
 GRAM_BLOCK_BYTES = 1 << 20  # of maps that are widened to fp64 at a time; they stay in cache
 CPU_GRAM_FLOP_COST = 1.8  # the same cost for the kernels of the CPU backend
 CPU_OPERAND_BYTES = 2 << 20  # of operands that a thread of the CPU backend copies at a time
-CPU_PANEL = 32  # channels that it pools at a time
+CPU_PANEL = 32  # the most channels that it pools at a time
 GPU_TILE_CHANNELS = 128  # of a tile of a residual on a GPU
 GPU_GRAM_POSITIONS = 64  # the most for which Gram blocks stay on chip on a GPU
 # Programs that fill a large GPU (two for each of about 130 multiprocessors). With fewer tiles the

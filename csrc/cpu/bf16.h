@@ -56,11 +56,12 @@ inline const TwoBf16* read_twos_along(const Operand& x, int64_t i, int64_t j, in
   return buffer;
 }
 
-inline void interleave(const uint16_t* first, const uint16_t* second, int64_t count,
+// `both`: else the second row is missing, and zeros stand for it.
+inline void interleave(const uint16_t* first, const uint16_t* second, bool both, int64_t count,
                        TwoBf16* to) {
   for (int64_t k = 0; k < count; k += kBf16Lanes) {
     const __mmask16 mask = mask_of(count - k);
-    const __m512i upper = _mm512_slli_epi32(bits_of(second + k, mask), 16);
+    const __m512i upper = _mm512_slli_epi32(bits_of(second + k, both ? mask : 0), 16);
     _mm512_mask_storeu_epi32(to + k, mask, _mm512_or_si512(bits_of(first + k, mask), upper));
   }
 }
@@ -79,20 +80,18 @@ __attribute__((noinline)) inline const TwoBf16* read_any_twos_across(const Opera
     rows[r] = bf16_row(x.view, i + r, j, count, copies[r]);
     if (x.sign != 0) others[r] = bf16_row(x.other, i + r, j, count, copies[2 + r]);
   }
+  if (x.sign == 0) {
+    interleave(rows[0], rows[1], both, count, buffer);
+    return buffer;
+  }
   const __m512i order = _mm512_loadu_si512(kInterleaved);
   for (int64_t k = 0; k < count; k += kBf16Lanes) {
     const __mmask16 mask = mask_of(count - k), second = both ? mask : 0;
-    const __m512i first_bits = bits_of(rows[0] + k, mask);
-    const __m512i second_bits = bits_of(rows[1] + k, second);
-    __m512i twos;
-    if (x.sign == 0) {
-      twos = _mm512_or_si512(first_bits, _mm512_slli_epi32(second_bits, 16));
-    } else {
-      const __m512 upper = combined(second_bits, bits_of(others[1] + k, second), x.sign);
-      const __m512 lower = combined(first_bits, bits_of(others[0] + k, mask), x.sign);
-      twos = _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(upper, lower));
-    }
-    _mm512_mask_storeu_epi32(buffer + k, mask, twos);
+    const __m512 upper =
+        combined(bits_of(rows[1] + k, second), bits_of(others[1] + k, second), x.sign);
+    const __m512 lower = combined(bits_of(rows[0] + k, mask), bits_of(others[0] + k, mask), x.sign);
+    const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(upper, lower);
+    _mm512_mask_storeu_epi32(buffer + k, mask, _mm512_permutexvar_epi16(order, rounded));
   }
   return buffer;
 }
@@ -103,7 +102,7 @@ inline const TwoBf16* read_twos_across(const Operand& x, int64_t i, int64_t j, i
     return read_any_twos_across(x, i, j, count, both, buffer);
   }
   const uint16_t* row = x.view.at<uint16_t>(i, j);
-  interleave(row, row + x.view.row, count, buffer);
+  interleave(row, row + x.view.row, true, count, buffer);
   return buffer;
 }
 

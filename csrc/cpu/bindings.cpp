@@ -245,8 +245,9 @@ PYBIND11_MODULE(_cpu, module) {
       .value("matrix", Form::matrix)
       .value("gram", Form::gram);
   py::class_<Pair>(module, "Pair", py::module_local())
-      .def(py::init(&pair), py::kw_only(), "maps"_a, "gradients"_a, "poolings"_a, "batch"_a, "channels"_a,
-           "positions"_a, "residual"_a, "norm"_a, "form"_a, "symmetric"_a, "bf16_products"_a);
+      .def(py::init(&pair), py::kw_only(), "maps"_a, "gradients"_a, "poolings"_a, "batch"_a,
+           "channels"_a, "positions"_a, "residual"_a, "norm"_a, "form"_a, "symmetric"_a,
+           "bf16_products"_a);
   py::class_<Loss>(module, "Loss", py::module_local())
       .def(py::init<std::vector<Pair>, const std::string&>(), "pairs"_a, "instructions"_a)
       .def("__call__", &Loss::operator(), "addresses"_a, "factors"_a, "threads"_a,

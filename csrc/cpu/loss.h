@@ -58,8 +58,8 @@ void residual(const Pair& pair, const View* maps, float* out, int64_t stride,
     accumulate<T>({m, n, teacher, 1, {only(c)}, {only(d)}, -1.0f / teacher}, out, stride, true,
                   scratch);
   } else if (pair.symmetric) {  // with X = (a - c) (a + c)^T / 2: a a^T - c c^T = X + X^T
-    accumulate<T>({m, n, student, 1, {difference(a, c)}, {sum(b, d)}, scale / 2}, out, stride, false,
-               scratch);
+    accumulate<T>({m, n, student, 1, {difference(a, c)}, {sum(b, d)}, scale / 2}, out, stride,
+                  false, scratch);
     add_transpose(out, m, stride);
   } else if (pair.residual == Residual::direct) {
     accumulate<T>({m, n, student, 2, {only(a), only(c)}, {only(b), only(d)}, scale, true}, out,

@@ -1,5 +1,5 @@
-// Adaptive pooling of a map of one sample, and its gradient. Windows, ties and NaN are treated as by
-// PyTorch. A panel of channels is pooled at a time, in vectors: (positions, kColumns) of fp32.
+// Adaptive pooling of a map of one sample, and its gradient. Windows, ties and NaN are treated as
+// by PyTorch. A panel of channels is pooled at a time, in vectors: (positions, kColumns) of fp32.
 #pragma once
 
 #include "product.h"
@@ -45,12 +45,13 @@ inline Windows windows_of(const Pooling& pooling, Scratch& scratch) {
 }
 
 inline Places places_of(int32_t position) { return Places{} + position; }
-inline float* at(float* panel, int64_t position, int vector) {
+template <class Float>
+Float* at(Float* panel, int64_t position, int vector) {
   return panel + position * kPanel + vector * kLanes<float>;
 }
 
 // Averages of a panel.
-inline void average(float* panel, const Windows& windows, float* pooled) {
+inline void average(const float* panel, const Windows& windows, float* pooled) {
   for (int64_t o = 0; o < windows.pooled; ++o) {
     const int32_t first = windows.starts[o], end = windows.starts[o + 1];
     for (int v = 0; v < kColumnVectors; ++v) {
@@ -62,7 +63,7 @@ inline void average(float* panel, const Windows& windows, float* pooled) {
 }
 
 // Maxima of a panel and their places.
-inline void maximum(float* panel, const Windows& windows, float* pooled, Places* places) {
+inline void maximum(const float* panel, const Windows& windows, float* pooled, Places* places) {
   for (int64_t o = 0; o < windows.pooled; ++o) {
     const int32_t first = windows.starts[o], end = windows.starts[o + 1];
     for (int v = 0; v < kColumnVectors; ++v) {
@@ -82,7 +83,7 @@ inline void maximum(float* panel, const Windows& windows, float* pooled, Places*
 }
 
 // Add the gradient of a pooled panel to that of the panel. Without `places`, of averages.
-inline void add_unpooled(float* pooled, const Windows& windows, const Places* places,
+inline void add_unpooled(const float* pooled, const Windows& windows, const Places* places,
                          float* panel) {
   for (int64_t o = 0; o < windows.pooled; ++o) {
     const int32_t first = windows.starts[o], end = windows.starts[o + 1];

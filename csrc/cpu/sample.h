@@ -1,5 +1,5 @@
-// One sample of a pair as a pair of its own: the positions that count are all positions, and maps are
-// pooled.
+// One sample of a pair as a pair of its own: the positions that count are all positions, and maps
+// are pooled.
 #pragma once
 
 #include "mask.h"
@@ -39,8 +39,8 @@ struct Sample {
     }
   }
 
-  // Write the gradients of pooled maps. Move the others to their places, and fill the positions that
-  // do not count with zeros.
+  // Write the gradients of pooled maps. Move the others to their places, and fill the positions
+  // that do not count with zeros.
   void finish_gradients(const Pair& whole, int64_t sample, Scratch& scratch) const {
     for (int own = 0; own < 4; ++own) {
       const Tensor& gradient = whole.gradients[own];

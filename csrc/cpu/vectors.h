@@ -44,37 +44,29 @@ struct VectorOf<TwoBf16> {
 template <class T>
 using Vector = typename VectorOf<T>::Type;
 
-// What products of T are summed in.
+// What is multiplied as T: what its products are summed in, what elements are read as before they
+// are copied as T, and the elements of a map in one T.
 template <class T>
-struct SumOf {
-  using Type = T;
+struct Multiplied {
+  using Sum = T;
+  using Source = float;
+  static constexpr int elements = 1;
 };
 template <>
-struct SumOf<TwoBf16> {
-  using Type = float;
+struct Multiplied<TwoBf16> {
+  using Sum = float;
+  using Source = TwoBf16;
+  static constexpr int elements = 2;
 };
 template <class T>
-using Sum = typename SumOf<T>::Type;
-
-// What elements are read as before they are copied as T.
+using Sum = typename Multiplied<T>::Sum;
 template <class T>
-struct SourceOf {
-  using Type = float;
-};
-template <>
-struct SourceOf<TwoBf16> {
-  using Type = TwoBf16;
-};
+using Source = typename Multiplied<T>::Source;
 template <class T>
-using Source = typename SourceOf<T>::Type;
+constexpr int kElements = Multiplied<T>::elements;
 
 template <class T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
-// Elements of a map in one T.
-template <class T>
-constexpr int kElements = 1;
-template <>
-constexpr int kElements<TwoBf16> = 2;
 // Columns of a tile, and of a panel of the right operand.
 template <class T>
 constexpr int kColumns = kColumnVectors * kLanes<T>;
