@@ -1,5 +1,6 @@
 // Adaptive pooling of a map of one sample, and its gradient. Windows, ties and NaN are treated as
-// by PyTorch. A panel of channels is pooled at a time, in vectors: (positions, kColumns) of fp32.
+// by PyTorch. Vectors of channels are pooled: all of them where they adjoin in memory, else a panel
+// of kPanel at a time.
 #pragma once
 
 #include "product.h"
@@ -45,55 +46,74 @@ inline Windows windows_of(const Pooling& pooling, Scratch& scratch) {
 }
 
 inline Places places_of(int32_t position) { return Places{} + position; }
-template <class Float>
-Float* at(Float* panel, int64_t position, int vector) {
-  return panel + position * kPanel + vector * kLanes<float>;
+
+// Vectors of channels of all positions. `stride`: from position to position, in elements.
+template <class Element>
+struct Panel {
+  Element* data;
+  int64_t stride, vectors;
+
+  Element* at(int64_t position, int64_t vector) const {
+    return data + position * stride + vector * kLanes<float>;
+  }
+};
+
+using Bf16s = uint16_t __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+
+inline Vector<float> load_wide(const float* from) { return load(from); }
+inline Vector<float> load_wide(const uint16_t* from) {  // of bf16
+  const Bf16s bits = *reinterpret_cast<const Bf16s*>(from);
+  return (Vector<float>)(__builtin_convertvector(bits, Vector<TwoBf16>) << 16);
 }
 
-// Averages of a panel.
-inline void average(const float* panel, const Windows& windows, float* pooled) {
+// Averages of a panel, of fp32 or bf16.
+template <class Element>
+void average(Panel<const Element> panel, const Windows& windows, Panel<float> pooled) {
   for (int64_t o = 0; o < windows.pooled; ++o) {
     const int32_t first = windows.starts[o], end = windows.starts[o + 1];
-    for (int v = 0; v < kColumnVectors; ++v) {
+    for (int64_t v = 0; v < panel.vectors; ++v) {
       Vector<float> total = {};
-      for (int32_t e = first; e < end; ++e) total += load(at(panel, windows.members[e], v));
-      store(at(pooled, o, v), total / static_cast<float>(end - first));
+      for (int32_t e = first; e < end; ++e) total += load_wide(panel.at(windows.members[e], v));
+      store(pooled.at(o, v), total / static_cast<float>(end - first));
     }
   }
 }
 
-// Maxima of a panel and their places.
-inline void maximum(const float* panel, const Windows& windows, float* pooled, Places* places) {
+// Maxima of a panel and their places, which lie as the maxima do.
+template <class Element>
+void maximum(Panel<const Element> panel, const Windows& windows, Panel<float> pooled,
+             Places* places) {
   for (int64_t o = 0; o < windows.pooled; ++o) {
     const int32_t first = windows.starts[o], end = windows.starts[o + 1];
-    for (int v = 0; v < kColumnVectors; ++v) {
-      Vector<float> best = load(at(panel, windows.members[first], v));
+    for (int64_t v = 0; v < panel.vectors; ++v) {
+      Vector<float> best = load_wide(panel.at(windows.members[first], v));
       Places place = places_of(windows.members[first]);
       for (int32_t e = first + 1; e < end; ++e) {
         const int32_t position = windows.members[e];
-        const Vector<float> x = load(at(panel, position, v));
+        const Vector<float> x = load_wide(panel.at(position, v));
         const Places takes = (x > best) | (x != x);
         best = takes ? x : best;
         place = takes ? places_of(position) : place;
       }
-      store(at(pooled, o, v), best);
-      places[o * kColumnVectors + v] = place;
+      store(pooled.at(o, v), best);
+      places[o * pooled.stride / kLanes<float> + v] = place;
     }
   }
 }
 
 // Add the gradient of a pooled panel to that of the panel. Without `places`, of averages.
-inline void add_unpooled(const float* pooled, const Windows& windows, const Places* places,
-                         float* panel) {
+inline void add_unpooled(Panel<const float> pooled, const Windows& windows, const Places* places,
+                         Panel<float> panel) {
   for (int64_t o = 0; o < windows.pooled; ++o) {
     const int32_t first = windows.starts[o], end = windows.starts[o + 1];
-    for (int v = 0; v < kColumnVectors; ++v) {
-      const Vector<float> gradient = load(at(pooled, o, v)), zero = {};
+    for (int64_t v = 0; v < panel.vectors; ++v) {
+      const Vector<float> gradient = load(pooled.at(o, v)), zero = {};
       for (int32_t e = first; e < end; ++e) {
         const int32_t position = windows.members[e];
-        float* to = at(panel, position, v);
+        float* to = panel.at(position, v);
         if (places) {
-          const Places is_here = places[o * kColumnVectors + v] == places_of(position);
+          const Places place = places[o * pooled.stride / kLanes<float> + v];
+          const Places is_here = place == places_of(position);
           store(to, load(to) + (is_here ? gradient : zero));
         } else {
           store(to, load(to) + gradient / static_cast<float>(end - first));
@@ -116,30 +136,41 @@ inline Pooled pooled_map(const Tensor& x, int64_t channels, const Pooling& pooli
   Pooled result{windows_of(pooling, scratch), {}, {}, nullptr};
   const Windows& windows = result.windows;
   const int64_t stride = round_up(channels, kPanel), size = windows.pooled * stride;
-  // Maxima of bf16 are bf16.
-  const Scalar scalar =
-      x.scalar == Scalar::bf16 && !pooling.average ? Scalar::bf16 : Scalar::fp32;
-  char* out = reinterpret_cast<char*>(take<float>(scratch, size));
-  float* panel = take<float>(scratch, windows.positions * kPanel);
-  float* pooled = take<float>(scratch, windows.pooled * kPanel);
-  result.map = {out, 0, 1, stride, scalar};
+  float* out = take<float>(scratch, size);
+  result.map = {reinterpret_cast<char*>(out), 0, 1, stride, Scalar::fp32};
   if (!pooling.average) result.places = take<Places>(scratch, size / kLanes<float>);
   if (wants_gradient) {
     char* gradient = reinterpret_cast<char*>(take<float>(scratch, size));
     result.gradient = {gradient, 0, 1, stride, Scalar::fp32};
   }
-  const Operand rows = only(View{x.address, x.column, x.row, x.scalar});
-  for (int64_t c = 0; c < channels; c += kPanel) {
-    copy_panels(rows.from(0, c), windows.positions, smaller(kPanel, channels - c), panel);
+  const View rows{x.address, x.column, x.row, x.scalar};
+  const auto pool = [&](auto panel, int64_t c) {
+    const Panel<float> pooled{out + c, stride, panel.vectors};
     if (pooling.average) {
       average(panel, windows, pooled);
     } else {
-      Places* places = result.places + c / kLanes<float> * windows.pooled;
-      maximum(panel, windows, pooled, places);
+      maximum(panel, windows, pooled, result.places + c / kLanes<float>);
     }
-    for (int64_t o = 0; o < windows.pooled; ++o) {
-      write(out + (o * stride + c) * size_of(scalar), scalar, 1, kPanel, pooled + o * kPanel);
+  };
+  if (rows.column == 1 && x.scalar != Scalar::fp16 && channels % kLanes<float> == 0) {
+    const int64_t vectors = channels / kLanes<float>;
+    if (x.scalar == Scalar::fp32) {
+      pool(Panel<const float>{rows.at<float>(0, 0), rows.row, vectors}, 0);
+    } else {
+      pool(Panel<const uint16_t>{rows.at<uint16_t>(0, 0), rows.row, vectors}, 0);
     }
+  } else {
+    float* panel = take<float>(scratch, windows.positions * kPanel);
+    for (int64_t c = 0; c < channels; c += kPanel) {
+      const int64_t count = smaller(kPanel, channels - c);
+      copy_panels(only(rows.from(0, c)), windows.positions, count, panel);
+      pool(Panel<const float>{panel, kPanel, kColumnVectors}, c);
+    }
+  }
+  if (x.scalar == Scalar::bf16 && !pooling.average) {  // maxima of bf16 are bf16
+    char* rounded = reinterpret_cast<char*>(take<uint16_t>(scratch, size));
+    write(rounded, Scalar::bf16, 1, size, out);
+    result.map = {rounded, 0, 1, stride, Scalar::bf16};
   }
   return result;
 }
@@ -182,16 +213,25 @@ inline void write_panel(const float* panel, int64_t positions, int64_t channels,
 inline void unpool(const Pooled& x, const Tensor& out, int64_t channels, Scratch& scratch) {
   const Windows& windows = x.windows;
   const int64_t stride = x.gradient.column;
-  const float* gradient = reinterpret_cast<const float*>(x.gradient.address);
+  const auto add = [&](Panel<float> panel, int64_t c) {
+    const float* pooled = reinterpret_cast<const float*>(x.gradient.address) + c;
+    const Places* places = x.places ? x.places + c / kLanes<float> : nullptr;
+    add_unpooled({pooled, stride, panel.vectors}, windows, places, panel);
+  };
+  const View rows{out.address, out.column, out.row, out.scalar};
+  if (rows.is_fp32_row() && channels % kLanes<float> == 0) {
+    const Panel<float> panel{reinterpret_cast<float*>(out.address), out.column,
+                             channels / kLanes<float>};
+    for (int64_t p = 0; p < windows.positions; ++p) {
+      memset(panel.at(p, 0), 0, channels * sizeof(float));
+    }
+    add(panel, 0);
+    return;
+  }
   float* panel = take<float>(scratch, windows.positions * kPanel);
-  float* pooled = take<float>(scratch, windows.pooled * kPanel);
   for (int64_t c = 0; c < channels; c += kPanel) {
     memset(panel, 0, windows.positions * kPanel * sizeof(float));
-    for (int64_t o = 0; o < windows.pooled; ++o) {
-      memcpy(pooled + o * kPanel, gradient + o * stride + c, kPanel * sizeof(float));
-    }
-    const Places* places = x.places ? x.places + c / kLanes<float> * windows.pooled : nullptr;
-    add_unpooled(pooled, windows, places, panel);
+    add({panel, kPanel, kColumnVectors}, c);
     write_panel(panel, windows.positions, smaller(kPanel, channels - c), out, c);
   }
 }
