@@ -14,6 +14,7 @@ import torch
 import fsp_kernels
 from benchmarks import memory
 from fsp_kernels._machine import cores, cpu_model, installed
+from fsp_kernels.backends.compiled import compiled_module
 
 ROOT = Path(__file__).resolve().parents[1]
 # Names of nvidia-smi's facts, and ours.
@@ -32,6 +33,12 @@ def blas() -> str:
     name = re.search(r"BLAS_INFO=(\w+)", config)
     version = re.search(r"Math Kernel Library Version (\S+)", config)
     return " ".join(x[1] for x in (name, version) if x) or "unknown"
+
+
+def cpu_kernels() -> str:
+    """The instruction set that our kernels use on this processor, or why there are none."""
+    found = compiled_module("cpu")
+    return found if isinstance(found, str) else next(iter(found.instruction_sets), "none")
 
 
 def output_of(*command: str) -> str:
@@ -72,6 +79,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         **({} if device == "cpu" else gpu()),
         "cpu": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_kernels": cpu_kernels(),
         "cores": cores(),
         "system": platform.system(),
         "python": platform.python_version(),

@@ -3,8 +3,10 @@
 import json
 import platform
 import re
+from types import SimpleNamespace
 
 import fake_gpu
+import pytest
 import torch
 
 from benchmarks import environment
@@ -17,6 +19,20 @@ def test_the_machine_is_described_without_its_name():
     assert platform.node() not in json.dumps(described).split('"')
     assert all(described.values())
     assert re.fullmatch(r"cpu-[a-z0-9-]+-cores", environment.device_slug())
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (SimpleNamespace(instruction_sets=["avx512", "avx2"]), "avx512"),
+        (SimpleNamespace(instruction_sets=[]), "none"),
+        ("its extension _cpu was not built", "its extension _cpu was not built"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_the_instruction_set_of_our_kernels_is_recorded(monkeypatch, module, said):
+    monkeypatch.setattr(environment, "compiled_module", lambda name: {"cpu": module}[name])
+    assert environment.machine()["cpu_kernels"] == said
 
 
 def test_the_commit_is_known_or_said_not_to_be():
