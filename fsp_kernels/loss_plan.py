@@ -196,10 +196,11 @@ class Limits(NamedTuple):
     other flops.
 
     ``exact_halves``: products of half-precision maps are exact, while their differences would be
-    rounded. ``bf16_products``: the operands of every product are bf16. ``bf16_slopes``: tiles are
-    stored in bf16 if the maps are bf16. ``blas_gradients``: BLAS has fast kernels for the products
-    of such tiles and these maps. Pairs whose ``kernels`` of their evaluation are equal share a
-    launch, at most ``launch_pairs`` pairs or ``launch_products`` gradients at a time.
+    rounded. ``bf16_forms``: the forms in which the operands of every product are bf16.
+    ``bf16_slopes``: tiles are stored in bf16 if the maps are bf16. ``blas_gradients``: BLAS has
+    fast kernels for the products of such tiles and these maps. Pairs whose ``kernels`` of their
+    evaluation are equal share a launch, at most ``launch_pairs`` pairs or ``launch_products``
+    gradients at a time.
     """
 
     evaluations: tuple[Evaluation, ...] = ("chunks",)
@@ -208,7 +209,7 @@ class Limits(NamedTuple):
     gram_positions: int | None = None
     gram_flop_cost: float = 1.0
     exact_halves: bool = False
-    bf16_products: bool = False
+    bf16_forms: tuple[Form, ...] = ()
     bf16_slopes: bool = False
     blas_gradients: bool = False
     kernels: Mapping[Evaluation, Hashable] = MappingProxyType({})
@@ -234,8 +235,9 @@ class PairPlan:
     while the launches of the pair's group run, ``pooled_bytes`` for the whole call. A ``symmetric``
     pair is a map with itself, in each network that has maps. Its second maps want no gradient: it
     is part of the first ones'. With ``bf16_products`` the operands of every product are bf16:
-    residuals and Gram blocks are rounded for the gradients, as are differences of maps. Threads of
-    a CPU that evaluate samples keep their scratch memory from call to call.
+    residuals and Gram blocks are rounded for the gradients, as are differences of maps. Scratch
+    memory of BLAS is not counted. Threads of a CPU that evaluate samples keep theirs from call to
+    call.
     """
 
     batch: int

@@ -65,6 +65,7 @@ DIFFERENCES_WHOLE, DIFFERENCES_BLOCK = 16 << 20, 4 << 20
 # The cost of a flop of a Gram block on a CPU, relative to other products: blocks are fp64 and their
 # products small.
 GRAM_FLOP_COST = 2.6
+BF16_GRAM_FLOP_COST = 5.2  # the same beside products of bf16
 GRAM_BLOCK_BYTES = 1 << 20  # of maps that are widened to fp64 at a time; they stay in cache
 CPU_GRAM_FLOP_COST = 1.8  # the same cost for the kernels of the CPU backend
 CPU_OPERAND_BYTES = 2 << 20  # of operands that a thread of the CPU backend copies at a time
@@ -216,13 +217,15 @@ def _pair_plans(
     halves = all(dtype in HALF for dtype in multiplied_dtypes(student_maps, teacher_maps))
     halved = symmetric and backend.transposes
     # One product of rounded differences takes half the time of two exact ones.
-    exact = halves and limits.exact_halves and not (halved and limits.bf16_products)
+    exact = halves and limits.exact_halves and not (halved and limits.bf16_forms)
     flops = _flops(student_maps, teacher_maps, norm, exact, halved)
     for form in _forms(flops, m, n, student_maps[0].positions, limits, halved):
         residual = _residual(form, student_maps, teacher_maps, exact)
+        bf16 = form in limits.bf16_forms
         if "chunks" in limits.evaluations:
             how = form, residual, norm, symmetric
-            evaluations = _chunked_evaluations(maps, *how, device.type, compute_dtype)
+            dtype = torch.bfloat16 if bf16 else compute_dtype
+            evaluations = _chunked_evaluations(maps, *how, device.type, dtype)
         elif "samples" in limits.evaluations:
             evaluations = iter([_by_samples(m, n, maps, form, symmetric)])
         else:
@@ -246,7 +249,7 @@ def _pair_plans(
                 scratch_bytes=found.scratch_bytes,
                 pooled_bytes=found.pooled_bytes,
                 symmetric=symmetric,
-                bf16_products=limits.bf16_products,
+                bf16_products=bf16,
             )
             yield plan, limits
 
@@ -260,13 +263,13 @@ def _residual(
     """
     if len(teacher) == 1:
         return "ready"
-    if not _can_be_subtracted(student, teacher):
+    if not can_be_subtracted(student, teacher):
         return "apart"
     # The Gram form needs differences: without them its terms cancel.
     return "direct" if exact_products and form == "matrix" else "difference"
 
 
-def _can_be_subtracted(student: Sequence[MapPlan], teacher: Sequence[MapPlan]) -> bool:
+def can_be_subtracted(student: Sequence[MapPlan], teacher: Sequence[MapPlan]) -> bool:
     """Whether there are maps of both networks, and the same number of their positions counts."""
     s, t = student[0], teacher[0]
     return len(teacher) == 2 and (s.positions, s.mask) == (t.positions, t.mask)
@@ -318,7 +321,10 @@ def _chunked_evaluations(
 
     def workspace(block: int) -> int:
         """Bytes for each sample, if so many positions are subtracted at a time."""
-        beside = max(column * block if no_place else 0, transposed)  # one after the other
+        subtracting = column * block if no_place else 0
+        if no_place and block < k and compute_dtype == torch.bfloat16:
+            subtracting += FP32_BYTES * m * n  # the sum of the blocks' products
+        beside = max(subtracting, transposed)  # one after the other
         return (
             blocks
             + beside
@@ -570,7 +576,7 @@ def _flops(
     one_product = halved and _residual("matrix", student, teacher, exact_products) == "difference"
     flops: dict[Form, int] = {"matrix": _matrix_flops(m, n, student, teacher, one_product)}
     # The Gram form does not have the columns of D.
-    if _can_be_subtracted(student, teacher) and norm != "column":
+    if can_be_subtracted(student, teacher) and norm != "column":
         flops["gram"] = _gram_flops(m, n, k, (*student, *teacher), halved)
     return flops
 

@@ -294,7 +294,7 @@ def test_as_much_memory_is_held_as_the_plan_says(shape, teacher, norm, wanted, d
 
 
 def test_half_precision_maps_are_widened_once():
-    student, teacher = call_of("maps", (4, 64, 30, 30), dtype=torch.bfloat16)
+    student, teacher = call_of("maps", (4, 64, 30, 30), dtype=torch.float16)
     for x in flatten(student, teacher):
         x.requires_grad_(False)
     peak, plan = peak_of(student, teacher)

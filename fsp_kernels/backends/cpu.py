@@ -27,7 +27,7 @@ from fsp_kernels.backends.tensors import (
     tensors_at,
 )
 from fsp_kernels.backends.torch_backend import TorchBackend, pair_loss
-from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan, PairPlan
+from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan, PairPlan, multiplied_dtypes
 from fsp_kernels.plan import CPU_GRAM_FLOP_COST
 
 MOST_PREPARED = 4096  # prepared losses that are kept; at the limit all are dropped
@@ -61,9 +61,11 @@ class CpuBackend(TorchBackend):
     ) -> Limits:
         if len(teacher) == 1:
             return super().limits(device, student, teacher, precision)
-        bf16 = {m.multiplied_dtype for m in (*student, *teacher)} == {torch.bfloat16}
+        bf16 = set(multiplied_dtypes(student, teacher)) == {torch.bfloat16}
         if bf16 and _multiplies_bf16():
-            return Limits(evaluations=("samples",), exact_halves=True, bf16_products=True)
+            return Limits(
+                evaluations=("samples",), exact_halves=True, bf16_forms=("matrix", "gram")
+            )
         return Limits(evaluations=("samples",), gram_flop_cost=CPU_GRAM_FLOP_COST)
 
     def loss(

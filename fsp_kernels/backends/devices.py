@@ -93,3 +93,13 @@ def cached_constant(function: Callable[..., Any]) -> Any:
 
     call.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
     return call
+
+
+@cached_constant
+def multiplies_bf16() -> bool:
+    """Whether PyTorch multiplies bf16 on this CPU by instructions for it, as of AVX512-BF16."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if hasattr(torch.cpu, "get_capabilities"):
+        return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    return torch.cpu._is_avx512_bf16_supported()  # before PyTorch had the function above

@@ -9,18 +9,28 @@ final memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from fsp_kernels.backends.devices import multiplies_bf16
 from fsp_kernels.backends.tensors import counts, elements_of
-from fsp_kernels.loss_plan import Limits, LossPlan, MapPlan, PairPlan, Scaling
+from fsp_kernels.loss_plan import (
+    Limits,
+    LossPlan,
+    MapPlan,
+    PairPlan,
+    Scaling,
+    multiplied_dtypes,
+)
 from fsp_kernels.plan import (
+    BF16_GRAM_FLOP_COST,
     GPU_GRAM_POSITIONS,
     GPU_TILE_CHANNELS,
     GRAM_FLOP_COST,
     accumulation_dtype,
+    can_be_subtracted,
     difference_block,
     gram_channels,
     gram_dtype,
@@ -53,13 +63,17 @@ class TorchBackend:
     def limits(
         self,
         device: torch.device,
-        student: Sequence[MapPlan],  # noqa: ARG002
-        teacher: Sequence[MapPlan],  # noqa: ARG002
+        student: Sequence[MapPlan],
+        teacher: Sequence[MapPlan],
         precision: str,  # noqa: ARG002
     ) -> Limits:
         # On tensor cores products of half-precision maps are exact, while their differences would
         # be rounded. On a CPU maps are widened first, so differences are exact, too, and better.
+        # Where the processor multiplies bf16, differences of bf16 maps are rounded to it instead.
         if device.type == "cpu":
+            bf16 = set(multiplied_dtypes(student, teacher)) == {torch.bfloat16}
+            if bf16 and can_be_subtracted(student, teacher) and multiplies_bf16():
+                return Limits(gram_flop_cost=BF16_GRAM_FLOP_COST, bf16_forms=("matrix",))
             return Limits(gram_flop_cost=GRAM_FLOP_COST)
         return Limits(
             one_pass=GPU_TILE_CHANNELS, gram_positions=GPU_GRAM_POSITIONS, exact_halves=True
@@ -158,10 +172,13 @@ def _chunk_loss(
     """``factor`` times the loss of a chunk, summed over its samples; fills its gradients."""
     # The second maps of a symmetric pair are the first ones.
     places = [i - i % 2 if pair.symmetric else i for i in range(len(maps))]
+    # The kernels for a CPU leave samples to PyTorch that are planned for them: these are widened.
+    bf16 = pair.bf16_products and pair.evaluation == "chunks"
+    dtype = torch.bfloat16 if bf16 else plan.compute_dtype
     rescales = [x.shape[1] / counts(x, plan.compute_dtype)[:, None, None] for x in masks]
     chunks = {}
     for i in dict.fromkeys(places):
-        chunks[i] = _Chunk(maps[i], gradients[i], pair.maps[i], plan)
+        chunks[i] = _Chunk(maps[i], gradients[i], pair.maps[i], dtype)
         place = pair.maps[i].mask
         if place is not None:
             chunks[i].hide(masks[place], rescales[place])
@@ -186,12 +203,12 @@ class _Chunk:
         x: Tensor,
         gradient: Tensor | None,
         map_plan: MapPlan,
-        plan: LossPlan,
+        dtype: torch.dtype,
     ):
         self._size, self._mode, self._indices = map_plan.pooled_size, map_plan.pool, None
         self._gradient = gradient
-        if x.dtype != plan.compute_dtype:
-            x = x.to(plan.compute_dtype)
+        if x.dtype != dtype:
+            x = x.to(dtype)
         if self._size is not None:
             x, self._indices = pool(x, self._size, self._mode, indexed=gradient is not None)
         self.flat = x.flatten(2)
@@ -233,14 +250,15 @@ def _matrix_sweep(
     Both come from the residual.
     """
     residual = _residual(chunks, pair)
+    wide = accumulation_dtype(residual.dtype)
     if pair.norm == "column":
-        column_norms = torch.linalg.vector_norm(residual, dim=1, keepdim=True)  # (s, 1, n)
+        column_norms = torch.linalg.vector_norm(residual, dim=1, keepdim=True, dtype=wide)
         loss = column_norms.sum()
         # As in PyTorch, the subgradient of a zero column is zero.
         slope = residual.div_(column_norms.masked_fill_(column_norms == 0, math.inf))
     else:
         # First the norm of each row: a single sum over all m n would lose two digits in fp32.
-        rows = torch.linalg.vector_norm(residual, dim=2).view(-1)
+        rows = torch.linalg.vector_norm(residual, dim=2, dtype=wide).view(-1)
         loss = torch.dot(rows, rows)
         slope = residual
     rescale = chunks[0].rescale
@@ -318,16 +336,15 @@ def _difference_by_blocks(
     It is used where the gradients' memory cannot hold the differences.
     """
     (a, b), (c, d) = student, teacher
-    positions = a.shape[2]
     p, q = torch.empty_like(a[..., :block]), torch.empty_like(b[..., :block])
-    for start in range(0, positions, block):
-        here = slice(start, start + block)
-        width = min(block, positions - start)
+
+    def multiply(here: slice, width: int, keep: bool) -> None:
         torch.sub(a[..., here], c[..., here], out=p[..., :width])
         torch.sub(b[..., here], d[..., here], out=q[..., :width])
-        bmm_into(out, p[..., :width], b[..., here].mT, scale, keep=start > 0)
+        bmm_into(out, p[..., :width], b[..., here].mT, scale, keep)
         bmm_into(out, c[..., here], q[..., :width].mT, scale, keep=True)
-    return out
+
+    return _sum_blocks(out, a.shape[2], block, multiply)
 
 
 def _half_of_difference(out: Tensor, a: Tensor, c: Tensor, scale: float) -> Tensor:
@@ -335,15 +352,32 @@ def _half_of_difference(out: Tensor, a: Tensor, c: Tensor, scale: float) -> Tens
 
     ``X + X^T = 2 scale (a a^T - c c^T)``.
     """
-    positions, block = a.shape[2], _difference_block(a, a)
+    block = _difference_block(a, a)
     p, total = (torch.empty_like(a[..., :block]) for _ in range(2))
-    for start in range(0, positions, block):
-        here = slice(start, start + block)
-        width = min(block, positions - start)
+
+    def multiply(here: slice, width: int, keep: bool) -> None:
         torch.sub(a[..., here], c[..., here], out=p[..., :width])
         torch.add(a[..., here], c[..., here], out=total[..., :width])
-        bmm_into(out, p[..., :width], total[..., :width].mT, scale, keep=start > 0)
-    return out
+        bmm_into(out, p[..., :width], total[..., :width].mT, scale, keep)
+
+    return _sum_blocks(out, a.shape[2], block, multiply)
+
+
+def _sum_blocks(
+    out: Tensor, positions: int, block: int, multiply: Callable[[slice, int, bool], None]
+) -> Tensor:
+    """Sum products over blocks of positions. ``multiply`` writes them to ``out`` or adds them.
+
+    The blocks of bf16 products are added in fp32.
+    """
+    rounds = block < positions and out.dtype == torch.bfloat16
+    total = out.new_zeros(out.shape, dtype=torch.float32) if rounds else None
+    for start in range(0, positions, block):
+        width = min(block, positions - start)
+        multiply(slice(start, start + block), width, start > 0 and total is None)
+        if total is not None:
+            total += out
+    return out if total is None else out.copy_(total)
 
 
 def _gram_sweep(
