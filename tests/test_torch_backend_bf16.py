@@ -58,6 +58,7 @@ def evaluate(maps, **options):
 
 def check(maps, **options):
     loss, gradients, plan = evaluate(maps, **options)
+    assert loss.dtype == torch.float32
     oracle([maps[:2]], [maps[2:]], **options).check(loss, gradients, plan)
     return plan.pairs[0]
 
