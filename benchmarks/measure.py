@@ -29,7 +29,10 @@ class NotRun(Exception):  # noqa: N818  (it is no error)
 
 @dataclass(frozen=True)
 class Rounds:
-    """The number of rounds: ``most``, or fewer if they take over ``seconds``, but ``least``."""
+    """The number of rounds: ``most``, or fewer if they take over ``seconds``, but ``least``.
+
+    If a single round takes over ``seconds``, a quarter of ``least`` is enough. 0: no limit.
+    """
 
     most: int
     least: int
@@ -37,6 +40,8 @@ class Rounds:
 
     def affordable(self, round_seconds: float) -> int:
         """The number of rounds there is time for."""
+        if 0 < self.seconds < round_seconds:
+            return math.ceil(self.least / 4)
         return max(self.least, min(self.most, math.floor(self.seconds / round_seconds)))
 
 
