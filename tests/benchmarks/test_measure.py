@@ -46,10 +46,15 @@ def test_the_order_is_the_same_in_every_run():
 
 
 @pytest.mark.parametrize(
-    ("round_seconds", "count"), [(0.1, 30), (0.5, 12), (1.0, 7), (100.0, 7), (1e-9, 30)]
+    ("round_seconds", "count"),
+    [(0.1, 30), (0.5, 12), (1.0, 7), (6.0, 7), (6.1, 2), (100.0, 2), (1e-9, 30)],
 )
 def test_rounds_are_as_many_as_there_is_time_for(round_seconds, count):
     assert Rounds(most=30, least=7, seconds=6.0).affordable(round_seconds) == count
+
+
+def test_rounds_that_are_asked_for_are_taken():
+    assert Rounds(most=9, least=9, seconds=0.0).affordable(round_seconds=100.0) == 9
 
 
 def test_a_first_round_tells_how_many_there_are(monkeypatch):
