@@ -69,7 +69,7 @@ BF16_GRAM_FLOP_COST = 5.2  # the same beside products of bf16
 GRAM_BLOCK_BYTES = 1 << 20  # of maps that are widened to fp64 at a time; they stay in cache
 CPU_GRAM_FLOP_COST = 1.8  # the same cost for the kernels of the CPU backend
 CPU_OPERAND_BYTES = 2 << 20  # of operands that a thread of the CPU backend copies at a time
-CPU_PANEL = 32  # the most channels that it pools at a time
+CPU_PANEL = 32  # channels that it copies at a time to pool them, if they do not adjoin
 GPU_TILE_CHANNELS = 128  # of a tile of a residual on a GPU
 GPU_GRAM_POSITIONS = 64  # the most for which Gram blocks stay on chip on a GPU
 # Programs that fill a large GPU (two for each of about 130 multiprocessors). With fewer tiles the
@@ -364,6 +364,8 @@ def _by_samples(
         if plan.pooled_size is not None:  # the map, its gradient, the places of maxima; two panels
             own += 3 * FP32_BYTES * plan.shape[1] * plan.positions
             own += 2 * FP32_BYTES * CPU_PANEL * math.prod(plan.shape[2:])
+            if plan.multiplied_dtype == torch.bfloat16:  # maxima are rounded to it
+                own += plan.multiplied_dtype.itemsize * plan.shape[1] * plan.positions
     passes = 1 if sample <= CHUNK_BYTES["cpu"] else 2
     masked = [plan for plan in (maps[::2] if symmetric else maps) if plan.mask is not None]
     own += sum(FP32_BYTES * (plan.shape[1] + 3) * plan.positions for plan in masked)

@@ -9,30 +9,22 @@ from products import Products
 from tolerances import oracle, relative_error
 
 import fsp_kernels as fsp
-from fsp_kernels import functional
 from fsp_kernels.backends import devices, torch_backend
 from fsp_kernels.backends.torch_backend import TorchBackend
-from fsp_kernels.plan import plan_loss
 
 BF16 = torch.bfloat16
 
 
-def forget_plans():
-    plan_loss.cache_clear()
-    functional._checked_plan.cache_clear()
-
-
 @pytest.fixture
-def multiplies_bf16(monkeypatch):
+def multiplies_bf16(monkeypatch, planner):
     """Choose what PyTorch says of the processor."""
 
     def choose(answer):
         monkeypatch.setattr(torch_backend, "multiplies_bf16", lambda: answer)
-        forget_plans()
+        planner()  # forget plans, also after the test
 
     choose(True)
-    yield choose
-    forget_plans()
+    return choose
 
 
 def randn(*shape, seed=0, dtype=BF16, layout="contiguous"):
