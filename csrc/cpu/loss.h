@@ -166,11 +166,11 @@ void gram_blocks(const Operand& x, const Operand& y, int64_t channels, int64_t p
     }
     for (int pair = 0; pair < 3; ++pair) {  // (x, x), (y, x), (y, y)
       const Left<T>& a = lefts[pair > 0];
-      const T* b = right[pair == 2];
+      const Right<T> b{right[pair == 2], count, width};
       for (int64_t j = 0; j < positions; j += width) {
         for (int64_t i = 0; i < positions; i += kRows) {
           if (pair != 1 && i >= j + width) break;  // below the diagonal of a symmetric block
-          const Sides<T> sides{a.data + i, a.row, a.step, b + j * count, false};
+          const Sides<T> sides{a.from(i), b.from(j), false};
           tile_of(smaller(kRows, positions - i), positions - j, &sides, 1, count, Sum<T>{1}, l > 0,
                   out[pair] + i * stride + j, stride);
         }

@@ -2,7 +2,8 @@
 //
 // As in every fast product, operands are copied to the cache first, in the order in which they will
 // be read. Here that copy also widens half precision and subtracts the teacher's map. Where the
-// processor multiplies bf16, maps of bf16 stay bf16, and differences are rounded to it.
+// processor multiplies bf16, maps of bf16 stay bf16, and differences are rounded to it. Maps of few
+// channels that adjoin are in that order already, so they are not copied.
 #pragma once
 
 #include "bf16.h"
@@ -29,12 +30,30 @@ struct Product {
   }
 };
 
-// What a tile reads: left[i * row + l * step] and right[l * kColumns + j], `l` counts Ts.
+// Where the rows of a left operand are: data[i * row + l * step], `l` counts Ts.
+template <class T>
+struct Left {
+  const T* data;
+  int64_t row, step;
+
+  Left from(int64_t i) const { return {data + i * row, row, step}; }
+};
+
+// Where the panels of a right operand are: panel[l * step + j].
+template <class T>
+struct Right {
+  const T* data;
+  int64_t column, step;
+
+  // The panel of kColumns columns from `j` on.
+  Right from(int64_t j) const { return {data + j * column, column, step}; }
+};
+
+// What a tile multiplies.
 template <class T>
 struct Sides {
-  const T* left;
-  int64_t row, step;
-  const T* right;
+  Left<T> left;
+  Right<T> right;
   bool negates;  // the sum so far
 };
 
@@ -130,26 +149,15 @@ void copy_panels_of_columns(const Lines<T>& x, int64_t rows, int64_t columns, T*
   }
 }
 
-// Copy a right operand (length x columns).
-template <class T>
-void copy_panels(const Operand& x, int64_t length, int64_t columns, T* panels) {
-  const int64_t rows = count_of<T>(length);
-  if (x.view.columns_adjoin()) {
-    copy_panels_of_rows<T>({x, true, length}, rows, columns, panels);
-  } else {
-    copy_panels_of_columns<T>({x.transposed(), false, length}, rows, columns, panels);
-  }
-}
-
 // A tile of out = alpha * sum of left @ right, or out += that if `keep`. `length` counts Ts.
 template <class T, int rows, int vectors>
 __attribute__((noinline)) void compute_tile(const Sides<T>* sides, int terms, int64_t length,
                                             Sum<T> alpha, bool keep, Sum<T>* out, int64_t stride) {
   Vector<Sum<T>> tile[rows][vectors] = {};
   for (int term = 0; term < terms; ++term) {
-    const T* left = sides[term].left;
-    const T* right = sides[term].right;
-    const int64_t row = sides[term].row, step = sides[term].step;
+    const T* left = sides[term].left.data;
+    const T* right = sides[term].right.data;
+    const int64_t row = sides[term].left.row;
     if (sides[term].negates) {
       for (int i = 0; i < rows; ++i) {
         for (int v = 0; v < vectors; ++v) tile[i][v] = -tile[i][v];
@@ -163,8 +171,8 @@ __attribute__((noinline)) void compute_tile(const Sides<T>* sides, int terms, in
           tile[i][v] = multiply_add(left[i * row], columns[v], tile[i][v]);
         }
       }
-      left += step;
-      right += kColumns<T>;
+      left += sides[term].left.step;
+      right += sides[term].right.step;
     }
   }
   for (int i = 0; i < rows; ++i) {
@@ -196,12 +204,21 @@ void tile_of(int64_t rows, int64_t columns, const Sides<T>* sides, int terms, in
   of_rows(rows, sides, terms, length, alpha, keep, out, stride);
 }
 
-// How a left operand was copied: columns that adjoin stay adjoining.
-template <class T>
-struct Left {
-  const T* data;
-  int64_t row, step;
-};
+// Whether tiles can read an operand (positions x channels) as it is: dense, in whole vectors, and so
+// narrow that the rows do not share a set of the cache.
+constexpr int64_t kNarrow = 128;
+inline bool is_narrow(const Operand& x, int64_t channels) {
+  return x.view.is_fp32_row() && x.view.row == channels && x.other.is_fp32_row() &&
+         x.other.row == channels && channels % kLanes<float> == 0 && channels <= kNarrow;
+}
+
+// Such an operand: the map itself, or at `to` its sum or difference with another one.
+inline const float* narrow(const Operand& x, int64_t positions, int64_t channels, float* to) {
+  const float* first = x.view.at<float>(0, 0);
+  if (x.sign == 0) return first;
+  combine(first, x.other.at<float>(0, 0), x.sign, to, positions * channels);
+  return to;
+}
 
 // Memory for a copy of a left operand (rows x count), in Ts.
 template <class T>
@@ -209,9 +226,12 @@ int64_t left_size(int64_t rows, int64_t count) {
   return larger(rows * (count + kLanes<T>), count * (rows + kLanes<T>));
 }
 
-// Copy a left operand (rows x length).
+// Copy a left operand (rows x length), unless tiles can read it where it is.
 template <class T>
 Left<T> copy_left(const Operand& x, int64_t rows, int64_t length, T* to) {
+  if constexpr (kElements<T> == 1) {
+    if (is_narrow(x.transposed(), rows)) return {narrow(x.transposed(), length, rows, to), 1, rows};
+  }
   const int64_t count = count_of<T>(length);
   // One more vector a row, so that rows of 4 KiB do not share a set of the cache.
   if (x.view.columns_adjoin()) {
@@ -222,6 +242,27 @@ Left<T> copy_left(const Operand& x, int64_t rows, int64_t length, T* to) {
   const int64_t stride = rows + kLanes<T>;
   copy_rows<T>({x.transposed(), true, length}, count, rows, to, stride);
   return {to, 1, stride};
+}
+
+// Copy a right operand (length x columns) to panels.
+template <class T>
+void copy_panels(const Operand& x, int64_t length, int64_t columns, T* panels) {
+  const int64_t rows = count_of<T>(length);
+  if (x.view.columns_adjoin()) {
+    copy_panels_of_rows<T>({x, true, length}, rows, columns, panels);
+  } else {
+    copy_panels_of_columns<T>({x.transposed(), false, length}, rows, columns, panels);
+  }
+}
+
+// The same, unless tiles can read it where it is.
+template <class T>
+Right<T> copy_right(const Operand& x, int64_t length, int64_t columns, T* to) {
+  if constexpr (kElements<T> == 1) {
+    if (is_narrow(x, columns)) return {narrow(x, length, columns, to), 1, columns};
+  }
+  copy_panels(x, length, columns, to);
+  return {to, count_of<T>(length), kColumns<T>};
 }
 
 // Whether a product can read a left operand where it is.
@@ -255,13 +296,12 @@ T* take(Scratch& scratch, int64_t elements) {
   return static_cast<T*>(scratch.take(elements * sizeof(T)));
 }
 
-// Point `sides` to row `i` of the left operands and to a panel of the right ones.
+// Point `sides` to row `i` of the left operands and to column `j` of the right ones.
 template <class T>
-void aim(Sides<T>* sides, const Product& p, const Left<T>* left, int64_t i, T* const* panels,
-         int64_t panel) {
+void aim(Sides<T>* sides, const Product& p, const Left<T>* left, int64_t i, const Right<T>* right,
+         int64_t j) {
   for (int t = 0; t < p.terms; ++t) {
-    const T* row = left[t].data + i * left[t].row;
-    sides[t] = {row, left[t].row, left[t].step, panels[t] + panel, p.subtracts && t > 0};
+    sides[t] = {left[t].from(i), right[t].from(j), p.subtracts && t > 0};
   }
 }
 
@@ -276,6 +316,7 @@ void accumulate(const Product& p, float* out, int64_t stride, bool keep, Scratch
   const int64_t block_rows = rows_that_fit<T>(p.rows, p.terms * block);
   Sides<T> sides[2];
   Left<T> left[2];
+  Right<T> right[2];
   T *copies[2], *panels[2];
   for (int t = 0; t < p.terms; ++t) {
     copies[t] = take<T>(scratch, left_size<T>(block_rows, block));
@@ -286,7 +327,7 @@ void accumulate(const Product& p, float* out, int64_t stride, bool keep, Scratch
   for (int64_t l = 0; l < p.length; l += step) {
     const int64_t length = smaller(step, p.length - l), count = count_of<T>(length);
     for (int t = 0; t < p.terms; ++t) {
-      copy_panels(p.right[t].from(l, 0), length, p.columns, panels[t]);
+      right[t] = copy_right(p.right[t].from(l, 0), length, p.columns, panels[t]);
     }
     for (int64_t i0 = 0; i0 < p.rows; i0 += block_rows) {
       const int64_t rows = smaller(block_rows, p.rows - i0);
@@ -295,7 +336,7 @@ void accumulate(const Product& p, float* out, int64_t stride, bool keep, Scratch
       }
       for (int64_t j = 0; j < columns; j += kColumns<T>) {
         for (int64_t i = 0; i < rows; i += kRows) {
-          aim(sides, p, left, i, panels, j * count);
+          aim(sides, p, left, i, right, j);
           tile_of(smaller(kRows, rows - i), p.columns - j, sides, p.terms, count, alpha,
                   keep || l > 0, out + (i0 + i) * stride + j, stride);
         }
@@ -323,6 +364,7 @@ void write_product(Product p, Tensor out, int64_t sample, Scratch& scratch) {
   const int64_t block_rows = rows_that_fit<T>(p.rows, p.terms * count);
   Sides<T> sides[2];
   Left<T> left[2];
+  Right<T> right[2];
   T *copies[2] = {}, *panels[2];
   for (int t = 0; t < p.terms; ++t) {
     panels[t] = take<T>(scratch, block_columns * count);
@@ -335,8 +377,9 @@ void write_product(Product p, Tensor out, int64_t sample, Scratch& scratch) {
   const bool direct = out.scalar == Scalar::fp32 && column == 1;
   for (int64_t j0 = 0; j0 < p.columns; j0 += block_columns) {
     const int64_t columns = smaller(block_columns, p.columns - j0);
-    for (int t = 0; t < p.terms; ++t)
-      copy_panels(p.right[t].from(0, j0), p.length, columns, panels[t]);
+    for (int t = 0; t < p.terms; ++t) {
+      right[t] = copy_right(p.right[t].from(0, j0), p.length, columns, panels[t]);
+    }
     for (int64_t i0 = 0; i0 < p.rows; i0 += block_rows) {
       const int64_t rows = smaller(block_rows, p.rows - i0);
       for (int t = 0; t < p.terms; ++t) {
@@ -347,7 +390,7 @@ void write_product(Product p, Tensor out, int64_t sample, Scratch& scratch) {
         const int64_t filled = smaller(width, columns - j);
         for (int64_t i = 0; i < rows; i += kRows) {
           const int64_t height = smaller(kRows, rows - i);
-          aim(sides, p, left, i, panels, j * count);
+          aim(sides, p, left, i, right, j);
           char* to = base + ((i0 + i) * row + (j0 + j) * column) * size_of(out.scalar);
           if (direct && filled == width) {
             tile_of(height, width, sides, p.terms, count, p.alpha, false,
