@@ -11,9 +11,7 @@ from layouts import LAYOUTS
 from tolerances import RESIDUAL_EPS, oracle, relative_error, residual_terms
 
 import fsp_kernels as fsp
-from fsp_kernels import functional
 from fsp_kernels.backends import compiled, cpu, registered_backends
-from fsp_kernels.plan import plan_loss
 
 BF16 = torch.bfloat16
 BACKEND = registered_backends()["cpu"]
@@ -200,22 +198,16 @@ def test_averages_are_not_rounded_to_be_multiplied(pool):
     assert check(a, b, c, d, pool=pool).bf16_products == (pool == "max")
 
 
-def forget_plans():
-    for cached in (cpu._multiplies_bf16, plan_loss, functional._checked_plan):
-        cached.cache_clear()
-
-
 @pytest.fixture(params=INSTRUCTION_SETS)
-def instructions(request, monkeypatch):
+def instructions(request, monkeypatch, planner):
     """An instruction set that the kernels use, although the processor may have a better one."""
     module = compiled.compiled_module("cpu")
     limited = SimpleNamespace(**{**vars(module), "instruction_sets": [request.param]})
     monkeypatch.setattr(cpu, "compiled_module", lambda _: limited)
+    monkeypatch.setattr(cpu, "_multiplies_bf16", cpu._multiplies_bf16.__wrapped__)  # not cached
     monkeypatch.setattr(BACKEND, "prepared", {})
-    forget_plans()
-    yield request.param
-    monkeypatch.undo()
-    forget_plans()
+    planner()  # forget plans, also after the test
+    return request.param
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)

@@ -38,12 +38,6 @@ def row_of(plan: LossPlan) -> Tolerance | None:
     return BF16_PRODUCTS if any(pair.bf16_products for pair in plan.pairs) else None
 
 
-# What backends with fused kernels state, of ``|error| / |expected|`` in norms over a whole tensor:
-# a single element of a thousand that is wrong shows as 3e-2. By the form of the evaluation and the
-# dtype of a map, which its gradient has too. Beside half-precision maps the two products of a
-# residual have one rounded operand each, and the loss is its square: 4 times the unit roundoff.
-
-
 # A loss that cancels has no relative error, so these are bounds of another kind: the residual of a
 # sample that is computed in difference form is off by `eps (||a - c|| ||b|| + ||c|| ||b - d||) / K`
 # at most, `eps` the rounding error below, whatever the two FSP matrices are. That is much smaller
@@ -92,6 +86,10 @@ class Fused(NamedTuple):
     reason: str
 
 
+# What backends with fused kernels state, of ``|error| / |expected|`` in norms over a whole tensor:
+# a single element of a thousand that is wrong shows as 3e-2. By the form of the evaluation and the
+# dtype of a map, which its gradient has too. Beside half-precision maps the two products of a
+# residual have one rounded operand each, and the loss is its square: 4 times the unit roundoff.
 FUSED = {
     ("matrix", torch.float32): Fused(
         1e-5, 1e-5, "products in 3xTF32, 2^-22; tensor cores cut their sums off instead of rounding"
