@@ -93,11 +93,13 @@ def test_gram_blocks_of_sizes_around_those_of_tiles(positions, layout):
     check(a, b, c, d)
 
 
+# Tiles read maps of whole vectors of channels where they are, if the channels adjoin.
+@pytest.mark.parametrize(("m", "n"), [(9, 20), (16, 48)])
 @pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, repeat=2)), ids="-".join)
-@pytest.mark.parametrize("teacher", [(6, 6), (5, 7)], ids=["subtracted", "apart"])
-def test_both_networks_may_have_any_layout(layouts, teacher):
-    students, teachers = (pair_of(m=9, n=20, teacher=teacher, layout=x) for x in layouts)
-    check(*students[:2], *teachers[2:])
+def test_both_networks_may_have_any_layout(layouts, m, n):
+    for size in ((6, 6), (5, 7)):  # maps of one size are subtracted
+        students, teachers = (pair_of(m=m, n=n, teacher=size, layout=x) for x in layouts)
+        check(*students[:2], *teachers[2:])
 
 
 @pytest.mark.parametrize("layouts", list(itertools.permutations(LAYOUTS, 2)), ids="-".join)
@@ -113,8 +115,10 @@ def test_both_maps_may_have_any_layout(layouts, dtype):
     ids=str,
 )
 @pytest.mark.parametrize("size", [(3, 3), (9, 9)], ids=["gram", "matrix"])
-def test_dtypes_may_differ(dtypes, size):
-    check(*pair_of(m=24, n=24, size=size, dtypes=dtypes * 2))
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_dtypes_may_differ(dtypes, size, layout):
+    for own in (dtypes * 2, dtypes + dtypes[::-1]):  # of maps, of networks
+        check(*pair_of(m=32, n=32, size=size, dtypes=own, layout=layout))
 
 
 def test_bits_do_not_depend_on_threads(threads):
