@@ -155,9 +155,13 @@ __attribute__((noinline)) void compute_tile(const Sides<T>* sides, int terms, in
                                             Sum<T> alpha, bool keep, Sum<T>* out, int64_t stride) {
   Vector<Sum<T>> tile[rows][vectors] = {};
   for (int term = 0; term < terms; ++term) {
-    const T* left = sides[term].left.data;
+    const auto [left, row, left_step] = sides[term].left;
     const T* right = sides[term].right.data;
-    const int64_t row = sides[term].left.row;
+    const int64_t right_step = sides[term].right.step;
+    // Of every third row. From there an address reaches the next two, so that all of them take few
+    // registers of addresses.
+    const T* thirds[ceil_div(rows, 3)];
+    for (int i = 0; i < rows; i += 3) thirds[i / 3] = left + i * row;
     if (sides[term].negates) {
       for (int i = 0; i < rows; ++i) {
         for (int v = 0; v < vectors; ++v) tile[i][v] = -tile[i][v];
@@ -168,11 +172,11 @@ __attribute__((noinline)) void compute_tile(const Sides<T>* sides, int terms, in
       for (int v = 0; v < vectors; ++v) columns[v] = load(right + v * kLanes<T>);
       for (int i = 0; i < rows; ++i) {
         for (int v = 0; v < vectors; ++v) {
-          tile[i][v] = multiply_add(left[i * row], columns[v], tile[i][v]);
+          tile[i][v] = multiply_add(thirds[i / 3][i % 3 * row], columns[v], tile[i][v]);
         }
       }
-      left += sides[term].left.step;
-      right += sides[term].right.step;
+      for (const T*& x : thirds) x += left_step;
+      right += right_step;
     }
   }
   for (int i = 0; i < rows; ++i) {
