@@ -39,7 +39,7 @@ struct Left {
   Left from(int64_t i) const { return {data + i * row, row, step}; }
 };
 
-// Where the panels of a right operand are: panel[l * step + j].
+// Where the panels of a right operand are: from(j).data[l * step + k] is its column j + k.
 template <class T>
 struct Right {
   const T* data;
