@@ -66,14 +66,18 @@ def measure_all(options: Namespace, command: str, folder: Path) -> int:
     status = 0
     for part in options.part:
         print(f"{part}:", flush=True)
-        measured = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        # Taken first: a part takes long, and meanwhile someone may commit.
+        facts = {
+            "command": command,
+            "commit": environment.commit(),
+            "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
         try:
             rows, machine = in_fresh_process(part, options)
         except Exception:  # a process that was killed is one too
             traceback.print_exc()
             status = 1
             continue
-        facts = {"command": command, "commit": environment.commit(), "measured": measured}
         write_part(folder, part, rows, facts | machine)
         status |= any(row.get("fault") for row in rows)
     return status

@@ -122,6 +122,18 @@ def test_a_part_that_crashes_does_not_take_others_down(monkeypatch, tmp_path, ca
     assert "error of the gradient" in capsys.readouterr().out
 
 
+def test_the_commit_of_a_part_is_that_of_its_start(monkeypatch, tmp_path):
+    def measured(*_):
+        monkeypatch.setattr(command.environment, "commit", lambda: "made meanwhile")
+        return [made_up_results.erring(0.1, "einsum", 1e-6)], made_up_results.CPU
+
+    monkeypatch.setattr(command.environment, "commit", lambda: "at the start")
+    monkeypatch.setattr(command, "in_fresh_process", measured)
+    assert main(["accuracy", "--output", str(tmp_path)]) == 0
+    found = results.read(tmp_path / device_slug())
+    assert found.environment["accuracy"]["commit"] == "at the start"
+
+
 def test_without_results_the_command_says_so_and_fails(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(parts, "PARTS", {"loss": "no_such_module"})
     monkeypatch.setattr(command, "in_fresh_process", measure_part)
