@@ -12,6 +12,7 @@ from tolerances import RESIDUAL_EPS, oracle, relative_error, residual_terms
 
 import fsp_kernels as fsp
 from fsp_kernels.backends import compiled, cpu, registered_backends
+from fsp_kernels.plan import CPU_OPERAND_BYTES, CPU_PANEL
 
 BF16 = torch.bfloat16
 BACKEND = registered_backends()["cpu"]
@@ -196,6 +197,17 @@ def test_averages_are_not_rounded_to_be_multiplied(pool):
     a, _, c, _ = pair_of(20, 20, (8, 8))
     _, b, _, d = pair_of(20, 20, (4, 4))
     assert check(a, b, c, d, pool=pool).bf16_products == (pool == "max")
+
+
+@multiplies_bf16
+@pytest.mark.parametrize(("pool", "rounded"), [("max", 2), ("avg", 0)])
+def test_the_scratch_of_a_plan_holds_pooled_maps(pool, rounded):
+    a, _, c, _ = pair_of(13, 9, (8, 8))
+    _, b, _, d = pair_of(13, 9, (4, 4))
+    (pair,) = fsp.explain([(a, b)], [(c, d)], backend="cpu", pool=pool).pairs
+    pooled, panels = 2 * 13 * 4 * 4, 2 * 2 * CPU_PANEL * 8 * 8  # of both networks
+    in_fp32 = 13 * 9 + 3 * pooled + panels  # 3: the map, its gradient, the places of maxima
+    assert pair.scratch_bytes == CPU_OPERAND_BYTES + 4 * in_fp32 + rounded * pooled
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)
