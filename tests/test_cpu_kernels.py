@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -338,14 +339,14 @@ SOURCES = ROOT / "csrc" / "cpu"
 
 @pytest.fixture(scope="session")
 def module_of(tmp_path_factory):
-    """The kernels with vectors of another width, for this processor."""
+    """The kernels with vectors of another width or by another compiler, for this processor."""
 
-    def build(width):
+    def build(compiler, width):
         folder = tmp_path_factory.mktemp(f"width{width}")
         sets = compiled.compiled_module("cpu").instruction_sets
         name = next(x for x in sets if x != "avx512_bf16")  # which not every compiler has
         instructions = ["-mavx2", "-mfma", "-mf16c"] if name != "baseline" else []
-        extension = Path(compiled.compiled_module("cpu").__file__).name
+        extension = folder / Path(compiled.compiled_module("cpu").__file__).name
         kernels = [f"-DFSP_VARIANT={name}", f"-DFSP_VECTOR_BYTES={width}", *instructions]
         # Vectors that the processor lacks are made of its own, and GCC says that it is slow.
         shared = ["-std=gnu++17", "-w", "-O1", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
@@ -363,12 +364,12 @@ def module_of(tmp_path_factory):
             f"-I{sysconfig.get_path('include')}",
         ]
         for command in (
-            ["-c", SOURCES / "variant.cpp", *kernels, "-o", objects[0]],
-            ["-c", folder / "others.cpp", *includes, "-o", objects[1]],
-            ["-shared", SOURCES / "bindings.cpp", *includes, *objects, "-o", folder / extension],
+            [compiler, "-c", SOURCES / "variant.cpp", *kernels, "-o", objects[0]],
+            ["c++", "-c", folder / "others.cpp", *includes, "-o", objects[1]],
+            ["c++", "-shared", SOURCES / "bindings.cpp", *includes, *objects, "-o", extension],
         ):
-            subprocess.run(["c++", *shared, *map(str, command)], check=True)
-        spec = importlib.util.spec_from_file_location("_cpu", folder / extension)
+            subprocess.run([*map(str, command), *shared], check=True)
+        spec = importlib.util.spec_from_file_location("_cpu", extension)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         sys.modules.pop("_cpu", None)  # such a module enters itself
@@ -378,9 +379,11 @@ def module_of(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [16, 64])
-def test_vectors_of_every_width_compute_the_same(module_of, width, monkeypatch):
-    module = module_of(width)
+@pytest.mark.parametrize(("compiler", "width"), [("c++", 16), ("c++", 64), ("clang++", 32)])
+def test_vectors_of_every_width_compute_the_same(module_of, compiler, width, monkeypatch):
+    if shutil.which(compiler) is None:
+        pytest.skip(f"there is no {compiler}")
+    module = module_of(compiler, width)
     monkeypatch.setattr(cpu, "compiled_module", lambda _: module)
     monkeypatch.setattr(BACKEND, "prepared", {})
     for layout, norm in itertools.product(("contiguous", "channels last"), ("mse", "column")):

@@ -98,7 +98,6 @@ inline void convert(const float* from, float* to, int64_t count) {
   for (; k < count; ++k) to[k] = from[k];
 }
 
-
 // An operand as lines, which are copied one after the other. A line is a row. Twos of bf16 adjoin
 // along the sum of a product; if that goes across the rows, a line is two rows.
 template <class T>

@@ -58,7 +58,8 @@ struct Panel {
   }
 };
 
-using Bf16s = uint16_t __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+typedef uint16_t Bf16s __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+static_assert(alignof(Bf16s) == 2);
 
 inline Vector<float> load_wide(const float* from) { return load(from); }
 inline Vector<float> load_wide(const uint16_t* from) {  // of bf16

@@ -24,6 +24,7 @@ struct TwoBf16 {
   uint16_t elements[2];
 };
 
+// Clang heeds `aligned` in a typedef, not in `using`.
 template <class T>
 struct VectorOf;
 template <>
@@ -73,6 +74,7 @@ constexpr int kColumns = kColumnVectors * kLanes<T>;
 
 template <class T>
 inline Vector<T> load(const T* from) {
+  static_assert(alignof(typename VectorOf<T>::Unaligned) == alignof(T));
   return *reinterpret_cast<const typename VectorOf<T>::Unaligned*>(from);
 }
 template <class T>
@@ -186,9 +188,10 @@ inline void write(char* to, Scalar scalar, int64_t stride, int64_t count, const 
 
 // --- transposition of 8 x 8 blocks ---------------------------------------------------------------
 
-using Eight = float __attribute__((vector_size(32)));
-using UnalignedEight = float __attribute__((vector_size(32), aligned(2), may_alias));
-using EightIndices = int __attribute__((vector_size(32)));
+typedef float Eight __attribute__((vector_size(32)));
+typedef float UnalignedEight __attribute__((vector_size(32), aligned(2), may_alias));
+typedef int EightIndices __attribute__((vector_size(32)));
+static_assert(alignof(UnalignedEight) == 2);
 
 template <class T>
 Eight load_eight(const T* from) {
