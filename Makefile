@@ -132,7 +132,8 @@ BUILT_FROM := pyproject.toml setup.py $(wildcard csrc/cpu/*)
 # environment of its own. constraints.txt has no part in either.
 OLD_PYTHON ?= python3.12
 # Triton 3.6's interpreter makes integers of arrays of one element, which NumPy 2.4 refuses.
-.venv-old/installed: VERSIONS := 'torch==2.11.*' 'triton==3.6.*' 'torchvision==0.26.*' 'numpy<2.4'
+OLD_NUMPY := 'numpy<2.4'
+.venv-old/installed: VERSIONS := 'torch==2.11.*' 'triton==3.6.*' 'torchvision==0.26.*' $(OLD_NUMPY)
 .venv-old/installed: PYTHON := $(OLD_PYTHON)
 .venv-new/installed: VERSIONS := --upgrade --upgrade-strategy eager
 
@@ -147,7 +148,7 @@ test-torch: .venv-torch-$(TORCH)/installed
 .venv-torch-$(TORCH)/installed: $(BUILT_FROM)
 	test -x $(@D)/bin/python || $(OLD_PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
-		'torch==$(TORCH).*' --editable '.[test-core]'
+		'torch==$(TORCH).*' $(OLD_NUMPY) --editable '.[test-core]'
 	touch $@
 
 .PHONY: test-old test-new
