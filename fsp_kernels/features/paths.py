@@ -50,17 +50,18 @@ def select(value: object, path: Path) -> Tensor:
     Raises:
         DistillError: there is none; the message lists what could be chosen.
     """
-    chosen = f":{path.side}"
-    for key in path.keys:
+    # Text only where there is an error: compiled code may have no number at hand, only its symbol.
+    for i, key in enumerate(path.keys):
         found = _item(value, key)
         if found is None:
+            chosen = _text(path, i)
             raise DistillError(
                 f"{path.text}: has no {key!r}, as {chosen} is {describe(value)}"
                 f"{choices(value, chosen)}"
             )
-        value, chosen = found, f"{chosen}{_step(key)}"
+        value = found
     if not isinstance(value, Tensor):
-        hint = choices(value, chosen) or "; tap a submodule of it"
+        hint = choices(value, _text(path, len(path.keys))) or "; tap a submodule of it"
         raise DistillError(f"{path.text}: is {describe(value)}, not a tensor{hint}")
     return value
 
@@ -106,6 +107,11 @@ def _item(value: object, key: int | str) -> object:
     if isinstance(value, (tuple, list)) and -len(value) <= key < len(value):
         return value[key]
     return None
+
+
+def _text(path: Path, count: int) -> str:
+    """What the first keys of a path choose, as ``":output[0].logits"``."""
+    return f":{path.side}" + "".join(map(_step, path.keys[:count]))
 
 
 def _step(key: object) -> str:
