@@ -54,14 +54,14 @@ def select(value: object, path: Path) -> Tensor:
     for i, key in enumerate(path.keys):
         found = _item(value, key)
         if found is None:
-            chosen = _text(path, i)
+            chosen = _chosen(path, i)
             raise DistillError(
                 f"{path.text}: has no {key!r}, as {chosen} is {describe(value)}"
                 f"{choices(value, chosen)}"
             )
         value = found
     if not isinstance(value, Tensor):
-        hint = choices(value, _text(path, len(path.keys))) or "; tap a submodule of it"
+        hint = choices(value, _chosen(path, len(path.keys))) or "; tap a submodule of it"
         raise DistillError(f"{path.text}: is {describe(value)}, not a tensor{hint}")
     return value
 
@@ -109,7 +109,7 @@ def _item(value: object, key: int | str) -> object:
     return None
 
 
-def _text(path: Path, count: int) -> str:
+def _chosen(path: Path, count: int) -> str:
     """What the first keys of a path choose, as ``":output[0].logits"``."""
     return f":{path.side}" + "".join(map(_step, path.keys[:count]))
 

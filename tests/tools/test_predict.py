@@ -17,12 +17,10 @@ import torch
 pytest.importorskip("triton")
 
 import fake_gpu
-import triton
 
 from benchmarks.workloads import BY_NAME, Case
 from fsp_kernels import explain
 from tools import predict
-from tools.compile_triton import TABLE_TRITON
 from tools.launches import (
     LANES,
     Launched,
@@ -62,10 +60,6 @@ def facts(*arguments):
 
 
 # One whose loops all stay, one whose gradients' loops are unrolled; rows are multiples of 4 bytes.
-@pytest.mark.skipif(
-    not triton.__version__.startswith(f"{TABLE_TRITON}."),
-    reason=f"the loops are those that Triton {TABLE_TRITON} compiles, as in tools/records/",
-)
 @pytest.mark.slow
 @pytest.mark.parametrize("workload", ["cifar-resnet", "tokens-vit-b"])
 def test_loops_of_triton_miss_nothing(workload):
