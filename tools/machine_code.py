@@ -83,11 +83,15 @@ def functions_of(frames: Sequence[tuple[str, int]]) -> list[str]:
 
 
 def function_among(known: Container[str]) -> Callable[[Sequence[Instruction]], str]:
-    """Names a loop of Triton's after the known function that most of it is in, or its kernel."""
+    """Names a loop of Triton's after the known function that most of it is in, or its kernel.
+
+    Triton 3.6 tells only the innermost function of an instruction, which is seldom a known one.
+    """
 
     def name(code: Sequence[Instruction]) -> str:
         around = [functions_of(x.frames) or ["?"] for x in code]
-        counts = Counter(next((f for f in each if f in known), each[-1]) for each in around)
+        inside = [f for each in around if (f := next((f for f in each if f in known), None))]
+        counts = Counter(inside or [each[-1] for each in around])
         return counts.most_common(1)[0][0]
 
     return name

@@ -92,6 +92,28 @@ def test_tensor_cores_load_masked_maps_as_they_load_others():
     assert int(masked) == int(unmasked) > 0, result.stderr
 
 
+@pytest.mark.slow
+def test_no_loop_chooses_an_address_at_run_time():
+    """Triton 3.6 does not know that such addresses are aligned, and reads 2 bytes at a time."""
+    script = (
+        "import re, torch\n"
+        "from tools.calls import call_on, instead_of_launches\n"
+        "from tools.compile_triton import compiled\n"
+        "few = torch.empty(64, 49, 32, dtype=torch.bfloat16, device='meta').mT\n"
+        "many = torch.empty(64, 49, 256, dtype=torch.bfloat16, device='meta').mT\n"
+        "for x in (few, many, few[..., ::2]):\n"
+        "    call = lambda: call_on([x] * 4)()\n"
+        "    for kernel in instead_of_launches(compiled, call, 'sm_90', 'half'):\n"
+        "        loops = r'(?ms)^( *)[^\\n]*scf[.]for.*?^\\1}'\n"
+        "        for loop in re.finditer(loops, kernel.asm['ttir']):\n"
+        "            print(kernel.metadata.name, 'scf.if' in loop[0])\n"
+    )
+    result = _python("-c", script)
+    found = result.stdout.split("\n")
+    assert {x.split()[0] for x in found if x} >= {"fsp_one_pass", "fsp_gram"}, result.stderr
+    assert not [x for x in found if x.endswith("True")]
+
+
 def test_the_pinned_triton_may_use_no_stack():
     pinned = (ROOT / "constraints.txt").read_text()
     assert f"triton=={TABLE_TRITON}." in pinned

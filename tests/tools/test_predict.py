@@ -231,6 +231,10 @@ def test_a_loop_in_a_function_without_steps_is_told_by_its_kernel():
     code = [Instruction("FADD", frames, None)] * 3
     assert function_among(["tiles._gradient_tile"])(code) == "tiles._gradient_tile"
     assert function_among(["gram._write_gradient"])(code) == "tiles.fsp_gradients"
+    # Where only the innermost function is told, most of a loop is in what it calls.
+    code = [Instruction("FADD", (("maps.py", 200),), None)] * 3
+    code += [Instruction("IADD3", frames[:1], None)]
+    assert function_among(["tiles._gradient_tile"])(code) == "tiles._gradient_tile"
 
 
 # --- csrc/, whose kernels have the code of every way through them ---------------------------------

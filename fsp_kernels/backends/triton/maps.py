@@ -240,10 +240,8 @@ def _addresses(x, sample, channel, position, BLOCK_C: tl.constexpr, BLOCK_K: tl.
     if x.layout.wide:
         c = c.to(tl.int64)
     if x.layout.flat:
-        # Both ways are multiples of the width, or the compiler would lose its alignment.
-        offsets = (
-            k * x.layout.width if x.layout.width == 1 else k * _in_units(x.layout.width, x.layout)
-        )
+        # A constant decides: with a choice at run time, Triton 3.6 loses the alignment.
+        offsets = k * (_in_units(x.layout.width, x.layout) if x.layout.inner else x.layout.width)
     else:
         row = _in_units(x.layout.columns * span, x.layout)
         line = k // row
