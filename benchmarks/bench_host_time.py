@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import fsp_kernels as fsp
@@ -68,18 +69,22 @@ def without_launches() -> Iterator[None]:
             (launch.Launch, "start", lambda *_: defaultdict(lambda: _no_launch)),
         ):
             patches.enter_context(mock.patch.object(where, name, value))
-        prepared = registered_backends()["triton"].prepared
-        prepared.clear()
+        backend = registered_backends()["triton"]
+        assert isinstance(backend, TritonBackend)
+        backend.prepared.clear()
         yield
-        prepared.clear()
+        backend.prepared.clear()
 
 
-LOSSES = {"ours": partial(fsp.fsp_loss, backend="triton"), "bare": bare_loss}
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "ours": partial(fsp.fsp_loss, backend="triton"),
+    "bare": bare_loss,
+}
 
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("pairs", [1, 3])  # a ResNet of CIFAR has 3
-def test_host_time(benchmark: Callable[..., Any], pairs: int, name: str) -> None:
+def test_host_time(benchmark: BenchmarkFixture, pairs: int, name: str) -> None:
     pytest.importorskip("triton")
     shapes = [(2, 16 << i, 8, 8) for i in range(pairs)]
     student, teacher = (

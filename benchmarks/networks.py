@@ -182,7 +182,7 @@ class StepProblem:
             images = torch.randn(self.networks.batch_on(device), 3, side, side)
         images = images.to(device, memory_format=layout)
         for model in (teacher, student):
-            model.to(device=device, memory_format=layout)
+            model.to(device).to(memory_format=layout)
         settle(teacher, images)
         return teacher, student, images
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def why_impossible(options: Namespace, timed: bool = True) -> str | None:
     return None
 
 
-def in_order(asked: Sequence[str], table: Iterable[str]) -> list[str]:
+def in_order(asked: Collection[str], table: Iterable[str]) -> list[str]:
     """The names that are asked for, in the order of their table."""
     return [name for name in table if name in asked]
 

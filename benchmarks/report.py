@@ -77,8 +77,8 @@ def not_measured(rows: pd.DataFrame, *columns: str) -> list[str]:
         key = row["contender"], bool(row["fault"])
         places.setdefault(key, {})[f"{where} ({short(row['reason'])})"] = None
     alike: dict[tuple[str, bool], list[str]] = {}
-    for (contender, fault), where in places.items():
-        alike.setdefault((", ".join(where), fault), []).append(contender)
+    for (contender, fault), there in places.items():
+        alike.setdefault((", ".join(there), fault), []).append(contender)
     return [
         f"{'FAULT: ' * fault}No result of {', '.join(who)}: {where}"
         for (where, fault), who in alike.items()

@@ -17,6 +17,7 @@ from benchmarks.checks import float32_products
 from benchmarks.workloads import Layer, Workload
 from fsp_kernels.backends import registered_backends
 from fsp_kernels.backends.devices import fp32_precision, raw_stream
+from fsp_kernels.backends.fused import FusedBackend
 from fsp_kernels.backends.tensors import counts
 from fsp_kernels.backends.triton import configurations
 from fsp_kernels.backends.triton.configurations import Row
@@ -73,10 +74,15 @@ def maps_of(case: Case, batch: int, device: str) -> list[Tensor]:
     Two for a product, and what a loss could leave as the gradient of their matrix.
     """
     kernel, limit = case.row.kernel, case.row.limit
-    channels, size, odd = {
-        "one_pass": (limit, (16, 16), (7, 7)),  # few positions, which are never split
-        "gram": (2048, (4, limit // 4), {16: (3, 3), 32: (5, 5), 64: (7, 7)}.get(limit)),
-    }.get(kernel, (limit, (64, 64), (21, 21)) if limit else (256, (32, 32), (21, 21)))
+    if kernel == "one_pass":  # few positions, which are never split
+        channels, size, odd = limit, (16, 16), (7, 7)
+    elif kernel == "gram":
+        odd = {16: (3, 3), 32: (5, 5), 64: (7, 7)}[limit]
+        channels, size = 2048, (4, limit // 4)
+    elif limit:
+        channels, size, odd = limit, (64, 64), (21, 21)
+    else:
+        channels, size, odd = 256, (32, 32), (21, 21)
     shape = (batch, channels, *(odd if case.row.access == "odd" else size))
     offset = 1 if case.row.access == "odd" else 0  # which begins beside a multiple of 16 bytes
     if kernel == "product":
@@ -122,6 +128,7 @@ def planned(
     pool: str = "max",
     norm: str = "frobenius",
     masks: MaskIndices = (None, None),
+    backend: str = "triton",
 ) -> tuple[LossPlan, list[Tensor]]:
     """The plan of pairs with ``len(wanted)`` maps each, outside of all caches.
 
@@ -134,15 +141,16 @@ def planned(
     ]
     pairs = [specs[start : start + size] for start in range(0, len(specs), size)]
     student, teacher = tuple((p[0], p[1]) for p in pairs), tuple(tuple(p[2:]) for p in pairs)
-    backend = registered_backends()["triton"]
+    chosen = registered_backends()[backend]
+    assert isinstance(chosen, FusedBackend)
     # Not from the cache: the table, on which plans depend, changes between calls.
     plan = plan_loss.__wrapped__(
-        student, teacher, pool, norm, backend, fp32_precision(), masks=masks
+        student, teacher, pool, norm, chosen, fp32_precision(), masks=masks
     )
     gradients = [torch.empty_like(maps[i], dtype=plan.maps[i].gradient_dtype) for i in plan.wanted]
     masked = {plan.mask: x for x, plan in zip(maps, plan.maps, strict=True)}
     flat = [
-        torch.ones(x.shape[0], x[0, 0].numel(), dtype=backend.mask_dtype, device=x.device)
+        torch.ones(x.shape[0], x[0, 0].numel(), dtype=chosen.mask_dtype, device=x.device)
         for i, x in masked.items()
         if i is not None
     ]
@@ -158,7 +166,7 @@ def _product_call(first: Tensor, second: Tensor, slope: Tensor) -> Callable[[], 
         (slope, second, torch.empty_like(first)),
     ):
         launch, parts = prepare(
-            tuple(x.shape),
+            (x.shape[0], x.shape[1], x.shape[2]),
             y.shape[2],
             (x.stride(), y.stride(), out.stride()),
             x.dtype,

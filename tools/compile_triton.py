@@ -217,9 +217,9 @@ def digest() -> str:
 
 def _rows(case: Case | Variant) -> list[tuple[list[str], list[str]]]:
     """For each kernel of a case, its row of the record and its faults."""
+    found = compile_variant(case) if isinstance(case, Variant) else compile_case(case)
     return [
-        ([case.family, str(case), *map(str, usage[:4])], faults(case, usage))
-        for usage in (compile_variant if isinstance(case, Variant) else compile_case)(case)
+        ([case.family, str(case), *map(str, usage[:4])], faults(case, usage)) for usage in found
     ]
 
 

@@ -218,9 +218,8 @@ def triton_launches(maps: list[Tensor], family: str) -> list[Launched]:
     found: list[Launched] = []
 
     def product(out: Tensor, x: Tensor, y: Tensor, *_: Any) -> None:
-        nothing = (0, 0, 0, 0, 0, [], Counter(), [])
         flops = 2.0 * out.numel() * x.shape[2]
-        found.append(Launched("bmm", *nothing, [x, y], [out], flops=flops))
+        found.append(Launched("bmm", 0, 0, 0, 0, 0, [], Counter(), [], [x, y], [out], flops=flops))
 
     with mock.patch.object(triton_loss, "bmm_into", product):
         instead_of_launches(
@@ -282,7 +281,7 @@ def work_of(kernel: str, pair: PairPlan, own: int, blocks: int, precision: str) 
     if kernel == "one_pass":
         m = n = _tile(max(m, n))
     terms = 1 if pair.halves or precision == "tf32" else 3  # products that make one of two maps
-    product, stored = 2 * m * n * k, FP32_BYTES * m * n
+    product, stored = 2.0 * m * n * k, FP32_BYTES * m * n
     maps = sum(x.bytes for x in pair.maps) / pair.batch
     written = pair.gradient_bytes / pair.batch
     wanted = sum(x.gradient_dtype is not None for x in pair.maps)

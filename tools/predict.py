@@ -38,7 +38,7 @@ import json
 import math
 import statistics
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,7 +126,7 @@ def step_cycles(
     counts = loop.counts
     products = [(product_of(x), n) for x, n in counts.items() if "MMA" in x]
     shared = LANES * bytes_of(loop, "LDS", "STS")
-    alone = CYCLES_BETWEEN * counts["instructions"] + BARRIER * counts["BAR"]
+    alone: float = CYCLES_BETWEEN * counts["instructions"] + BARRIER * counts["BAR"]
     if any(x.startswith("LDG ") for x in counts):
         alone += MEMORY
     elif any(x.startswith("LDGSTS") for x in counts):
@@ -155,7 +155,7 @@ def facts_of(launch: Launched, memory: Memory, chip: Chip) -> dict[str, Any]:
     grid = launch.programs
     beside = min(fits, max(1.0, grid / chip.sms))
     product = launch.flops / (BLAS_SHARE * chip.product["half"])
-    cycles: Counter[str] = Counter({"products": product * chip.clock})
+    cycles = defaultdict(float, products=product * chip.clock)
     longest = l2 = 0.0
     for programs, stages, steps in launch.parts:
         program = 2.0 * MEMORY  # to begin and to end
