@@ -36,6 +36,7 @@ help:
 	@echo "make lint           ruff and mypy"
 	@echo "make bench          speed, memory and accuracy beside the naive ops here; BENCH=--quick for less"
 	@echo "make kernels        compile every kernel for all generations of GPUs; writes tools/records/"
+	@echo "make kernels-old    compile the Triton kernels by the oldest Triton that is supported, in .venv-old"
 	@echo "make clean          remove .venv, caches, builds and runs/"
 	@echo "On a machine with an NVIDIA GPU (parts can be split further where a command must end in 10 minutes):"
 	@echo "make gpu-first      install, smoke test, memcheck and a few times, all within 8 minutes"
@@ -154,6 +155,11 @@ test-torch: .venv-torch-$(TORCH)/installed
 .PHONY: test-old test-new
 test-old test-new: test-%: .venv-%/installed
 	.venv-$*/bin/python -m pytest -n auto --dist worksteal
+
+# The tests compile few kernels on the oldest Triton; this compiles all of them.
+.PHONY: kernels-old
+kernels-old: .venv-old/installed
+	.venv-old/bin/python -m tools.compile_triton
 
 .venv-old/installed .venv-new/installed: export FSP_KERNELS_CUDA ?= 0
 .venv-old/installed .venv-new/installed: .venv-%/installed: $(BUILT_FROM)

@@ -8,7 +8,7 @@ Each kernel is compiled in every configuration of the table, for maps whose rows
 bytes, for 7 x 7 ones and for pooled ones; and for rarer calls, which no row of the table is for.
 A row is printed for each compiled kernel. The command fails where a kernel spills registers to the
 stack, or wants more shared memory than the chip has. Kernels of the rarer calls may spill. A Triton
-that the table was not made with may put a few bytes on the stack.
+that the table was not made with may put a few bytes on the stack, and writes no record.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ TENSOR_MEMORY = 512  # columns
 # The Triton that the table was made with: there, no kernel uses the stack. Another one divides the
 # registers otherwise, and some kernels keep a value or two on the stack.
 TABLE_TRITON = "3.8"
-MOST_STACK = 0 if triton.__version__.startswith(f"{TABLE_TRITON}.") else 128  # bytes
+IS_OF_TABLE = triton.__version__.startswith(f"{TABLE_TRITON}.")
+MOST_STACK = 0 if IS_OF_TABLE else 128  # bytes
 
 
 class Usage(NamedTuple):
@@ -217,7 +218,10 @@ def digest() -> str:
 
 def _rows(case: Case | Variant) -> list[tuple[list[str], list[str]]]:
     """For each kernel of a case, its row of the record and its faults."""
-    found = compile_variant(case) if isinstance(case, Variant) else compile_case(case)
+    try:
+        found = compile_variant(case) if isinstance(case, Variant) else compile_case(case)
+    except RuntimeError as error:  # of Triton, which may crash
+        return [([case.family, str(case)], [f"does not compile: {error}"])]
     return [
         ([case.family, str(case), *map(str, usage[:4])], faults(case, usage)) for usage in found
     ]
@@ -238,10 +242,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sample", action="store_true", help="compare a few with the record")
     parser.add_argument("--jobs", type=int, default=None, help="processes; default one a core")
     chosen = parser.parse_args(arguments)
-    wanted: list[Case | Variant] = sample()
+    wanted: list[Case | Variant] = sample() if chosen.sample else []
     if not chosen.sample:
-        wanted = [*cases(chosen.family, chosen.kernel)]
-        wanted += [] if chosen.kernel else [*variants(chosen.family)]
+        wanted += cases(chosen.family, chosen.kernel)
+        wanted += [] if chosen.kernel else variants(chosen.family)
     compare = chosen.sample and record.read(RECORD).compiler == COMPILER
     found, failures = [], 0
     print(",".join(HEADER))
@@ -254,7 +258,8 @@ def main(arguments: list[str] | None = None) -> int:
             if compare and [row for row, _ in rows] != (kept := _recorded(case)):
                 failures += 1
                 print(f"{RECORD.name} has other numbers: {kept}; {REMEDY}")
-    if not (failures or chosen.sample or chosen.family or chosen.kernel):
+    complete = not (chosen.sample or chosen.family or chosen.kernel)
+    if complete and not failures and IS_OF_TABLE:
         record.write(RECORD, record.Record(COMPILER, digest(), found), HEADER)
     return 1 if failures else 0
 

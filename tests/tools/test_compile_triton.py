@@ -120,6 +120,28 @@ def test_the_pinned_triton_may_use_no_stack():
     assert MOST_STACK == 0 or f"triton=={triton.__version__}" not in pinned
 
 
+@pytest.mark.parametrize(("of_table", "kept"), [(True, 1), (False, 0)])
+def test_only_the_triton_of_the_table_writes_the_record(monkeypatch, tmp_path, of_table, kept):
+    monkeypatch.setattr(compile_triton, "IS_OF_TABLE", of_table)
+    monkeypatch.setattr(compile_triton, "RECORD", tmp_path / "triton.csv")
+    monkeypatch.setattr(compile_triton, "cases", lambda *_: [])
+    monkeypatch.setattr(compile_triton, "variants", lambda *_: [])
+    assert compile_triton.main([]) == 0
+    assert len(list(tmp_path.iterdir())) == kept
+
+
+def test_a_kernel_that_does_not_compile_is_reported(monkeypatch):
+    def crash(_):
+        raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setattr(compile_triton, "compile_case", crash)
+    (row,) = compile_triton._rows(Case(ROW, torch.float32))
+    assert row == (
+        ["sm_89", str(Case(ROW, torch.float32))],
+        ["does not compile: PassManager::run failed"],
+    )
+
+
 def test_a_stack_and_too_much_shared_memory_are_faults():
     case = Case(ROW, torch.float32)
     assert faults(case, Usage("fsp_one_pass", 255, MOST_STACK, 99 << 10)) == []

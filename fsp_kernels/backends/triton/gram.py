@@ -23,6 +23,7 @@ import triton.language as tl
 from fsp_kernels.backends.triton.arithmetic import multiply, round_to_tf32
 from fsp_kernels.backends.triton.residual import (
     GRADIENT,
+    MASK,
     counted,
     difference,
     load_map,
@@ -62,13 +63,23 @@ def _write_block(pointers, workspace, entry, INDEX: tl.constexpr, sample, part):
     """Write a part of ``x^T x``, ``y^T x`` or ``y^T y`` of one side."""
     SIDE: tl.constexpr = INDEX // 3
     C: tl.constexpr = entry.m if SIDE == 0 else entry.n
+    # For sm_100, Triton 3.6 cannot compile the product of a tile with itself, unless the tile is as
+    # memory holds it. With one of the two negated it can.
+    IS_SQUARE: tl.constexpr = INDEX % 3 != 1
+    IS_DIFFERENCE: tl.constexpr = INDEX % 5 == 0
+    IS_CHANGED: tl.constexpr = entry.layouts[2 - SIDE].pool != "none" or pointers[MASK] is not None
+    NEGATED: tl.constexpr = IS_SQUARE and (IS_DIFFERENCE or IS_CHANGED)
     block = tl.zeros((entry.block_k, entry.block_k), tl.float32)
     begin, end = range_of(part, entry.parts, C, entry.block_m)
     for channel in tl.range(begin, end, entry.block_m, num_stages=entry.stages):
         x, y = _load_sides(pointers, entry, SIDE, sample + entry.first_sample, channel)
         left = x if INDEX % 3 == 0 else y
         right = y if INDEX % 3 == 2 else x
+        if NEGATED:
+            left = -left
         block = multiply(tl.trans(left), right, block, entry.precision)
+    if NEGATED:
+        block = -block
     slot = part * entry.samples + sample
     rows = tl.arange(0, entry.block_k)
     tl.store(_row_addresses(workspace, entry, BLOCKS, slot, INDEX, rows), block)
