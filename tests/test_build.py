@@ -274,8 +274,8 @@ def test_a_wheel_without_the_extensions_is_pure_and_says_why(tmp_path: Path) -> 
         made = wheel(source, "--no-build-isolation", **variables)
         assert made.name.endswith("-py3-none-any.whl")
         assert "Root-Is-Purelib: true" in content(made, "fsp_kernels-0.1.0.dist-info/WHEEL")
-        assert content(made, NOTE["cuda"]) == f"when fsp_kernels was installed, {cuda}\n"
-        assert content(made, NOTE["cpu"]) == f"when fsp_kernels was installed, {cpu}\n"
+        assert content(made, NOTE["cuda"]) == f"when fsp_kernels was built, {cuda}\n"
+        assert content(made, NOTE["cpu"]) == f"when fsp_kernels was built, {cpu}\n"
         assert not names(made) & set(MODULE.values())
     with zipfile.ZipFile(made) as opened:
         opened.extractall(tmp_path / "installed")
@@ -286,7 +286,7 @@ def test_a_wheel_without_the_extensions_is_pure_and_says_why(tmp_path: Path) -> 
         "from fsp_kernels.__main__ import main; main([])"
     )
     report = run(sys.executable, "-c", code, cwd=tmp_path / "installed")
-    assert f"is not built: when fsp_kernels was installed, {cpu}\n" in report
+    assert f"is not built: when fsp_kernels was built, {cpu}\n" in report
 
 
 @pytest.mark.parametrize("name", NAMES)
