@@ -33,6 +33,7 @@ help:
 	@echo "make test-old       the same on the oldest versions that are supported, in .venv-old"
 	@echo "make test-torch     the tests of the library alone on an older PyTorch, TORCH=2.6 or newer"
 	@echo "make test-new       the same on the newest versions there are, in .venv-new"
+	@echo "make test-matrix    test-quick on each combination of versions that is supported; ROW='3.12 torch==2.8.*'"
 	@echo "make lint           ruff and mypy"
 	@echo "make bench          speed, memory and accuracy beside the naive ops here; BENCH=--quick for less"
 	@echo "make kernels        compile every kernel for all generations of GPUs; writes tools/records/"
@@ -164,6 +165,12 @@ test-torch: .venv-torch-$(TORCH)/installed
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
 		'torch==$(TORCH).*' $(OLD_NUMPY) --editable '.[test-core]'
 	touch $@
+
+# A choice of the tests on each combination of versions; ROW='3.12 torch==2.8.*' runs one.
+ROW ?=
+.PHONY: test-matrix
+test-matrix:
+	$(PYTHON) -m tools.matrix $(if $(ROW),--row '$(ROW)') $(QUICK)
 
 .PHONY: test-old test-new
 test-old test-new: test-%: .venv-%/installed

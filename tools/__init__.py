@@ -11,6 +11,7 @@ Run each as ``python -m tools.NAME``. These need no GPU:
 These are for releases, and know nothing of kernels. ``pythons.py`` finds interpreters:
 
 * ``distribute``: build the source distribution and the wheels, install and run them.
+* ``matrix``: run tests on each supported combination of versions.
 
 These need a GPU:
 

@@ -35,6 +35,11 @@ if "any" not in sys.argv[1]:
     import _cpu
     print(_cpu.instruction_sets)
 """
+WITH_TORCH = """
+import sys, fsp_kernels
+assert "site-packages" in fsp_kernels.__file__
+assert ("cpu" in fsp_kernels.available_backends()) == ("any" not in sys.argv[1])
+"""
 
 
 def run(*command: str | Path, cwd: Path | None = None, **variables: str) -> None:
@@ -56,8 +61,7 @@ def source_distribution(folder: Path, output: Path) -> Path:
 
 def wheel(python: str, source: Path, folder: Path, variables: dict[str, str]) -> Path:
     """Build a wheel from a source distribution, in the isolated environment that pip makes."""
-    pip = (python, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder)
-    run(*pip, source, **variables)
+    run(python, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, source, **variables)
     return only(folder, "*.whl")
 
 
@@ -75,14 +79,15 @@ def publish(made: Path, output: Path) -> Path:
 
 def check(python: str, made: Path, torch: str | None) -> None:
     """Install a wheel in an environment, and run it. With ``torch``, install that as well."""
-    install = (python, "-m", "pip", "install", "--force-reinstall")
+    pip = (python, "-m", "pip", "--quiet", "--disable-pip-version-check")
     elsewhere = made.parent  # not the checkout, which has the package, too
-    run(*install, "--no-index", "--no-deps", made)
+    run(*pip, "install", "--force-reinstall", "--no-index", "--no-deps", made)
     if torch is None:
         run(python, "-c", WITHOUT_TORCH, made.name, cwd=elsewhere)
         return
-    run(python, "-m", "pip", "install", torch)
+    run(*pip, "install", torch, "fsp-kernels")  # with its requirements
     run(python, "-m", "fsp_kernels", cwd=elsewhere)
+    run(python, "-c", WITH_TORCH, made.name, cwd=elsewhere)
     run(python, "-c", usage(), cwd=elsewhere)
 
 
