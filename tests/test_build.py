@@ -330,12 +330,16 @@ def test_a_source_distribution_holds_the_sources(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "csrc", source / "csrc")
     for note in NOTE.values():
         (source / note).touch()  # an editable install was here
+    (source / "tests").mkdir()
+    (source / "tests" / "test_plan.py").touch()
     build("sdist", source, **SKIPPED)
     (made,) = (source / "dist").glob("*.tar.gz")
     with tarfile.open(made) as opened:
         held = {name.partition("/")[2] for name in opened.getnames()}
     assert {path.relative_to(ROOT).as_posix() for path in sources()} <= held
+    assert {"LICENSE", "README.md", "pyproject.toml", "setup.py"} <= held
     assert not held & set(NOTE.values())
+    assert "tests/test_plan.py" not in held  # it needs files that setuptools leaves out
 
 
 @pytest.mark.slow
