@@ -15,11 +15,14 @@ from types import ModuleType
 import pytest
 from setuptools.errors import CompileError
 
+from fsp_kernels import __version__
+
 ROOT = Path(__file__).parents[1]
 NAMES = ("cuda", "cpu")
 NOTE = {name: f"fsp_kernels/{name}_build.txt" for name in NAMES}
 MODULE = {name: f"fsp_kernels/_{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in NAMES}
 SWITCH = {name: f"FSP_KERNELS_{name.upper()}" for name in NAMES}
+DIST_INFO = f"fsp_kernels-{__version__}.dist-info"
 SKIPPED = dict.fromkeys(SWITCH.values(), "0")
 COMPILERS = ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "CXX")
 VARIABLES = (*COMPILERS, *SWITCH.values(), "CUDAARCHS")
@@ -273,7 +276,7 @@ def test_a_wheel_without_the_extensions_is_pure_and_says_why(tmp_path: Path) -> 
         source = tree(tmp_path / label)
         made = wheel(source, "--no-build-isolation", **variables)
         assert made.name.endswith("-py3-none-any.whl")
-        assert "Root-Is-Purelib: true" in content(made, "fsp_kernels-0.1.0.dist-info/WHEEL")
+        assert "Root-Is-Purelib: true" in content(made, DIST_INFO + "/WHEEL")
         assert content(made, NOTE["cuda"]) == f"when fsp_kernels was built, {cuda}\n"
         assert content(made, NOTE["cpu"]) == f"when fsp_kernels was built, {cpu}\n"
         assert not names(made) & set(MODULE.values())

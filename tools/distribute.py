@@ -31,14 +31,14 @@ WITHOUT_TORCH = """
 import importlib.util as i, sys
 assert i.find_spec("torch") is None
 sys.path[:0] = i.find_spec("fsp_kernels").submodule_search_locations
-if "any" not in sys.argv[1]:
+if "-none-any" not in sys.argv[1]:
     import _cpu
     print(_cpu.instruction_sets)
 """
 WITH_TORCH = """
 import sys, fsp_kernels
 assert "site-packages" in fsp_kernels.__file__
-assert ("cpu" in fsp_kernels.available_backends()) == ("any" not in sys.argv[1])
+assert ("cpu" in fsp_kernels.available_backends()) == ("-none-any" not in sys.argv[1])
 """
 
 
@@ -67,7 +67,7 @@ def wheel(python: str, source: Path, folder: Path, variables: dict[str, str]) ->
 
 def publish(made: Path, output: Path) -> Path:
     """Move a wheel to ``output``. One with compiled modules gets a tag that PyPI takes."""
-    if sys.platform == "linux" and "any" not in made.name:
+    if sys.platform == "linux" and "-none-any" not in made.name:
         repaired = made.parent / "repaired"
         # PyTorch's wheels bring an OpenMP runtime of this name. A second one is not wanted.
         without = ("--exclude", "libgomp.so.1")
