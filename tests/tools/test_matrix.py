@@ -61,6 +61,13 @@ def test_a_python_that_is_missing_is_named_in_the_table(tmp_path: Path) -> None:
     ]
 
 
+def test_only_a_python_that_is_missing_is_no_failure() -> None:
+    assert not matrix.fails(["3.99 torch: no such Python was found"])
+    assert matrix.fails(["3.12 torch: pip failed"])
+    for counts, failing in (("7 0 1", False), ("7 1 1", True), ("0 0 0", True)):
+        assert matrix.fails([*"1234", *counts.split(), "5"]) == failing
+
+
 def interpreter(path: Path, works: bool) -> str:
     path.parent.mkdir(parents=True)
     path.write_text(f"#!/bin/sh\nexit {0 if works else 127}\n")
