@@ -2,7 +2,8 @@
 
 A combination is a Python and what pip installs in a new environment of it, which is removed
 afterwards: it takes 2 to 6 GB of disk, in TMPDIR. ``--row '3.12 torch==2.8.*'`` runs another one.
-A row that is a Python alone, as ``--row .venv/bin/python``, runs there, and installs nothing.
+A row that is a Python alone, as ``--row .venv/bin/python``, runs there, and installs nothing. Name
+triton if you name a CPU build of torch: tests import it, whichever version it is.
 """
 
 from __future__ import annotations
