@@ -78,4 +78,6 @@ def test_importing_the_library_imports_pytorch_alone() -> None:
         "print(*{x.partition('.')[0] for x in sys.modules.keys() - before})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) - sys.stdlib_module_names == {"fsp_kernels"}
+    found = set(done.stdout.split()) - sys.stdlib_module_names
+    # sysconfig keeps its values in a module whose name is the platform's.
+    assert {x for x in found if not x.startswith("_sysconfigdata")} == {"fsp_kernels"}
