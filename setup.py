@@ -114,7 +114,7 @@ class Module(NamedTuple):
     def leave_out(self, package: Path, reason: str) -> None:
         """Write the note; remove the module of an earlier build, which is out of date."""
         package.mkdir(parents=True, exist_ok=True)
-        (package / self.note).write_text(f"when fsp_kernels was installed, {reason}\n")
+        (package / self.note).write_text(f"when fsp_kernels was built, {reason}\n")
         (package / self.file).unlink(missing_ok=True)
 
 

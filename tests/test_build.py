@@ -15,11 +15,14 @@ from types import ModuleType
 import pytest
 from setuptools.errors import CompileError
 
+from fsp_kernels import __version__
+
 ROOT = Path(__file__).parents[1]
 NAMES = ("cuda", "cpu")
 NOTE = {name: f"fsp_kernels/{name}_build.txt" for name in NAMES}
 MODULE = {name: f"fsp_kernels/_{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in NAMES}
 SWITCH = {name: f"FSP_KERNELS_{name.upper()}" for name in NAMES}
+DIST_INFO = f"fsp_kernels-{__version__}.dist-info"
 SKIPPED = dict.fromkeys(SWITCH.values(), "0")
 COMPILERS = ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "CXX")
 VARIABLES = (*COMPILERS, *SWITCH.values(), "CUDAARCHS")
@@ -273,9 +276,9 @@ def test_a_wheel_without_the_extensions_is_pure_and_says_why(tmp_path: Path) -> 
         source = tree(tmp_path / label)
         made = wheel(source, "--no-build-isolation", **variables)
         assert made.name.endswith("-py3-none-any.whl")
-        assert "Root-Is-Purelib: true" in content(made, "fsp_kernels-0.1.0.dist-info/WHEEL")
-        assert content(made, NOTE["cuda"]) == f"when fsp_kernels was installed, {cuda}\n"
-        assert content(made, NOTE["cpu"]) == f"when fsp_kernels was installed, {cpu}\n"
+        assert "Root-Is-Purelib: true" in content(made, DIST_INFO + "/WHEEL")
+        assert content(made, NOTE["cuda"]) == f"when fsp_kernels was built, {cuda}\n"
+        assert content(made, NOTE["cpu"]) == f"when fsp_kernels was built, {cpu}\n"
         assert not names(made) & set(MODULE.values())
     with zipfile.ZipFile(made) as opened:
         opened.extractall(tmp_path / "installed")
@@ -286,7 +289,7 @@ def test_a_wheel_without_the_extensions_is_pure_and_says_why(tmp_path: Path) -> 
         "from fsp_kernels.__main__ import main; main([])"
     )
     report = run(sys.executable, "-c", code, cwd=tmp_path / "installed")
-    assert f"is not built: when fsp_kernels was installed, {cpu}\n" in report
+    assert f"is not built: when fsp_kernels was built, {cpu}\n" in report
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -330,12 +333,16 @@ def test_a_source_distribution_holds_the_sources(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "csrc", source / "csrc")
     for note in NOTE.values():
         (source / note).touch()  # an editable install was here
+    (source / "tests").mkdir()
+    (source / "tests" / "test_plan.py").touch()
     build("sdist", source, **SKIPPED)
     (made,) = (source / "dist").glob("*.tar.gz")
     with tarfile.open(made) as opened:
         held = {name.partition("/")[2] for name in opened.getnames()}
     assert {path.relative_to(ROOT).as_posix() for path in sources()} <= held
+    assert {"LICENSE", "README.md", "pyproject.toml", "setup.py"} <= held
     assert not held & set(NOTE.values())
+    assert "tests/test_plan.py" not in held  # it needs files that setuptools leaves out
 
 
 @pytest.mark.slow

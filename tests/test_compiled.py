@@ -47,9 +47,9 @@ def test_without_it_one_is_told_how_to_build_it(name: str) -> None:
 
 
 def test_without_it_the_note_is_told_if_there_is_one(name: str, folder: Path) -> None:
-    (folder / f"{name}_build.txt").write_text("when fsp_kernels was installed, it was left out\n")
+    (folder / f"{name}_build.txt").write_text("when fsp_kernels was built, it was left out\n")
     assert compiled_module(name) == (
-        "its extension is not built: when fsp_kernels was installed, it was left out"
+        "its extension is not built: when fsp_kernels was built, it was left out"
     )
 
 

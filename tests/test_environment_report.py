@@ -1,6 +1,8 @@
-"""``python -m fsp_kernels``."""
+"""``python -m fsp_kernels``, and what an import of the library takes."""
 
 import json
+import subprocess
+import sys
 import types
 
 import pytest
@@ -68,3 +70,14 @@ def test_it_says_what_the_cpu_extension_has_for_this_processor(
 def test_it_says_why_there_is_no_extension(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     found(monkeypatch)
     assert report.environment()[f"{name} extension"] == f"is not built: {name} is not here"
+
+
+def test_importing_the_library_imports_pytorch_alone() -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); import fsp_kernels; "
+        "print(*{x.partition('.')[0] for x in sys.modules.keys() - before})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = set(done.stdout.split()) - sys.stdlib_module_names
+    # sysconfig keeps its values in a module whose name is the platform's.
+    assert {x for x in found if not x.startswith("_sysconfigdata")} == {"fsp_kernels"}

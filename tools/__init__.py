@@ -8,7 +8,12 @@ Run each as ``python -m tools.NAME``. These need no GPU:
 * ``predict``: what the launches of a workload do, and the time that a model predicts.
   ``launches.py`` finds the launches, ``machine_code.py`` reads their code.
 
-These need one:
+These are for releases, and know nothing of kernels. ``pythons.py`` finds interpreters:
+
+* ``distribute``: build the source distribution and the wheels, install and run them.
+* ``matrix``: run tests on each supported combination of versions.
+
+These need a GPU:
 
 * ``gpu_first``: what to run first on a new machine.
 * ``sanitize``: compute-sanitizer over ``smoke``, every kernel on small maps. ``racecheck.py`` says

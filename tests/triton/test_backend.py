@@ -96,6 +96,16 @@ def test_a_triton_of_another_name_tells_its_version_itself(monkeypatch):
     assert "3.5.0 is installed" in package.why_not_this_triton()
 
 
+def test_a_folder_named_triton_is_not_the_package(backend, machine, monkeypatch):
+    def version(name):
+        raise PackageNotFoundError(name)
+
+    machine(interpreting=True)
+    monkeypatch.setattr(package, "version", version)
+    monkeypatch.delattr(triton, "__version__")
+    assert backend.why_unavailable() == "the package triton is not installed"
+
+
 def test_it_needs_a_gpu(backend, machine):
     machine()
     assert backend.why_unavailable() == "PyTorch sees no NVIDIA GPU"

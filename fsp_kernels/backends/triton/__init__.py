@@ -155,6 +155,8 @@ def _version() -> str:
     except PackageNotFoundError:  # it may come with another name, as that of PyTorch's nightlies
         import triton
 
+        if not hasattr(triton, "__version__"):  # a folder of this name, as in a checkout of Triton
+            raise ImportError("the folder triton is no package") from None
         return str(triton.__version__)
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -147,9 +148,13 @@ class _Builder:
         model = self.call(partial(models.get_model, name), **options)
         if pretrained:
             try:
+                # The builder would run code that is pickled in the file. This downloads the same
+                # file, and refuses one that holds more than tensors.
+                weights = models.get_model_weights(name).DEFAULT
+                weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
                 # From a network of theirs, as it can read the names in its older weights.
                 state = models.get_model(name, weights="DEFAULT", progress=False).state_dict()
-            except (OSError, RuntimeError) as error:
+            except (OSError, RuntimeError, UnpicklingError) as error:
                 raise self.download_error(error) from error
             kept = {key: x for key, x in state.items() if not key.startswith(auxiliary or ())}
             load_weights(model, kept, f"{self.where}.pretrained")
@@ -245,5 +250,5 @@ class _Builder:
             )
 
     def download_error(self, error: Exception) -> DistillError:
-        problem = f"the weights of {self.network.model} cannot be downloaded: {error}"
+        problem = f"the weights of {self.network.model} cannot be downloaded or read: {error}"
         return self.error("pretrained", problem)

@@ -303,6 +303,30 @@ def test_a_failed_download_of_torchvision_gives_the_reason(
         build("torchvision/resnet18", pretrained=True)
 
 
+class Code:
+    """Makes the file ``path`` when it is read from a pickle."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_code_in_the_published_weights_is_refused_and_not_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    models = pytest.importorskip("torchvision.models")
+    url = models.get_model_weights("resnet18").DEFAULT.url
+    kept = tmp_path / "hub" / "checkpoints" / url.rpartition("/")[2]  # as of an earlier download
+    kept.parent.mkdir(parents=True)
+    torch.save(models.resnet18().state_dict() | {"code": Code(tmp_path / "ran")}, kept)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(DistillError, match=r"student\.pretrained: .*resnet18"):
+        build("torchvision/resnet18", pretrained=True)
+    assert not (tmp_path / "ran").exists()
+
+
 class NotCachedError(OSError, ValueError):
     """As huggingface_hub's own error is both."""
 
