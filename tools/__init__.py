@@ -1,4 +1,4 @@
-"""Tools of those who work on the kernels; users need none of them.
+"""Tools for work on the kernels and for releases; users need none of them.
 
 Run each as ``python -m tools.NAME``. These need no GPU:
 
@@ -8,7 +8,7 @@ Run each as ``python -m tools.NAME``. These need no GPU:
 * ``predict``: what the launches of a workload do, and the time that a model predicts.
   ``launches.py`` finds the launches, ``machine_code.py`` reads their code.
 
-These are for releases, and know nothing of kernels. ``pythons.py`` finds interpreters:
+These are for releases. ``pythons.py`` finds interpreters:
 
 * ``distribute``: build the source distribution and the wheels, install and run them.
 * ``matrix``: run tests on each supported combination of versions.

