@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fsp_kernels.backends.triton.arithmetic import multiply, round_to_tf32
+from fsp_kernels.backends.triton.arithmetic import cast, multiply, round_to_tf32
 from fsp_kernels.backends.triton.residual import (
     GRADIENT,
     MASK,
@@ -76,7 +76,7 @@ def _write_block(pointers, workspace, entry, INDEX: tl.constexpr, sample, part):
         left = x if INDEX % 3 == 0 else y
         right = y if INDEX % 3 == 2 else x
         if NEGATED:
-            left = -left
+            left = cast(-left.to(tl.float32), left.dtype)  # the interpreter cannot negate bf16
         block = multiply(tl.trans(left), right, block, entry.precision)
     if NEGATED:
         block = -block
