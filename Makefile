@@ -22,7 +22,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 # Parts of the benchmarks, of loss, step, scaling, plan, accuracy; all of them where none is named.
 GPU_PARTS ?=
 
-.PHONY: help demo test test-quick test-thorough lint bench kernels dist clean
+.PHONY: help demo test test-quick test-thorough lint docs bench kernels dist clean
 .PHONY: gpu gpu-first gpu-install gpu-tests gpu-sanitizer gpu-bench gpu-tune
 
 help:
@@ -35,6 +35,7 @@ help:
 	@echo "make test-new       the same on the newest versions there are, in .venv-new"
 	@echo "make test-matrix    test-quick on each combination of versions that is supported; ROW='3.12 torch==2.8.*'"
 	@echo "make lint           ruff and mypy"
+	@echo "make docs           build the documentation site from docs/ in build/site/; broken links fail"
 	@echo "make bench          speed, memory and accuracy beside the naive ops here; BENCH=--quick for less"
 	@echo "make kernels        compile every kernel for all generations of GPUs; writes tools/records/"
 	@echo "make kernels-old    compile the Triton kernels by the oldest Triton that is supported, in .venv-old"
@@ -73,6 +74,11 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: .venv/installed
+	$(BIN)/mkdocs build
+	@echo "read it with: $(BIN)/python -m http.server --directory build/site"
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks $(BENCH)

@@ -314,6 +314,12 @@ def spec_of(name: str, value: Any) -> MapSpec:
         raise TypeError(
             f"{name}: got a nested tensor, expected a dense one; use .to_padded_tensor()"
         )
+    if hasattr(value, "full_tensor"):
+        raise TypeError(
+            f"{name}: got a DTensor, expected a plain tensor; if all maps are sharded evenly over "
+            "the batch, use .to_local() of each and divide the loss by the number of shards, as "
+            "the loss of the batch is the mean of the shards' losses; else use .full_tensor()"
+        )
     return MapSpec.of(value)
 
 

@@ -50,8 +50,12 @@ class Distiller(nn.Module):
     moves with the module (``to``, ``cuda``, ``half``), but is not a part of it: its weights are
     neither in ``parameters()`` nor in ``state_dict()``.
 
-    With ``DistributedDataParallel``, wrap the distiller, and set ``find_unused_parameters=True`` if
-    you minimise the FSP loss alone: the student's classifier then has no gradient.
+    With ``DistributedDataParallel`` or ``fully_shard``, wrap the distiller or the student. If you
+    minimise the FSP loss alone, add ``0 * output.sum()`` to it: otherwise some parts, such as the
+    student's classifier, have outputs that the loss does not use. DDP would then stop or, if it
+    wraps the student alone, average no gradients, with ``static_graph=True`` without an error.
+    ``fully_shard`` would miss the weights that it has released. Without that term, use
+    ``find_unused_parameters=True`` and wrap the distiller, or use ``reshard_after_forward=False``.
 
     Args:
         student, teacher: take the same inputs; if their channels differ, see ``projection``.

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from distilled_steps import GroupNormResNet
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from fsp_kernels.distill import checkpoint, records
 from fsp_kernels.distill.config import load_config
 from fsp_kernels.distill.interruption import InterruptedRunError, Interruption
-from fsp_kernels.distill.models import CifarResNet
 from fsp_kernels.distill.monitor import Monitor
 from fsp_kernels.distill.study import Study
 from fsp_kernels.errors import DistillError
@@ -41,23 +41,7 @@ TEACHER, STAGE_1, STAGE_2 = 6, 8, 6  # steps of the tiny recipe
 STEPS = TEACHER + STAGE_1 + STAGE_2
 
 
-class GroupNormResNet(CifarResNet):
-    """A smooth network without batch statistics: equal gradients however a batch is divided.
-
-    ReLU's gradient would jump where rounding decides on which side of 0 its input is.
-    """
-
-    def __init__(self, in_channels: int, classes: int, width: int = 1) -> None:
-        super().__init__(8, width, in_channels, classes)
-        for module in [*self.modules()]:
-            for name, child in module.named_children():
-                if isinstance(child, nn.BatchNorm2d):
-                    setattr(module, name, nn.GroupNorm(4, child.num_features))
-                elif isinstance(child, nn.ReLU):
-                    setattr(module, name, nn.Softplus())
-
-
-GROUP_NORM_NET = f"{__name__}:GroupNormResNet"
+GROUP_NORM_NET = f"{GroupNormResNet.__module__}:GroupNormResNet"
 
 
 def open_study(

@@ -1,4 +1,7 @@
-"""The README's code runs as written; the commands and paths of all pages exist."""
+"""The code of the README and of other pages runs as written; the commands and paths of all exist.
+
+``test_tutorial.py`` runs the tutorial.
+"""
 
 import re
 import shlex
@@ -18,8 +21,12 @@ PAGES = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+WITH_CODE = ["README.md", "docs/choosing.md", "docs/replacing.md"]
+
+
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    text = PAGES[page].read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def shell_lines() -> list[str]:
@@ -69,7 +76,7 @@ def before(diff: str) -> str:
     return "\n".join(line[1:] for line in diff.splitlines() if not line.startswith("+"))
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", [code for page in WITH_CODE for code in blocks("python", page)])
 def test_python_block_runs_as_written(code: str) -> None:
     exec(compile(code, "README.md", "exec"), {})
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from distilled_steps import GroupNormResNet
 from processes import environments, finish, run_group, start_cli, without_gpus
 from studies import (
     GROUP_NORM_NET,
     TINY_RECIPE,
-    GroupNormResNet,
     interrupted,
     is_whole,
     leftovers,

@@ -156,7 +156,7 @@ def _version() -> str:
         import triton
 
         if not hasattr(triton, "__version__"):  # a folder of this name, as in a checkout of Triton
-            raise ImportError("the folder triton is no package") from None
+            raise ImportError from None
         return str(triton.__version__)
 
 
